@@ -1,0 +1,103 @@
+"""Every key Headrace has in Redis, with its lifetime and its writer.
+
+Keys of one model share the hash tag `{model}`, so that each Lua script stays on one Cluster slot.
+
+| key | kind | writer | lives |
+|---|---|---|---|
+| `headrace:models` | hash name → fingerprint | workers | for ever (one small field a model) |
+| `headrace:gateway:<id>` | msgpack | that gateway | `GATEWAY_LEASE_MS`, renewed |
+| `headrace:{m}:record` | msgpack ModelRecord | workers | for ever, overwritten |
+| `headrace:{m}:intake` | stream | gateways | an entry until its job is handed off or cancelled |
+| `headrace:{m}:job:<id>` | hash | the Lua scripts | `JOB_TTL_MS`; `JOB_LINGER_MS` once finished |
+| `headrace:{m}:jobs:<worker>` | stream | dispatcher | an entry until its job is finished or moved on |
+| `headrace:{m}:lease:<worker>` | string | that worker | its lease, renewed by heartbeats |
+| `headrace:{m}:workers` | hash id → WorkerRecord | that worker | field until the worker leaves or is reaped |
+| `headrace:{m}:load:<worker>` | hash | the Lua scripts | until the worker leaves or is reaped |
+| `headrace:{m}:status:<worker>` | msgpack | that worker | its lease, renewed by heartbeats |
+| `headrace:{m}:replies:<gateway>` | stream | workers, dispatcher | `REPLIES_TTL_MS` after its gateway; trimmed by it |
+| `headrace:{m}:leader` | string | gateways | `LEADER_LEASE_MS`, renewed by the dispatcher |
+| `headrace:{m}:board` | msgpack Board | dispatcher | `BOARD_TTL_MS`, renewed |
+| `headrace:{m}:events` | stream | the Lua scripts, workers | about `EVENTS_MAX` entries: hints, never facts |
+"""
+
+from __future__ import annotations
+
+import re
+
+from headrace.errors import CallerError
+
+MODELS = "headrace:models"
+
+GATEWAY_LEASE_MS = 5_000
+LEADER_LEASE_MS = 2_000
+BOARD_TTL_MS = 5_000
+JOB_TTL_MS = 24 * 3_600_000
+JOB_LINGER_MS = 60_000
+REPLIES_TTL_MS = 3_600_000
+EVENTS_MAX = 10_000
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}")
+
+
+def check_model_name(name: str) -> str:
+    """The name itself, if it can stand in a key. Raises CallerError otherwise."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise CallerError(
+            f"model name {name[:80]!r} is not valid: letters, digits and . _ / : - only, "
+            "200 characters at most",
+            param="model",
+            code="invalid_model_name",
+        )
+    return name
+
+
+def gateway(gateway_id: str) -> str:
+    return f"headrace:gateway:{gateway_id}"
+
+
+def record(model: str) -> str:
+    return f"headrace:{{{model}}}:record"
+
+
+def intake(model: str) -> str:
+    return f"headrace:{{{model}}}:intake"
+
+
+def job(model: str, job_id: str) -> str:
+    return f"headrace:{{{model}}}:job:{job_id}"
+
+
+def jobs(model: str, worker: str) -> str:
+    return f"headrace:{{{model}}}:jobs:{worker}"
+
+
+def lease(model: str, worker: str) -> str:
+    return f"headrace:{{{model}}}:lease:{worker}"
+
+
+def workers(model: str) -> str:
+    return f"headrace:{{{model}}}:workers"
+
+
+def load(model: str, worker: str) -> str:
+    return f"headrace:{{{model}}}:load:{worker}"
+
+
+def status(model: str, worker: str) -> str:
+    return f"headrace:{{{model}}}:status:{worker}"
+
+
+def replies(model: str, gateway_id: str) -> str:
+    return f"headrace:{{{model}}}:replies:{gateway_id}"
+
+
+def leader(model: str) -> str:
+    return f"headrace:{{{model}}}:leader"
+
+
+def board(model: str) -> str:
+    return f"headrace:{{{model}}}:board"
+
+
+def events(model: str) -> str:
+    return f"headrace:{{{model}}}:events"

@@ -1,0 +1,46 @@
+"""Chained block hashes and rendezvous weights: how caches and routing name a prefix.
+
+Invariant: a block's hash covers everything before it, the model and the tenant's salt, so equal
+hashes mean equal KV that this tenant may see. SHA-256, since a collision would serve somebody
+else's text. Source of the weights: Thaler and Ravishankar, "A name-based mapping scheme for
+rendezvous", 1996.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from headrace.types import BLOCK_TOKENS
+
+HASH_BYTES = 32
+
+
+def root_hash(fingerprint: str, salt: bytes) -> bytes:
+    """The parent of every first block of one model for one tenant."""
+    return hashlib.sha256(b"headrace-root\0" + fingerprint.encode() + b"\0" + salt).digest()
+
+
+def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The hash of the block of `tokens` (exactly BLOCK_TOKENS of them) that follows `parent`."""
+    assert len(tokens) == BLOCK_TOKENS, "only full blocks have a hash"
+    return hashlib.sha256(parent + array("I", tokens).tobytes()).digest()
+
+
+def block_hashes(root: bytes, tokens: Sequence[int], limit: int | None = None) -> list[bytes]:
+    """Hashes of the full blocks of `tokens`, at most `limit` of them."""
+    full = len(tokens) // BLOCK_TOKENS
+    if limit is not None:
+        full = min(full, limit)
+    hashes: list[bytes] = []
+    parent = root
+    for index in range(full):
+        parent = next_hash(parent, tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
+        hashes.append(parent)
+    return hashes
+
+
+def rendezvous_weight(key: bytes, node: str) -> int:
+    """How much `key` wants to be on `node`; the highest weight wins, ties by name."""
+    return int.from_bytes(hashlib.blake2b(key + b"\0" + node.encode(), digest_size=8).digest())

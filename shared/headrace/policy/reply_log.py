@@ -1,0 +1,43 @@
+"""Which tokens of a reply stream count: the one rule that everyone who reads it applies.
+
+Invariant: given the same entries in the same order, every reader (the gateway that streams them,
+the dispatcher that hands a job on) accepts exactly the same tokens. So a job that is moved to
+another worker continues after precisely what its client has seen, whatever the dead worker had
+still in flight. Rejected: trusting that a re-run regenerates the same tokens, which does not
+hold for rounding that depends on the batch.
+"""
+
+from __future__ import annotations
+
+from headrace.types import Delta, Finish
+
+
+class ReplyLog:
+    """The accepted output of one job."""
+
+    def __init__(self) -> None:
+        self.attempt = 1
+        self.tokens: list[int] = []
+        self.finish: Finish | None = None
+
+    def accept(self, delta: Delta) -> tuple[int, ...]:
+        """The tokens of `delta` that are new; records them, and the finish if there is one.
+
+        Drops what a stale attempt wrote, what stands already, and what would leave a gap (a
+        gap can only come from a stale writer, since attempts continue after the log).
+        """
+        if self.finish is not None or delta.attempt < self.attempt:
+            return ()
+        self.attempt = delta.attempt
+        position = len(self.tokens)
+        if delta.first > position:
+            return ()
+        fresh = delta.tokens[position - delta.first :]
+        self.tokens.extend(fresh)
+        if delta.finish is not None:
+            self.finish = delta.finish
+        return fresh
+
+    def check_integrity(self) -> None:
+        assert self.attempt >= 1, "attempts count from one"
+        assert self.finish is None or self.finish.reason, "a finish has a reason"

@@ -1,0 +1,110 @@
+"""The Lua scripts: every step that must happen as a whole or not at all.
+
+Invariant: an entry of a job stream exists exactly once somewhere (intake or one worker) from the
+moment its request is accepted until its finish stands in the reply stream. A script that moves or
+ends a job first checks that the mover still has the right to: the dispatcher its leadership, the
+worker its attempt.
+"""
+
+from __future__ import annotations
+
+from headrace.keys import EVENTS_MAX
+
+ACCEPT = """
+-- KEYS job, intake; ARGV payload, ttl_ms. Idempotent: a repeated call changes nothing.
+local seen = redis.call('HGET', KEYS[1], 'intake')
+if seen then return seen end
+local id = redis.call('XADD', KEYS[2], '*', 'job', ARGV[1])
+redis.call('HSET', KEYS[1], 'attempt', 1, 'intake', id)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return id
+"""
+
+CANCEL = """
+-- KEYS job, intake; ARGV job_id. The nudge goes to wherever the job is now, behind the job itself.
+if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('HGET', KEYS[1], 'done') then return 0 end
+redis.call('HSET', KEYS[1], 'cancelled', 1)
+local stream = redis.call('HGET', KEYS[1], 'stream')
+redis.call('XADD', stream or KEYS[2], '*', 'cancel', ARGV[1])
+return 1
+"""
+
+HANDOFF = """
+-- KEYS leader, job, source stream, target stream, target load, target lease
+-- ARGV leader token, source entry, payload, attempt, cost, tokens_max, jobs_max
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'deposed' end
+local facts = redis.call('HMGET', KEYS[2], 'attempt', 'cancelled')
+if facts[2] then return 'cancelled' end
+if facts[1] ~= ARGV[4] then return 'stale' end
+if redis.call('EXISTS', KEYS[6]) == 0 then return 'gone' end
+local held = redis.call('HMGET', KEYS[5], 'tokens', 'jobs')
+local tokens, jobs = tonumber(held[1] or 0), tonumber(held[2] or 0)
+if jobs > 0 and (tokens + ARGV[5] > tonumber(ARGV[6]) or jobs + 1 > tonumber(ARGV[7])) then
+  return 'full'
+end
+if redis.call('XDEL', KEYS[3], ARGV[2]) == 0 then return 'taken' end
+redis.call('HINCRBY', KEYS[5], 'tokens', ARGV[5])
+redis.call('HINCRBY', KEYS[5], 'jobs', 1)
+local id = redis.call('XADD', KEYS[4], '*', 'job', ARGV[3])
+redis.call('HSET', KEYS[2], 'stream', KEYS[4], 'entry', id)
+return 'ok'
+"""
+
+FENCE = """
+-- KEYS leader, job, replies; ARGV leader token, attempt seen, fence payload, replies ttl
+-- Ends an attempt: what it still writes stands behind the fence and does not count.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'deposed' end
+local facts = redis.call('HMGET', KEYS[2], 'attempt', 'done')
+if facts[2] or facts[1] ~= ARGV[2] then return 'stale' end
+redis.call('HINCRBY', KEYS[2], 'attempt', 1)
+redis.call('HDEL', KEYS[2], 'stream', 'entry')
+local id = redis.call('XADD', KEYS[3], '*', 'd', ARGV[3])
+redis.call('PEXPIRE', KEYS[3], ARGV[4], 'NX')
+return id
+"""
+
+FINISH = f"""
+-- KEYS job, source stream, load, replies, events, lease
+-- ARGV attempt, source entry, payload, cost, linger_ms, replies_ttl_ms, event
+-- The last tokens, the end, the release of the room and the entry's removal, in one step.
+local fresh = redis.call('HGET', KEYS[1], 'attempt') == ARGV[1]
+  and not redis.call('HGET', KEYS[1], 'done')
+if fresh then
+  redis.call('XADD', KEYS[4], '*', 'd', ARGV[3])
+  redis.call('PEXPIRE', KEYS[4], ARGV[6], 'NX')
+  redis.call('HSET', KEYS[1], 'done', 1)
+  redis.call('PEXPIRE', KEYS[1], ARGV[5])
+end
+local removed = redis.call('XDEL', KEYS[2], ARGV[2])
+if removed == 1 and tonumber(ARGV[4]) > 0 and redis.call('EXISTS', KEYS[6]) == 1 then
+  redis.call('HINCRBY', KEYS[3], 'tokens', -ARGV[4])
+  redis.call('HINCRBY', KEYS[3], 'jobs', -1)
+end
+redis.call('XADD', KEYS[5], 'MAXLEN', '~', {EVENTS_MAX}, '*', 'e', ARGV[7])
+return fresh and 1 or 0
+"""
+
+HOLD = """
+-- KEYS leader; ARGV token, ttl_ms: take the lease when free, renew it when ours.
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+RELEASE = """
+-- KEYS leader; ARGV token: give the lease back if it is ours.
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
+BURY = """
+-- KEYS leader, worker registry, jobs, load, lease, status, events; ARGV leader token, worker, event
+-- Forgets a dead worker once nothing of its stream is left to hand on.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'deposed' end
+if redis.call('EXISTS', KEYS[5]) == 1 then return 'alive' end
+if redis.call('XLEN', KEYS[3]) > 0 then return 'busy' end
+redis.call('HDEL', KEYS[2], ARGV[2])
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[6])
+return 'ok'
+"""

@@ -1,0 +1,169 @@
+"""Redis the way streams need it: quiet producers, patient readers, scripts by hash.
+
+Invariants, each the answer to a trap that was measured with redis-py 8:
+- a command is sent once: retries are off, and what may be repeated is idempotent (ACCEPT, FINISH)
+  or harmless (token frames carry positions);
+- a reader owns its connection, blocks for a bounded time, and moves its own position: reading
+  changes nothing in Redis, so that a cancelled or crashed reader loses nothing. Rejected:
+  consumer groups, whose pending lists swallow entries when a blocked read is cancelled as they
+  arrive (docs/adr/0002);
+- job streams are never trimmed, only emptied entry by entry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.commands.core import Script
+from redis.exceptions import NoScriptError, RedisError
+
+from headrace import scripts
+
+CONNECTIONS_MAX = 32
+COMMAND_TIMEOUT_S = 5.0
+BLOCK_MS = 1_000
+WATCHDOG_GRACE_S = 5.0
+READ_COUNT_MAX = 512
+BACKOFF_S_MAX = 2.0
+
+REDIS_DOWN = (RedisError, OSError, asyncio.TimeoutError)
+"""What a call raises when Redis is away or refuses; everything else is our bug."""
+
+
+def connect(url: str) -> Redis:
+    """A client for ordinary commands: pooled, each sent once, each with a time limit."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=CONNECTIONS_MAX,
+        timeout=COMMAND_TIMEOUT_S,
+        socket_timeout=COMMAND_TIMEOUT_S,
+        socket_connect_timeout=COMMAND_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return Redis.from_pool(pool)
+
+
+def _connect_blocking(url: str) -> Redis:
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=1,
+        socket_timeout=None,
+        socket_connect_timeout=COMMAND_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return Redis.from_pool(pool)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a stream. `kind` is its only field's name, `data` that field's value."""
+
+    id: str
+    kind: str
+    data: bytes
+
+
+def parse_entries(rows: Sequence[Any]) -> list[Entry]:
+    """Entries from what XRANGE or XREAD answers; an entry without one known field is kept, empty."""
+    entries = []
+    for entry_id, fields in rows:
+        kind, data = next(iter(fields.items()), (b"", b"")) if fields else (b"", b"")
+        entries.append(Entry(entry_id.decode(), kind.decode(errors="replace"), data))
+    return entries
+
+
+async def read_range(
+    redis: Redis, stream: str, first: str = "-", last: str = "+"
+) -> AsyncIterator[list[Entry]]:
+    """All entries from `first` to `last`, in pages of READ_COUNT_MAX."""
+    start = first
+    while True:
+        rows = await redis.xrange(stream, min=start, max=last, count=READ_COUNT_MAX)
+        if not rows:
+            return
+        page = parse_entries(rows)
+        yield page
+        if len(page) < READ_COUNT_MAX:
+            return
+        start = f"({page[-1].id}"
+
+
+class Tail:
+    """Follows one stream from a position, for ever, across Redis' absence.
+
+    Iterate it in a task of its own; it ends within a second of `stop()`. `after` is the id of
+    the last entry returned and may be read at any time.
+    """
+
+    def __init__(self, url: str, stream: str, after: str = "0-0") -> None:
+        self.stream = stream
+        self.after = after
+        self._redis = _connect_blocking(url)
+        self._stopping = False
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    async def close(self) -> None:
+        self._stopping = True
+        await self._redis.aclose()
+
+    async def __aiter__(self) -> AsyncIterator[list[Entry]]:
+        failures = 0
+        while not self._stopping:
+            try:
+                async with asyncio.timeout(BLOCK_MS / 1000 + WATCHDOG_GRACE_S):
+                    answer = await self._redis.xread(
+                        {self.stream: self.after}, count=READ_COUNT_MAX, block=BLOCK_MS
+                    )
+                failures = 0
+            except REDIS_DOWN:
+                failures += 1
+                await self._redis.connection_pool.disconnect(inuse_connections=True)
+                await asyncio.sleep(min(0.05 * 2**failures, BACKOFF_S_MAX))
+                continue
+            if answer:
+                entries = parse_entries(_rows_of(answer))
+                self.after = entries[-1].id
+                yield entries
+
+
+def _rows_of(answer: Any) -> Sequence[Any]:
+    """The rows of the only stream in XREAD's answer (a list in RESP2, a map in RESP3)."""
+    if isinstance(answer, dict):
+        (pages,) = answer.values()
+        # RESP3 clients nest the rows once more, in pages
+        return pages[0] if pages and isinstance(pages[0], list) else pages
+    return answer[0][1]  # type: ignore[no-any-return]  # redis-py types answers as Any
+
+
+class Scripts:
+    """The Lua scripts of `headrace.scripts`, called by hash and loaded again after a restart."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._scripts: dict[str, Script] = {}
+
+    async def call(self, source: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run `source`. Raises what redis-py raises."""
+        digest = self._digest(source)
+        try:
+            return await self._redis.evalsha(digest, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._redis.eval(source, len(keys), *keys, *args)
+
+    def _digest(self, source: str) -> str:
+        script = self._scripts.get(source)
+        if script is None:
+            script = self._scripts[source] = Script(self._redis, source)  # type: ignore[arg-type]
+        return str(script.sha)
+
+    async def accept(self, keys: Sequence[str], payload: bytes, ttl_ms: int) -> str:
+        answer: bytes = await self.call(scripts.ACCEPT, keys, (payload, ttl_ms))
+        return answer.decode()

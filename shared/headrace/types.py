@@ -1,0 +1,203 @@
+"""The nouns that travel between services (docs/structures.md has the glossary).
+
+Invariant: everything here is a frozen value without behaviour that touches the outside
+world, so that policies, services and tests can all build it. Rejected: passing dicts, whose
+typos surface three processes later.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+BLOCK_TOKENS = 16
+"""Tokens of KV in one Block: the unit of allocation, of prefix caching and of the cache service."""
+
+
+class Band(IntEnum):
+    """Priority class; a lower value is served first."""
+
+    INTERACTIVE = 0
+    STANDARD = 1
+    BATCH = 2
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+class FinishReason(StrEnum):
+    """Why a job ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class WorkerRole(StrEnum):
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+def pack_tokens(tokens: Iterable[int]) -> array[int]:
+    """Token ids as a compact array of unsigned 32-bit integers."""
+    return array("I", tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. Randomness depends on (seed, output position) alone.
+
+    `temperature` 0 means greedy. `top_k` 0 means no limit.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One generation handed to a worker; a request with n choices makes n jobs.
+
+    `id` is unique for ever and dedupes the job. `prompt` are token ids. `logged` are the output
+    tokens that clients may already have seen, from earlier attempts: the worker continues after
+    them. `salt` separates tenants in every cache. `affinity` is what routing hashes.
+    `trace` is the W3C context of the span that put the job where it is now.
+    """
+
+    id: str
+    model: str
+    tenant: str
+    band: Band
+    arrived_ms: int
+    gateway: str
+    prompt: array[int]
+    sampling: Sampling
+    salt: bytes = b""
+    affinity: bytes = b""
+    attempt: int = 1
+    logged: array[int] = field(default_factory=lambda: array("I"))
+    trace: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cost_tokens(self) -> int:
+        """KV tokens to reserve on a worker: the prompt plus the output expected at most.
+
+        Long outputs reserve `EXPECTED_OUTPUT_TOKENS`; what runs longer is paid for by
+        preemption inside the engine.
+        """
+        return len(self.prompt) + min(self.sampling.max_tokens, EXPECTED_OUTPUT_TOKENS)
+
+
+EXPECTED_OUTPUT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a job. `cached_tokens`: prompt tokens taken from a cache, not computed."""
+
+    reason: FinishReason
+    cached_tokens: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of one job in one engine step, as they stand in a reply stream.
+
+    `first` is the output position of `tokens[0]`. A Delta without tokens and finish is a fence:
+    it raises the attempt, and what an older attempt writes after it does not count.
+    """
+
+    job: str
+    attempt: int
+    first: int
+    tokens: tuple[int, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """What a gateway needs to know of a model; its workers put it into Redis.
+
+    `tokenizer_json` is the `tokenizers` library's serialized form. `template_tokens` are the
+    special token strings that a chat template may name (`bos_token`, `eos_token`, …).
+    """
+
+    name: str
+    fingerprint: str
+    architecture: str
+    context_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    add_bos: bool
+    bos_token_id: int | None
+    chat_template: str
+    template_tokens: dict[str, str]
+    tokenizer_json: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """A worker's unchanging facts. An `id` is one incarnation: it is never used again."""
+
+    id: str
+    model: str
+    role: WorkerRole
+    host: str
+    pid: int
+    kv_tokens: int
+    max_jobs: int
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker's changing facts, sent with each heartbeat."""
+
+    state: WorkerState
+    running: int
+    waiting: int
+    free_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What is reserved on a worker; changed only by the hand-off and finish scripts."""
+
+    reserved_tokens: int
+    reserved_jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The dispatcher's published view of a model's fleet, which admission decides on.
+
+    `queued` counts jobs per Band (index = band). `tokens_per_s` is the recent rate at which
+    reserved KV tokens were released. `published_ms` is wall-clock time.
+    """
+
+    leader: str
+    published_ms: int
+    queued: tuple[int, int, int]
+    queued_tokens: int
+    capacity_tokens: int
+    reserved_tokens: int
+    workers: int
+    tokens_per_s: float

@@ -1,0 +1,344 @@
+"""The bytes between services: msgpack maps with short keys, decoded under limits.
+
+Invariant: decoding runs no code. Extension types are refused, sizes and depths are bounded, and
+every field is checked before a value is built; what does not fit raises WireError and names the
+field. Rejected: pickle (remote code), and msgspec structs (faster, but `msgpack` is the agreed
+package and at 50 µs a job the codec is not what costs).
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import msgpack
+
+from headrace.errors import WireError
+from headrace.types import (
+    Band,
+    Board,
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    ModelRecord,
+    Sampling,
+    WorkerRecord,
+    WorkerRole,
+    WorkerState,
+    WorkerStatus,
+)
+
+MESSAGE_BYTES_MAX = 32 * 1024 * 1024
+STRING_BYTES_MAX = 16 * 1024 * 1024
+ITEMS_MAX = 65_536
+
+T = TypeVar("T")
+
+
+def pack(value: Any) -> bytes:
+    """`value` (maps, lists, str, bytes, numbers, None) as msgpack."""
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def _refuse_ext(code: int, data: bytes) -> None:
+    raise WireError(f"msgpack extension type {code} is not allowed ({len(data)} bytes)")
+
+
+def unpack(data: bytes) -> Any:
+    """The inverse of `pack`. Raises WireError for anything malformed or beyond the limits."""
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise WireError(f"message of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_refuse_ext,
+            max_str_len=STRING_BYTES_MAX,
+            max_bin_len=STRING_BYTES_MAX,
+            max_array_len=ITEMS_MAX,
+            max_map_len=ITEMS_MAX,
+            max_ext_len=0,
+        )
+    except WireError:
+        raise
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise WireError(f"not valid msgpack: {error}") from error
+
+
+class Fields:
+    """Typed access to a decoded map; every failure names the message and the field."""
+
+    def __init__(self, what: str, data: bytes | Any) -> None:
+        value = unpack(data) if isinstance(data, bytes) else data
+        if not isinstance(value, dict):
+            raise WireError(f"{what}: expected a map, got {type(value).__name__}")
+        self._what = what
+        self._map = value
+
+    def get(self, key: str, kind: type[T]) -> T:
+        value = self._map.get(key)
+        # bool is an int to Python, never to us
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise WireError(
+                f"{self._what}.{key}: expected {kind.__name__}, got {type(value).__name__}"
+            )
+        return value
+
+    def number(self, key: str) -> float:
+        value = self._map.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise WireError(f"{self._what}.{key}: expected a number, got {type(value).__name__}")
+        return float(value)
+
+    def tokens(self, key: str) -> array[int]:
+        raw = self.get(key, bytes)
+        if len(raw) % 4:
+            raise WireError(f"{self._what}.{key}: {len(raw)} bytes are not 32-bit token ids")
+        return tokens_from_bytes(raw)
+
+    def texts(self, key: str) -> dict[str, str]:
+        value = self.get(key, dict)
+        if not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+            raise WireError(f"{self._what}.{key}: expected a map of strings")
+        return value
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        value = self.get(key, list)
+        if not all(type(item) is int for item in value):
+            raise WireError(f"{self._what}.{key}: expected a list of integers")
+        return tuple(value)
+
+    def one_of(self, key: str, build: Callable[[Any], T]) -> T:
+        value = self._map.get(key)
+        try:
+            return build(value)
+        except (ValueError, TypeError) as error:
+            raise WireError(f"{self._what}.{key}: {value!r} is not a known value") from error
+
+
+def tokens_to_bytes(tokens: Iterable[int]) -> bytes:
+    """Token ids as little-endian unsigned 32-bit integers."""
+    packed = tokens if isinstance(tokens, array) else array("I", tokens)
+    if sys.byteorder == "big":
+        packed = array("I", packed)
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def tokens_from_bytes(raw: bytes) -> array[int]:
+    tokens = array("I")
+    tokens.frombytes(raw)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
+
+def encode_job(job: Job) -> bytes:
+    s = job.sampling
+    return pack(
+        {
+            "id": job.id,
+            "model": job.model,
+            "tenant": job.tenant,
+            "band": int(job.band),
+            "arrived": job.arrived_ms,
+            "gateway": job.gateway,
+            "prompt": tokens_to_bytes(job.prompt),
+            "salt": job.salt,
+            "affinity": job.affinity,
+            "attempt": job.attempt,
+            "logged": tokens_to_bytes(job.logged),
+            "trace": job.trace,
+            "max": s.max_tokens,
+            "temp": s.temperature,
+            "top_p": s.top_p,
+            "top_k": s.top_k,
+            "seed": s.seed,
+            "stop": list(s.stop_token_ids),
+            "no_eos": s.ignore_eos,
+        }
+    )
+
+
+def decode_job(data: bytes) -> Job:
+    f = Fields("job", data)
+    return Job(
+        id=f.get("id", str),
+        model=f.get("model", str),
+        tenant=f.get("tenant", str),
+        band=f.one_of("band", Band),
+        arrived_ms=f.get("arrived", int),
+        gateway=f.get("gateway", str),
+        prompt=f.tokens("prompt"),
+        salt=f.get("salt", bytes),
+        affinity=f.get("affinity", bytes),
+        attempt=f.get("attempt", int),
+        logged=f.tokens("logged"),
+        trace=f.texts("trace"),
+        sampling=Sampling(
+            max_tokens=f.get("max", int),
+            temperature=f.number("temp"),
+            top_p=f.number("top_p"),
+            top_k=f.get("top_k", int),
+            seed=f.get("seed", int),
+            stop_token_ids=f.integers("stop"),
+            ignore_eos=f.get("no_eos", bool),
+        ),
+    )
+
+
+def encode_deltas(deltas: Iterable[Delta]) -> bytes:
+    """The token frame of one engine step: one row a job."""
+    rows: list[list[Any]] = []
+    for d in deltas:
+        row: list[Any] = [d.job, d.attempt, d.first, tokens_to_bytes(d.tokens)]
+        if d.finish is not None:
+            row.append([d.finish.reason.value, d.finish.cached_tokens, d.finish.error])
+        rows.append(row)
+    return pack(rows)
+
+
+def decode_deltas(data: bytes) -> list[Delta]:
+    rows = unpack(data)
+    if not isinstance(rows, list):
+        raise WireError(f"deltas: expected a list, got {type(rows).__name__}")
+    return [_decode_delta(row) for row in rows]
+
+
+def _decode_delta(row: Any) -> Delta:
+    try:
+        job, attempt, first, tokens, *rest = row
+        finish = None
+        if rest:
+            reason, cached, error = rest[0]
+            finish = Finish(FinishReason(reason), int(cached), str(error))
+        if not (isinstance(job, str) and isinstance(tokens, bytes)):
+            raise ValueError("job or tokens of a wrong type")
+        return Delta(job, int(attempt), int(first), tuple(tokens_from_bytes(tokens)), finish)
+    except (ValueError, TypeError) as error:
+        raise WireError(f"delta: {error}") from error
+
+
+def encode_model(record: ModelRecord) -> bytes:
+    return pack(
+        {
+            "name": record.name,
+            "fingerprint": record.fingerprint,
+            "architecture": record.architecture,
+            "context": record.context_tokens,
+            "vocab": record.vocab_size,
+            "eos": list(record.eos_token_ids),
+            "add_bos": record.add_bos,
+            "bos": -1 if record.bos_token_id is None else record.bos_token_id,
+            "template": record.chat_template,
+            "template_tokens": record.template_tokens,
+            "tokenizer": record.tokenizer_json,
+        }
+    )
+
+
+def decode_model(data: bytes) -> ModelRecord:
+    f = Fields("model", data)
+    bos = f.get("bos", int)
+    return ModelRecord(
+        name=f.get("name", str),
+        fingerprint=f.get("fingerprint", str),
+        architecture=f.get("architecture", str),
+        context_tokens=f.get("context", int),
+        vocab_size=f.get("vocab", int),
+        eos_token_ids=f.integers("eos"),
+        add_bos=f.get("add_bos", bool),
+        bos_token_id=None if bos < 0 else bos,
+        chat_template=f.get("template", str),
+        template_tokens=f.texts("template_tokens"),
+        tokenizer_json=f.get("tokenizer", bytes),
+    )
+
+
+def encode_worker(record: WorkerRecord) -> bytes:
+    return pack(
+        {
+            "id": record.id,
+            "model": record.model,
+            "role": record.role.value,
+            "host": record.host,
+            "pid": record.pid,
+            "kv_tokens": record.kv_tokens,
+            "max_jobs": record.max_jobs,
+            "started": record.started_ms,
+        }
+    )
+
+
+def decode_worker(data: bytes) -> WorkerRecord:
+    f = Fields("worker", data)
+    return WorkerRecord(
+        id=f.get("id", str),
+        model=f.get("model", str),
+        role=f.one_of("role", WorkerRole),
+        host=f.get("host", str),
+        pid=f.get("pid", int),
+        kv_tokens=f.get("kv_tokens", int),
+        max_jobs=f.get("max_jobs", int),
+        started_ms=f.get("started", int),
+    )
+
+
+def encode_status(status: WorkerStatus) -> bytes:
+    return pack(
+        {
+            "state": status.state.value,
+            "running": status.running,
+            "waiting": status.waiting,
+            "free_tokens": status.free_tokens,
+            "steps": status.steps,
+        }
+    )
+
+
+def decode_status(data: bytes) -> WorkerStatus:
+    f = Fields("status", data)
+    return WorkerStatus(
+        state=f.one_of("state", WorkerState),
+        running=f.get("running", int),
+        waiting=f.get("waiting", int),
+        free_tokens=f.get("free_tokens", int),
+        steps=f.get("steps", int),
+    )
+
+
+def encode_board(board: Board) -> bytes:
+    return pack(
+        {
+            "leader": board.leader,
+            "published": board.published_ms,
+            "queued": list(board.queued),
+            "queued_tokens": board.queued_tokens,
+            "capacity": board.capacity_tokens,
+            "reserved": board.reserved_tokens,
+            "workers": board.workers,
+            "rate": board.tokens_per_s,
+        }
+    )
+
+
+def decode_board(data: bytes) -> Board:
+    f = Fields("board", data)
+    queued = f.integers("queued")
+    if len(queued) != len(Band):
+        raise WireError(f"board.queued: expected {len(Band)} counts, got {len(queued)}")
+    return Board(
+        leader=f.get("leader", str),
+        published_ms=f.get("published", int),
+        queued=(queued[0], queued[1], queued[2]),
+        queued_tokens=f.get("queued_tokens", int),
+        capacity_tokens=f.get("capacity", int),
+        reserved_tokens=f.get("reserved", int),
+        workers=f.get("workers", int),
+        tokens_per_s=f.number("rate"),
+    )
