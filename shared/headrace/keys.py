@@ -9,15 +9,15 @@ Keys of one model share the hash tag `{model}`, so that each Lua script stays on
 | `headrace:{m}:record` | msgpack ModelRecord | workers | for ever, overwritten |
 | `headrace:{m}:intake` | stream | gateways | an entry until its job is handed off or cancelled |
 | `headrace:{m}:job:<id>` | hash | the Lua scripts | `JOB_TTL_MS`; `JOB_LINGER_MS` once finished |
-| `headrace:{m}:jobs:<worker>` | stream | dispatcher | an entry until its job is finished or moved on |
+| `headrace:{m}:jobs:<worker>` | stream | dispatcher | an entry until its job ends or moves on |
 | `headrace:{m}:lease:<worker>` | string | that worker | its lease, renewed by heartbeats |
-| `headrace:{m}:workers` | hash id → WorkerRecord | that worker | field until the worker leaves or is reaped |
-| `headrace:{m}:load:<worker>` | hash | the Lua scripts | until the worker leaves or is reaped |
+| `headrace:{m}:workers` | hash of WorkerRecord | that worker | until it leaves or is reaped |
+| `headrace:{m}:load:<worker>` | hash | the Lua scripts | until it leaves or is reaped |
 | `headrace:{m}:status:<worker>` | msgpack | that worker | its lease, renewed by heartbeats |
-| `headrace:{m}:replies:<gateway>` | stream | workers, dispatcher | `REPLIES_TTL_MS` after its gateway; trimmed by it |
+| `headrace:{m}:replies:<gateway>` | stream | workers, dispatcher | `REPLIES_TTL_MS`, renewed |
 | `headrace:{m}:leader` | string | gateways | `LEADER_LEASE_MS`, renewed by the dispatcher |
 | `headrace:{m}:board` | msgpack Board | dispatcher | `BOARD_TTL_MS`, renewed |
-| `headrace:{m}:events` | stream | the Lua scripts, workers | about `EVENTS_MAX` entries: hints, never facts |
+| `headrace:{m}:events` | stream | the Lua scripts, workers | about `EVENTS_MAX` entries (hints) |
 """
 
 from __future__ import annotations

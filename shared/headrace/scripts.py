@@ -99,7 +99,7 @@ return 0
 """
 
 BURY = """
--- KEYS leader, worker registry, jobs, load, lease, status, events; ARGV leader token, worker, event
+-- KEYS leader, worker registry, jobs, load, lease, status; ARGV leader token, worker
 -- Forgets a dead worker once nothing of its stream is left to hand on.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'deposed' end
 if redis.call('EXISTS', KEYS[5]) == 1 then return 'alive' end

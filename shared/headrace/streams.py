@@ -60,6 +60,11 @@ def _connect_blocking(url: str) -> Redis:
     return Redis.from_pool(pool)
 
 
+def as_bytes(value: bytes | str) -> bytes:
+    """What our clients always answer; redis-py's types allow for decoding clients too."""
+    return value if isinstance(value, bytes) else value.encode()
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One entry of a stream. `kind` is its only field's name, `data` that field's value."""
@@ -70,7 +75,7 @@ class Entry:
 
 
 def parse_entries(rows: Sequence[Any]) -> list[Entry]:
-    """Entries from what XRANGE or XREAD answers; an entry without one known field is kept, empty."""
+    """Entries from what XRANGE or XREAD answers; an entry without fields is kept, empty."""
     entries = []
     for entry_id, fields in rows:
         kind, data = next(iter(fields.items()), (b"", b"")) if fields else (b"", b"")
@@ -95,7 +100,7 @@ async def read_range(
 
 
 class Tail:
-    """Follows one stream from a position, for ever, across Redis' absence.
+    """Follows one stream from after a position ("$": from now on), across Redis' absence.
 
     Iterate it in a task of its own; it ends within a second of `stop()`. `after` is the id of
     the last entry returned and may be read at any time.
@@ -110,6 +115,11 @@ class Tail:
     def stop(self) -> None:
         self._stopping = True
 
+    async def _last_id(self) -> str:
+        """The newest id; a literal "$" in each read would skip what arrives between two reads."""
+        rows = await self._redis.xrevrange(self.stream, count=1)
+        return parse_entries(rows)[0].id if rows else "0-0"
+
     async def close(self) -> None:
         self._stopping = True
         await self._redis.aclose()
@@ -119,6 +129,8 @@ class Tail:
         while not self._stopping:
             try:
                 async with asyncio.timeout(BLOCK_MS / 1000 + WATCHDOG_GRACE_S):
+                    if self.after == "$":
+                        self.after = await self._last_id()
                     answer = await self._redis.xread(
                         {self.stream: self.after}, count=READ_COUNT_MAX, block=BLOCK_MS
                     )

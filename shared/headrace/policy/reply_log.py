@@ -9,22 +9,29 @@ hold for rounding that depends on the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from headrace.types import Delta, Finish
 
 
 class ReplyLog:
     """The accepted output of one job."""
 
-    def __init__(self) -> None:
-        self.attempt = 1
-        self.tokens: list[int] = []
+    def __init__(self, attempt: int = 1, logged: Iterable[int] = ()) -> None:
+        self.attempt = attempt
+        self.tokens: list[int] = list(logged)
         self.finish: Finish | None = None
+
+    def is_gap(self, delta: Delta) -> bool:
+        """Whether tokens before `delta` are missing: Redis lost entries that it had taken."""
+        return (
+            self.finish is None and delta.attempt >= self.attempt and delta.first > len(self.tokens)
+        )
 
     def accept(self, delta: Delta) -> tuple[int, ...]:
         """The tokens of `delta` that are new; records them, and the finish if there is one.
 
-        Drops what a stale attempt wrote, what stands already, and what would leave a gap (a
-        gap can only come from a stale writer, since attempts continue after the log).
+        Drops what a stale attempt wrote, what stands already, and what would leave a gap.
         """
         if self.finish is not None or delta.attempt < self.attempt:
             return ()

@@ -1,0 +1,84 @@
+"""`python -m headrace_cache`: the cache service until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import signal
+import sys
+
+import structlog
+
+from headrace import logs, telemetry
+from headrace.config import load_or_exit
+from headrace.errors import SettingsError
+from headrace.frames import Address, parse_address
+from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.server import CacheServer
+from headrace_cache.settings import CacheSettings
+from headrace_cache.store import Store
+
+log = structlog.get_logger("headrace_cache")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen_metrics(server: CacheServer, address: Address, port: int) -> None:
+    host = address.host or "127.0.0.1"
+    try:
+        server.metrics.listen(host, port)
+    except OSError as error:
+        raise SettingsError(f"HEADRACE_METRICS_PORT: {host}:{port}: {error}") from error
+
+
+async def serve(settings: CacheSettings) -> None:
+    """Run until a signal to stop. Raises SettingsError when an address cannot be had."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = Store(settings.cache_bytes, POLICIES[settings.cache_policy]())
+    server = CacheServer(store)
+    address = await server.start(parse_address(settings.cache_listen))
+    try:
+        if settings.metrics_port:
+            _listen_metrics(server, address, settings.metrics_port)
+        log.info("listening", address=str(address), budget_bytes=settings.cache_bytes)
+        if address.host and not _is_loopback(address.host):
+            log.warning("whoever reaches this address can read and write the cache")
+        await stop.wait()
+        log.info("stopping", entries=len(store))
+    finally:
+        await server.stop()
+
+
+def _loop_factory() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def main() -> None:
+    settings = load_or_exit(CacheSettings)
+    logs.setup("cache-service", level=settings.log_level, json=settings.log_json)
+    telemetry.setup("cache-service", settings.otlp_endpoint)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory) as runner:
+            runner.run(serve(settings))
+    except SettingsError as error:
+        print(f"headrace: bad setting: {error.message}", file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        telemetry.shutdown()
+
+
+if __name__ == "__main__":
+    main()

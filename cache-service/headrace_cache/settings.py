@@ -1,0 +1,41 @@
+"""The cache service's settings, from `HEADRACE_…` variables."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from headrace.config import ServiceSettings
+from headrace.errors import SettingsError
+from headrace.frames import parse_address
+from headrace_cache.policy.eviction import POLICIES
+
+
+class CacheSettings(ServiceSettings):
+    """What the cache service needs to know.
+
+    Anybody who can reach `cache_listen` can read and write entries: it stays on loopback unless a
+    private network is around it.
+    """
+
+    cache_listen: str = Field(
+        default="tcp://127.0.0.1:7700", description="tcp://host:port or unix:///path"
+    )
+    cache_bytes: int = Field(default=1 << 30, ge=1 << 20, description="budget for all entries")
+    cache_policy: str = Field(default="keep-score", description="who leaves: keep-score or lru")
+    metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus; 0 = off")
+
+    @field_validator("cache_listen")
+    @classmethod
+    def _check_address(cls, value: str) -> str:
+        try:
+            parse_address(value)
+        except SettingsError as error:
+            raise ValueError(error.message) from error
+        return value
+
+    @field_validator("cache_policy")
+    @classmethod
+    def _check_policy(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"expected one of {', '.join(POLICIES)}")
+        return value

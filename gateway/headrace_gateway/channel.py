@@ -1,0 +1,184 @@
+"""One model as a gateway sees it: its record, its board, its reply stream, its dispatcher.
+
+Invariant: `submit` returns only when the job stands in the intake stream; until then the caller
+gets an error and nothing runs. The board is polled, so admission costs no round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+import structlog
+from opentelemetry.trace import Span, SpanKind
+from redis.asyncio import Redis
+
+from headrace import keys, scripts, telemetry, wire
+from headrace.clock import Clock
+from headrace.errors import DependencyError, OverloadError, WireError
+from headrace.streams import REDIS_DOWN, Scripts, as_bytes
+from headrace.types import Board, Job, ModelRecord
+from headrace_gateway.dispatcher import Dispatcher
+from headrace_gateway.generation import Generation
+from headrace_gateway.policy.admission import Admission, AdmissionFacts, AdmissionLimits, decide
+from headrace_gateway.replies import Replies
+
+log = structlog.get_logger()
+
+BOARD_EVERY_MS = 100
+TRIM_EVERY_MS = 2_000
+ACCEPT_TRIES = 3
+CANCEL_TRIES = 5
+RETRY_S = 0.2
+
+
+class Channel:
+    """Everything a gateway keeps for one model."""
+
+    def __init__(
+        self,
+        url: str,
+        redis: Redis,
+        record: ModelRecord,
+        gateway_id: str,
+        clock: Clock,
+        limits: AdmissionLimits,
+    ) -> None:
+        model = record.name
+        self.record = record
+        self._redis = redis
+        self._lua = Scripts(redis)
+        self._clock = clock
+        self._limits = limits
+        self.replies = Replies(url, redis, model, gateway_id, clock)
+        self.dispatcher = Dispatcher(url, redis, model, gateway_id, clock)
+        self.board: Board | None = None
+        self.board_error = ""
+        self._recent_jobs = 0
+        self._recent_tokens = 0
+        self._chores: set[asyncio.Task[None]] = set()
+
+    def parts(self) -> list[Coroutine[Any, Any, None]]:
+        """The loops that run as long as the gateway does."""
+        return [self.replies.run(), self.dispatcher.run(), self._poll_board(), self._trim_loop()]
+
+    async def submit(self, job: Job, span: Span) -> Generation:
+        """Admit `job` and make it durable. Raises OverloadError (429) or DependencyError (503)."""
+        admission = self._admit(job)
+        send = telemetry.tracer().start_span(
+            f"send intake {job.model}",
+            telemetry.under(span),
+            SpanKind.PRODUCER,
+            {
+                "messaging.system": "redis",
+                "messaging.operation.type": "send",
+                "messaging.destination.name": keys.intake(job.model),
+                "headrace.job.id": job.id,
+                "headrace.admission.reason": admission.reason,
+            },
+        )
+        try:
+            if not admission.admitted:
+                send.set_attribute("headrace.admission.code", admission.code)
+                raise _refusal(admission)
+            return await self._accept(replace(job, trace=telemetry.inject(send)))
+        finally:
+            send.end()
+
+    def _admit(self, job: Job) -> Admission:
+        if self.board_error:
+            return Admission(
+                503, "unavailable", f"the queue is out of reach: {self.board_error}", 1_000
+            )
+        facts = AdmissionFacts(
+            self.board, self._recent_jobs, self._recent_tokens, len(self.replies.live)
+        )
+        return decide(job.cost_tokens, facts, self._limits)
+
+    async def _accept(self, job: Job) -> Generation:
+        generation = Generation(job, self._drop)
+        self.replies.live[job.id] = generation
+        self._recent_jobs += 1
+        self._recent_tokens += job.cost_tokens
+        payload = wire.encode_job(job)
+        try:
+            generation.accepted_id = await self._accept_durably(job, payload)
+        except BaseException:
+            # the outcome may be unknown (time-out, client gone): whatever was stored is cancelled
+            self.replies.live.pop(job.id, None)
+            self._start_chore(self._cancel_durably(job))
+            raise
+        return generation
+
+    async def _accept_durably(self, job: Job, payload: bytes) -> str:
+        names = [keys.job(job.model, job.id), keys.intake(job.model)]
+        for attempt in range(ACCEPT_TRIES):
+            try:
+                return await self._lua.accept(names, payload, keys.JOB_TTL_MS)
+            except REDIS_DOWN as error:
+                if attempt + 1 == ACCEPT_TRIES:
+                    raise DependencyError(
+                        "the queue is out of reach, nothing was accepted", retry_after_ms=1_000
+                    ) from error
+                await asyncio.sleep(RETRY_S)
+        raise AssertionError("the loop returns or raises")
+
+    async def _drop(self, generation: Generation) -> None:
+        self.replies.live.pop(generation.job.id, None)
+        self._start_chore(self._cancel_durably(generation.job))
+
+    def _start_chore(self, chore: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def _cancel_durably(self, job: Job) -> None:
+        names = [keys.job(job.model, job.id), keys.intake(job.model)]
+        for attempt in range(CANCEL_TRIES):
+            try:
+                await self._lua.call(scripts.CANCEL, names, [job.id])
+                return
+            except REDIS_DOWN:
+                await asyncio.sleep(RETRY_S * 2**attempt)
+        log.warning("cancel could not be stored; the job runs to its end", job=job.id)
+
+    async def settle(self) -> None:
+        """Wait for cancels that are on their way."""
+        if self._chores:
+            await asyncio.wait(set(self._chores))
+
+    async def _poll_board(self) -> None:
+        while True:
+            try:
+                raw = await self._redis.get(keys.board(self.record.name))
+                self._note_board(wire.decode_board(as_bytes(raw)) if raw else None)
+                self.board_error = ""
+            except REDIS_DOWN as error:
+                self.board_error = f"{type(error).__name__}: {error}"
+            except WireError as error:
+                self.board_error = error.message
+            await asyncio.sleep(BOARD_EVERY_MS / 1000)
+
+    def _note_board(self, board: Board | None) -> None:
+        if board is None or self.board is None or board.published_ms != self.board.published_ms:
+            self._recent_jobs = self._recent_tokens = 0
+        self.board = board
+
+    async def _trim_loop(self) -> None:
+        while True:
+            with contextlib.suppress(*REDIS_DOWN):
+                await self.replies.trim()
+            await asyncio.sleep(TRIM_EVERY_MS / 1000)
+
+
+def _refusal(admission: Admission) -> OverloadError | DependencyError:
+    kind = OverloadError if admission.status == 429 else DependencyError
+    return kind(
+        admission.reason,
+        status=admission.status,
+        code=admission.code,
+        retry_after_ms=admission.retry_after_ms,
+    )

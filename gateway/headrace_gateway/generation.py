@@ -1,0 +1,95 @@
+"""One job's live output inside the gateway that streams it.
+
+Invariant: the reader task only appends, the one consumer only moves its own cursor; what a slow
+client leaves unread is bounded by the job's `max_tokens` token ids, so the reader never waits for
+anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from headrace.errors import DependencyError, HeadraceError, JobFailedError
+from headrace.policy.reply_log import ReplyLog
+from headrace.types import Delta, Finish, FinishReason, Job
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New output tokens, and the finish once the job has ended."""
+
+    tokens: tuple[int, ...]
+    finish: Finish | None
+
+
+class Generation:
+    """What a request handler holds of a job. `accepted_id` is its entry in the intake stream."""
+
+    def __init__(self, job: Job, drop: Callable[[Generation], Awaitable[None]]) -> None:
+        self.job = job
+        self.accepted_id = ""
+        self._drop = drop
+        self._log = ReplyLog()
+        self._cursor = 0
+        self._failure: HeadraceError | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._log.finish is not None or self._failure is not None
+
+    @property
+    def unread_tokens(self) -> int:
+        return len(self._log.tokens) - self._cursor
+
+    @property
+    def attempt(self) -> int:
+        return self._log.attempt
+
+    def offer(self, delta: Delta) -> None:
+        """Take what the reply stream says; called by the reader task only."""
+        if self.ended:
+            return
+        if self._log.is_gap(delta):
+            self.fail(
+                DependencyError(
+                    "the token log lost entries; send the request again", code="stream_lost"
+                )
+            )
+            return
+        fresh = self._log.accept(delta)
+        if fresh or self._log.finish is not None:
+            self._news.set()
+
+    def fail(self, error: HeadraceError) -> None:
+        """End with `error`; the tokens received so far are still handed out first."""
+        if not self.ended:
+            self._failure = error
+            self._news.set()
+
+    async def next(self) -> Chunk:
+        """The tokens since the last call; waits until there is something to say.
+
+        Raises JobFailedError when the job ended in an error, DependencyError when the log was lost.
+        """
+        while True:
+            tokens = tuple(self._log.tokens[self._cursor :])
+            self._cursor += len(tokens)
+            finish = self._log.finish
+            if finish is not None and finish.reason is FinishReason.ERROR and not tokens:
+                raise JobFailedError(finish.error or "the worker could not run this job")
+            if finish is not None and finish.reason is FinishReason.ERROR:
+                return Chunk(tokens, None)
+            if tokens or finish is not None:
+                return Chunk(tokens, finish)
+            if self._failure is not None:
+                raise self._failure
+            self._news.clear()
+            await self._news.wait()
+
+    async def cancel(self) -> None:
+        """Stop the job wherever it is; harmless when it has ended. Never raises."""
+        if not self.ended:
+            await self._drop(self)

@@ -1,0 +1,75 @@
+"""What `/metrics` says of a gateway.
+
+Invariant: labels come from bounded sets (routes, statuses, models that the fleet knows, bands), so
+a client cannot make series. Each app has its own registry: two in one process do not collide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40)
+ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+class _Counts(Collector):
+    """Gauges read at scrape time, so that they cannot drift from what they describe."""
+
+    def __init__(self, read: Callable[[], dict[str, int]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        for name, value in sorted(self._read().items()):
+            yield GaugeMetricFamily(
+                f"headrace_gateway_{name}", f"{name.replace('_', ' ')} in this gateway", value
+            )
+
+
+class GatewayMetrics:
+    """Counters and histograms of the API, and gauges from `counts`."""
+
+    def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Counts(counts))
+        self.requests = Counter(
+            "headrace_gateway_requests",
+            "Answered requests; WebSocket turns count as route /v1/responses#turn",
+            ["route", "status"],
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            "headrace_gateway_tokens",
+            "Tokens of finished requests; kind is prompt, cached or completion",
+            ["model", "kind"],
+            registry=self.registry,
+        )
+        self.ttft = Histogram(
+            "headrace_gateway_time_to_first_token_seconds",
+            "From the arrival of a request to its first token",
+            ["model", "band"],
+            buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.itl = Histogram(
+            "headrace_gateway_inter_token_latency_seconds",
+            "Mean time per token between two deliveries of one stream, one sample a delivery",
+            ["model", "band"],
+            buckets=ITL_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "headrace_gateway_request_duration_seconds",
+            "From the arrival of a generation request to its end",
+            ["model", "band"],
+            buckets=DURATION_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)

@@ -1,0 +1,116 @@
+"""The dispatcher's picture of a model's workers: who lives, who leads the load, what is free.
+
+Invariant: Redis decides. The picture is refreshed from the registry and corrected by events in
+between; where it is wrong the hand-off script says so and the worker's line is read again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import structlog
+from redis.asyncio import Redis
+
+from headrace import keys, wire
+from headrace.errors import WireError
+from headrace.streams import as_bytes
+from headrace.types import WorkerLoad, WorkerRecord, WorkerRole, WorkerState, WorkerStatus
+from headrace_gateway.policy.routing import Candidate
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One live worker."""
+
+    record: WorkerRecord
+    load: WorkerLoad
+    status: WorkerStatus | None
+
+    @property
+    def takes_jobs(self) -> bool:
+        return self.status is not None and self.status.state is WorkerState.READY
+
+
+class Roster:
+    """Live and dead workers of one model."""
+
+    def __init__(self, redis: Redis, model: str) -> None:
+        self._redis = redis
+        self._model = model
+        self.live: dict[str, WorkerView] = {}
+        self.dead: list[str] = []
+
+    async def refresh(self) -> None:
+        """Read registry, leases, loads and states. Raises what redis-py raises."""
+        registry = await self._redis.hgetall(keys.workers(self._model))
+        records = [r for r in (self._decode(as_bytes(raw)) for raw in registry.values()) if r is not None]
+        pipe = self._redis.pipeline(transaction=False)
+        for record in records:
+            pipe.exists(keys.lease(self._model, record.id))
+            pipe.hmget(keys.load(self._model, record.id), "tokens", "jobs")
+            pipe.get(keys.status(self._model, record.id))
+        rows = await pipe.execute() if records else []
+        live, dead = {}, []
+        for index, record in enumerate(records):
+            alive, held, raw_status = rows[3 * index : 3 * index + 3]
+            if not alive:
+                dead.append(record.id)
+                continue
+            load = WorkerLoad(int(held[0] or 0), int(held[1] or 0))
+            status = wire.decode_status(raw_status) if raw_status else None
+            live[record.id] = WorkerView(record, load, status)
+        self.live, self.dead = live, dead
+
+    def _decode(self, raw: bytes) -> WorkerRecord | None:
+        try:
+            return wire.decode_worker(raw)
+        except WireError as error:
+            log.warning("worker record unreadable", model=self._model, error=error.message)
+            return None
+
+    async def refresh_load(self, worker: str) -> None:
+        view = self.live.get(worker)
+        if view is not None:
+            held = await self._redis.hmget(keys.load(self._model, worker), "tokens", "jobs")
+            load = WorkerLoad(int(held[0] or 0), int(held[1] or 0))
+            self.live[worker] = replace(view, load=load)
+
+    def adjust(self, worker: str, tokens: int, jobs: int) -> None:
+        """Add to what `worker` has reserved, as a hand-off or a finish event told."""
+        view = self.live.get(worker)
+        if view is not None:
+            load = WorkerLoad(
+                max(0, view.load.reserved_tokens + tokens), max(0, view.load.reserved_jobs + jobs)
+            )
+            self.live[worker] = replace(view, load=load)
+
+    def forget(self, worker: str) -> None:
+        self.live.pop(worker, None)
+
+    def candidates(self) -> list[Candidate]:
+        """The workers that may get a new job."""
+        return [
+            Candidate(
+                worker=view.record.id,
+                reserved_tokens=view.load.reserved_tokens,
+                reserved_jobs=view.load.reserved_jobs,
+                tokens_max=view.record.kv_tokens,
+                jobs_max=view.record.max_jobs,
+            )
+            for view in self.live.values()
+            if view.takes_jobs and view.record.role is not WorkerRole.DECODE
+        ]
+
+    @property
+    def capacity_tokens(self) -> int:
+        return sum(view.record.kv_tokens for view in self.live.values() if view.takes_jobs)
+
+    @property
+    def reserved_tokens(self) -> int:
+        return sum(view.load.reserved_tokens for view in self.live.values() if view.takes_jobs)
+
+    @property
+    def ready_count(self) -> int:
+        return sum(1 for view in self.live.values() if view.takes_jobs)

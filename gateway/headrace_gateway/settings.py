@@ -1,0 +1,55 @@
+"""The gateway's settings, from `HEADRACE_…` variables.
+
+Invariant: every limit that a client can run into has a name here. API keys are parsed by
+`tenants.py`, not by a validator of this model, so that a start-up message never prints one.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from pydantic import Field
+
+from headrace.config import ServiceSettings
+
+
+def _new_gateway_id() -> str:
+    return f"gw-{secrets.token_hex(4)}"
+
+
+class GatewaySettings(ServiceSettings):
+    """Where the gateway listens, who may call it, and how much of it."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535, description="0 takes a free port")
+    gateway_id: str = Field(
+        default_factory=_new_gateway_id,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="names this incarnation; two gateways never share one",
+    )
+    api_keys: str = Field(
+        default="",
+        repr=False,
+        description="`key`, `key:tenant` or `key:tenant:band+band`, comma separated, or `@file` "
+        "with one a line; empty lets everyone in as tenant `default`",
+    )
+
+    body_bytes_max: int = Field(default=4 * 1024 * 1024, ge=1_024, le=16 * 1024 * 1024)
+    body_read_ms: int = Field(default=30_000, ge=100)
+    prompts_max: int = Field(default=16, ge=1, le=256, description="prompts in one completion")
+    jobs_max: int = Field(default=32, ge=1, le=1_024, description="prompts times choices")
+
+    keepalive_ms: int = Field(
+        default=10_000, ge=10, description="an SSE comment goes out after this much silence"
+    )
+    write_ms: int = Field(
+        default=30_000, ge=100, description="a client that takes nothing for so long is gone"
+    )
+    drain_ms: int = Field(
+        default=30_000, ge=0, description="how long running streams may go on after SIGTERM"
+    )
+
+    websockets_max: int = Field(default=1_024, ge=1)
+    ws_lanes_max: int = Field(default=16, ge=1, description="busy lanes of one connection")
+    ws_queue_max: int = Field(default=64, ge=1, description="turns waiting in one connection")
+    ws_heartbeat_ms: int = Field(default=20_000, ge=100)

@@ -1,0 +1,180 @@
+"""The gateway's pure policies: order of the queue, choice of a worker, admission."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.types import Band, Board, Job, Sampling, pack_tokens
+from headrace_gateway.policy.admission import AdmissionFacts, AdmissionLimits, decide
+from headrace_gateway.policy.fair_queue import FairQueue, Queued
+from headrace_gateway.policy.routing import LOAD_BOUND, Candidate, choose
+
+
+def a_job(name: str, band: Band = Band.STANDARD, arrived_ms: int = 0, prompt: int = 4) -> Job:
+    return Job(
+        id=name,
+        model="m",
+        tenant="t",
+        band=band,
+        arrived_ms=arrived_ms,
+        gateway="g",
+        prompt=pack_tokens(range(prompt)),
+        sampling=Sampling(max_tokens=8),
+    )
+
+
+def queued(job: Job) -> Queued:
+    return Queued(job, "intake", "1-0", 0)
+
+
+def workers(count: int, jobs: int = 0, jobs_max: int = 1_000) -> list[Candidate]:
+    return [Candidate(f"w{i}", jobs * 100, jobs, 1_000_000, jobs_max) for i in range(count)]
+
+
+def key(number: int) -> bytes:
+    return hashlib.sha256(str(number).encode()).digest()
+
+
+def test_bands_go_before_arrival_and_arrival_before_sequence() -> None:
+    queue = FairQueue()
+    for name, band, arrived in [
+        ("late", Band.STANDARD, 20),
+        ("batch", Band.BATCH, 1),
+        ("early", Band.STANDARD, 10),
+        ("urgent", Band.INTERACTIVE, 99),
+        ("second", Band.STANDARD, 10),
+    ]:
+        assert queue.push(queued(a_job(name, band, arrived)))
+    order = []
+    while (item := queue.peek()) is not None:
+        order.append(item.job.id)
+        queue.remove(item.job.id)
+        queue.check_integrity()
+    assert order == ["urgent", "early", "second", "late", "batch"]
+
+
+def test_a_job_waits_once() -> None:
+    queue = FairQueue()
+    assert queue.push(queued(a_job("one")))
+    assert not queue.push(queued(a_job("one")))
+    assert len(queue) == 1
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(Band), st.integers(0, 50), st.booleans()), min_size=1, max_size=60
+    )
+)
+def test_any_mix_of_pushes_and_removals_leaves_in_order(
+    program: list[tuple[Band, int, bool]],
+) -> None:
+    """Whatever is removed in between, what is left leaves sorted and the sums stay right."""
+    queue = FairQueue()
+    for index, (band, arrived, remove) in enumerate(program):
+        queue.push(queued(a_job(f"j{index}", band, arrived)))
+        if remove:
+            queue.remove(f"j{index // 2}")
+        queue.check_integrity()
+    left = []
+    while (item := queue.peek()) is not None:
+        left.append((item.job.band, item.job.arrived_ms))
+        queue.remove(item.job.id)
+    assert left == sorted(left)
+    assert queue.counts == (0, 0, 0)
+    assert queue.tokens == 0
+
+
+def test_equal_prompts_meet_on_one_worker_and_different_ones_spread() -> None:
+    fleet = workers(4)
+    assert len({choose(key(7), 10, fleet).worker for _ in range(10)}) == 1
+    spread = Counter(choose(key(i), 10, fleet).worker for i in range(400))
+    assert set(spread) == {"w0", "w1", "w2", "w3"}
+    assert max(spread.values()) < 2 * min(spread.values())
+
+
+@given(st.integers(1, 8), st.lists(st.integers(0, 3), min_size=1, max_size=100))
+def test_no_worker_holds_more_than_its_bounded_share(count: int, prompts: list[int]) -> None:
+    """Even when everybody asks with the same prefix, the load stays within the bound."""
+    held = Counter({f"w{i}": 0 for i in range(count)})
+    for number in prompts:
+        fleet = [Candidate(w, jobs * 10, jobs, 1_000_000, 1_000) for w, jobs in held.items()]
+        route = choose(key(number), 10, fleet)
+        held[route.worker] += 1
+        assert route.worker, route
+        bound = -(-LOAD_BOUND * sum(held.values()) // count)
+        assert held[route.worker] <= bound
+        assert len(route.scores) == count
+
+
+def test_leaving_workers_move_only_their_own_prompts() -> None:
+    before = {i: choose(key(i), 1, workers(5)).worker for i in range(200)}
+    after = {i: choose(key(i), 1, workers(4)).worker for i in range(200)}
+    moved = {i for i in before if before[i] != after[i]}
+    assert moved == {i for i in before if before[i] == "w4"}
+
+
+def test_a_full_fleet_makes_the_job_wait_and_says_why() -> None:
+    fleet = workers(2, jobs=3, jobs_max=3)
+    route = choose(key(1), 10, fleet)
+    assert route.worker == ""
+    assert route.reason == "no worker has room"
+    assert {score.verdict for score in route.scores} == {"no room"}
+    assert choose(key(1), 10, []).reason == "no worker is ready"
+
+
+def test_an_idle_worker_takes_a_job_larger_than_what_is_usually_free() -> None:
+    alone = Candidate("w0", 0, 0, 100, 4)
+    assert choose(key(1), 1_000, [alone]).worker == "w0"
+
+
+def a_board(**facts: object) -> Board:
+    values: dict[str, object] = {
+        "leader": "g",
+        "published_ms": 0,
+        "queued": (0, 0, 0),
+        "queued_tokens": 0,
+        "capacity_tokens": 1_000,
+        "reserved_tokens": 0,
+        "workers": 1,
+        "tokens_per_s": 100.0,
+    }
+    return Board(**(values | facts))  # type: ignore[arg-type]  # a builder over all fields
+
+
+LIMITS = AdmissionLimits(queue_jobs_max=10, queue_tokens_max=5_000, live_jobs_max=100)
+
+
+@pytest.mark.parametrize("board", [None, a_board(workers=0)])
+def test_without_a_worker_nobody_is_kept_waiting(board: Board | None) -> None:
+    decision = decide(10, AdmissionFacts(board, 0, 0, 0), LIMITS)
+    assert (decision.status, decision.code) == (503, "no_worker")
+    assert decision.retry_after_ms > 0
+
+
+def test_a_full_queue_refuses_with_a_wait_from_the_rate_of_release() -> None:
+    board = a_board(queued=(2, 5, 3), queued_tokens=2_000, tokens_per_s=500.0)
+    decision = decide(1_000, AdmissionFacts(board, 0, 0, 0), LIMITS)
+    assert decision.status == 429
+    assert decision.retry_after_ms == 2_000
+
+
+def test_a_burst_between_two_boards_counts() -> None:
+    board = a_board(reserved_tokens=1_000)
+    assert decide(10, AdmissionFacts(board, 9, 900, 0), LIMITS).admitted
+    assert decide(10, AdmissionFacts(board, 10, 1_000, 0), LIMITS).status == 429
+
+
+def test_waiting_tokens_are_bounded_but_free_room_is_not_a_queue() -> None:
+    idle = a_board(capacity_tokens=100_000)
+    assert decide(90_000, AdmissionFacts(idle, 0, 10_000, 0), LIMITS).admitted
+    assert decide(95_000, AdmissionFacts(idle, 0, 10_000, 0), LIMITS).admitted
+    assert decide(95_001, AdmissionFacts(idle, 0, 10_000, 0), LIMITS).status == 429
+
+
+def test_streams_of_one_gateway_are_bounded() -> None:
+    assert decide(1, AdmissionFacts(a_board(), 0, 0, 100), LIMITS).status == 429

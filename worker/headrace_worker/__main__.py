@@ -1,0 +1,87 @@
+"""`python -m headrace_worker`: load the model, join the fleet, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+import structlog
+import torch
+from headrace.cache_client import CacheClient
+from prometheus_client import start_http_server
+
+from headrace import logs, telemetry
+from headrace.clock import SystemClock
+from headrace.config import load_or_exit
+from headrace.errors import ModelError
+from headrace.models import resolve
+from headrace_worker.cache_link import CacheLink
+from headrace_worker.consumer import Consumer
+from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.loading import LoadedModel, load_model
+from headrace_worker.membership import Capacity
+from headrace_worker.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+KV_SHARE_OF_FREE_MEMORY = 0.2
+KV_BYTES_MAX = 4 * 2**30
+
+
+def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
+    """Size of the KV pool: as told, or a share of the memory that is free now."""
+    if settings.kv_tokens:
+        return settings.kv_tokens
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    budget = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
+    return max(loaded.record.context_tokens, budget // loaded.config.kv_bytes_per_token)
+
+
+def build(settings: WorkerSettings) -> Consumer:
+    """Everything but the event loop. Raises ModelError."""
+    clock = SystemClock()
+    name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
+    loaded = load_model(resolve(settings.model), name, settings.dtype)
+    kv_tokens = kv_tokens_for(settings, loaded)
+    config = EngineConfig(
+        kv_tokens=kv_tokens, max_running=settings.max_jobs, step_tokens_max=settings.step_tokens
+    )
+    cache = None
+    if settings.cache_url:
+        client = CacheClient(settings.cache_url, timeout_s=settings.cache_timeout_ms / 1000)
+        cache = CacheLink(client)
+    log.info("model loaded", model=name, dtype=settings.dtype, kv_tokens=kv_tokens)
+    capacity = Capacity(kv_tokens, settings.max_jobs)
+    engine = Engine(loaded, config, clock)
+    return Consumer(settings, engine, loaded.record, capacity, clock, cache)
+
+
+async def serve(settings: WorkerSettings) -> None:
+    consumer = build(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, consumer.drain)
+    await consumer.run()
+
+
+def main() -> None:
+    settings = load_or_exit(WorkerSettings)
+    logs.setup("worker", level=settings.log_level, json=settings.log_json)
+    telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.metrics_port:
+        start_http_server(settings.metrics_port, addr="127.0.0.1")
+    try:
+        asyncio.run(serve(settings))
+    except ModelError as error:
+        print(f"headrace worker: {error.message}", file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        telemetry.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The worker's event loop side: jobs in, tokens out, a lease that only a working engine keeps.
+
+Invariant: a job entry stays in this worker's stream until its finish stands in the reply stream, so
+that whatever happens to this process the dispatcher finds the job there and hands it on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+from opentelemetry.trace import Span
+from redis.asyncio import Redis
+
+from headrace import keys, wire
+from headrace.clock import Clock
+from headrace.errors import WireError
+from headrace.policy.hashing import block_hashes, root_hash
+from headrace.streams import REDIS_DOWN, Entry, Tail, connect
+from headrace.types import (
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    ModelRecord,
+    WorkerState,
+    WorkerStatus,
+)
+from headrace_worker.cache_link import CacheLink
+from headrace_worker.engine import BlockPayload, Engine, StepResult
+from headrace_worker.engine_thread import EngineThread
+from headrace_worker.membership import Capacity, Membership, new_worker_id
+from headrace_worker.publisher import Addressed, Delivery, Publisher
+from headrace_worker.settings import WorkerSettings
+from headrace_worker.story import close_span, open_span
+
+log = structlog.get_logger()
+
+JOIN_RETRY_S = 0.5
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A job that this worker has: where its output goes, its span, and how it is being prepared."""
+
+    job: Job
+    to: Delivery
+    span: Span
+    preparing: asyncio.Task[None] | None = None
+    added: bool = False
+
+
+class Consumer:
+    """Connects one engine to the fleet."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        engine: Engine,
+        record: ModelRecord,
+        capacity: Capacity,
+        clock: Clock,
+        cache: CacheLink | None,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._record = record
+        self._capacity = capacity
+        self._clock = clock
+        self._cache = cache
+        self._redis: Redis = connect(settings.redis_url)
+        self._tickets: dict[str, Ticket] = {}
+        self._state = WorkerState.READY
+        self._stop = asyncio.Event()
+        self._publisher = Publisher(self._redis, record.name, self._note_sent)
+        self._thread: EngineThread | None = None
+        self._next_id = settings.worker_id or new_worker_id()
+
+    def drain(self) -> None:
+        """Take nothing new, finish what runs, leave."""
+        self._state = WorkerState.DRAINING
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until drained. Raises RuntimeError when the engine's thread died."""
+        self._thread = EngineThread(
+            self._engine, self._clock, asyncio.get_running_loop(), self._on_result
+        )
+        self._thread.start()
+        chores = [asyncio.create_task(self._publisher.run())]
+        if self._cache is not None:
+            chores.append(asyncio.create_task(self._cache.run()))
+        try:
+            while not self._stop.is_set():
+                await self._live_once()
+        finally:
+            self._thread.stop()
+            for chore in chores:
+                chore.cancel()
+            await asyncio.gather(*chores, return_exceptions=True)
+            if self._cache is not None:
+                await self._cache.close()
+            await self._redis.aclose()
+
+    async def _live_once(self) -> None:
+        """One incarnation: join, serve until drained or the lease is lost, leave."""
+        member = Membership(
+            self._redis,
+            self._record,
+            self._next_id,
+            self._capacity,
+            self._settings.lease_ms,
+            self._clock,
+        )
+        self._next_id = new_worker_id()
+        if not await self._join(member):
+            return
+        log.info("worker joined", worker=member.id, model=self._record.name)
+        tail = Tail(self._settings.redis_url, keys.jobs(self._record.name, member.id))
+        reader = asyncio.create_task(self._read(tail, member))
+        try:
+            drained = await self._beat_until_over(member)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            await tail.close()
+        if drained:
+            with contextlib.suppress(*REDIS_DOWN):
+                await member.leave()
+            log.info("worker left", worker=member.id, handed_back=len(self._tickets))
+        else:
+            log.warning("lease lost, starting over under a new id", worker=member.id)
+            await self._forget_everything()
+
+    async def _join(self, member: Membership) -> bool:
+        while not self._stop.is_set():
+            try:
+                await member.join(self._status())
+                return True
+            except REDIS_DOWN as error:
+                log.warning("cannot join, redis is away", error=str(error))
+                await asyncio.sleep(JOIN_RETRY_S)
+        return False
+
+    async def _beat_until_over(self, member: Membership) -> bool:
+        """Heartbeats; True when drained, False when the lease is lost."""
+        beat_s = self._settings.lease_ms / 3000
+        drain_until_ms: int | None = None
+        while True:
+            if self._thread is not None and self._thread.failure is not None:
+                raise RuntimeError("the engine's thread died") from self._thread.failure
+            if not self._hung():
+                with contextlib.suppress(*REDIS_DOWN):
+                    if not await member.beat(self._status()):
+                        return False
+            if self._stop.is_set():
+                now = self._clock.now_ms()
+                drain_until_ms = drain_until_ms or now + self._settings.drain_ms
+                if not self._tickets or now >= drain_until_ms:
+                    await self._settle()
+                    return True
+                await asyncio.sleep(min(beat_s, 0.05))
+            else:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(beat_s):
+                        await self._stop.wait()
+
+    async def _settle(self) -> None:
+        """Give the last tokens and blocks a moment to leave."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._publisher.flushed()
+                if self._cache is not None:
+                    await self._cache.flushed()
+
+    def _hung(self) -> bool:
+        assert self._thread is not None, "heartbeats start after the engine"
+        stalled_ms = self._thread.stalled_ms()
+        if stalled_ms > self._settings.stall_ms:
+            log.error("the engine hangs, the lease is let go", stalled_ms=stalled_ms)
+            return True
+        return False
+
+    def _status(self) -> WorkerStatus:
+        running, waiting, free_tokens = (
+            self._thread.counts if self._thread is not None else self._engine.counts()
+        )
+        return WorkerStatus(
+            state=self._state,
+            running=running,
+            waiting=waiting,
+            free_tokens=free_tokens,
+            steps=self._thread.steps if self._thread is not None else 0,
+        )
+
+    async def _forget_everything(self) -> None:
+        for ticket in self._tickets.values():
+            if ticket.preparing is not None:
+                ticket.preparing.cancel()
+            ticket.span.set_attribute("headrace.lease_lost", True)
+            ticket.span.end()
+        self._tickets.clear()
+        assert self._thread is not None, "an incarnation ends while the engine runs"
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def abort(engine: Engine) -> None:
+            engine.abort_all()
+            loop.call_soon_threadsafe(done.set)
+
+        self._thread.send(abort)
+        await done.wait()
+
+    async def _read(self, tail: Tail, member: Membership) -> None:
+        async for entries in tail:
+            for entry in entries:
+                await self._take(entry, tail.stream, member.id)
+
+    async def _take(self, entry: Entry, stream: str, worker: str) -> None:
+        if entry.kind == "cancel":
+            self._cancel(entry.data.decode(errors="replace"))
+            with contextlib.suppress(*REDIS_DOWN):
+                await self._redis.xdel(stream, entry.id)
+            return
+        try:
+            job = wire.decode_job(entry.data)
+        except WireError as error:
+            log.error("job unreadable, dropped", entry=entry.id, error=error.message)
+            with contextlib.suppress(*REDIS_DOWN):
+                await self._redis.xdel(stream, entry.id)
+            return
+        to = Delivery(job.id, worker, entry.id, job.gateway, job.attempt, job.cost_tokens)
+        span = open_span(job, stream, entry.id, worker, self._clock.wall_ns())
+        ticket = Ticket(job, to, span)
+        self._tickets[job.id] = ticket
+        reason = self._engine.refuse(job)
+        if reason is not None:
+            self._end(ticket, Finish(FinishReason.ERROR, error=reason))
+            return
+        hashes = self._engine.missing_blocks(job) if self._cache is not None else []
+        if hashes:
+            ticket.preparing = asyncio.create_task(self._fetch_then_add(ticket, hashes))
+        else:
+            self._add(ticket, [])
+
+    async def _fetch_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
+        assert self._cache is not None, "only asked for with a cache"
+        root = root_hash(self._record.fingerprint, ticket.job.salt)
+        chain = [root, *block_hashes(root, ticket.job.prompt)]
+        first = chain.index(hashes[0]) - 1
+        blocks = await self._cache.fetch(hashes, chain[first], first, ticket.span)
+        if ticket.job.id in self._tickets:
+            self._add(ticket, blocks)
+
+    def _add(self, ticket: Ticket, blocks: list[BlockPayload]) -> None:
+        assert self._thread is not None, "jobs are read while the engine runs"
+        ticket.preparing = None
+        ticket.added = True
+        self._thread.send(lambda engine: engine.add(ticket.job, blocks))
+
+    def _cancel(self, job_id: str) -> None:
+        ticket = self._tickets.get(job_id)
+        if ticket is None:
+            return
+        if ticket.added:
+            assert self._thread is not None, "jobs are read while the engine runs"
+            self._thread.send(partial(_cancel_in_engine, job_id))
+            return
+        if ticket.preparing is not None:
+            ticket.preparing.cancel()
+        self._end(ticket, Finish(FinishReason.CANCELLED))
+
+    def _end(self, ticket: Ticket, finish: Finish) -> None:
+        """End a job that never reached the engine."""
+        job = ticket.job
+        delta = Delta(job.id, job.attempt, len(job.logged), (), finish)
+        del self._tickets[job.id]
+        close_span(ticket.span, None, finish, self._clock.wall_ns())
+        self._publisher.put([Addressed(delta, ticket.to)], steps=0)
+
+    def _on_result(self, result: StepResult) -> None:
+        """In the event loop, after each step."""
+        stories = {story.job: story for story in result.stories}
+        step = []
+        for delta in result.deltas:
+            ticket = self._tickets.get(delta.job)
+            if ticket is None or ticket.to.attempt != delta.attempt:
+                continue
+            step.append(Addressed(delta, ticket.to))
+            if delta.finish is not None:
+                del self._tickets[delta.job]
+                now_ns = self._clock.wall_ns()
+                close_span(ticket.span, stories.get(delta.job), delta.finish, now_ns)
+        if step:
+            self._publisher.put(step, steps=1)
+        else:
+            self._note_sent(1)
+        if self._cache is not None and result.blocks:
+            self._cache.store_later(result.blocks)
+
+    def _note_sent(self, steps: int) -> None:
+        assert self._thread is not None, "steps come from the engine"
+        for _ in range(steps):
+            self._thread.result_done()
+
+
+def _cancel_in_engine(job_id: str, engine: Engine) -> None:
+    engine.cancel(job_id)

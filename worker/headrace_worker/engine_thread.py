@@ -1,0 +1,108 @@
+"""The thread that steps the engine.
+
+Invariant: only this thread touches the engine (but for `missing_blocks`, which is safe to call);
+others leave commands in an inbox that is emptied before each step. Results go to the event loop in
+step order. When the event loop falls behind by RESULTS_MAX steps (Redis is away), the thread waits
+instead of filling memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from headrace.clock import Clock
+from headrace_worker.engine import Engine, StepResult
+
+log = structlog.get_logger()
+
+RESULTS_MAX = 1_024
+IDLE_CHECK_S = 60.0
+
+
+class EngineThread:
+    """Runs `engine` until `stop()`; `on_result` is called in the event loop after each step."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock,
+        loop: asyncio.AbstractEventLoop,
+        on_result: Callable[[StepResult], None],
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._loop = loop
+        self._on_result = on_result
+        self._inbox: deque[Callable[[Engine], None]] = deque()
+        self._news = threading.Condition()
+        self._stopping = False
+        self._room = threading.BoundedSemaphore(RESULTS_MAX)
+        self._busy_since_ms = -1
+        self.steps = 0
+        self.counts = engine.counts()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, command: Callable[[Engine], None]) -> None:
+        """Run `command` in the engine's thread before its next step."""
+        with self._news:
+            self._inbox.append(command)
+            self._news.notify()
+
+    def stop(self) -> None:
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        self._thread.join(timeout=10)
+
+    def result_done(self) -> None:
+        """One step's result has been delivered; the thread may run that much further ahead."""
+        self._room.release()
+
+    def stalled_ms(self) -> int:
+        """How long the step that runs now has been running; 0 when none does."""
+        since = self._busy_since_ms
+        return 0 if since < 0 else self._clock.now_ms() - since
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._step()
+        except BaseException as error:
+            log.error("the engine's thread died", error=repr(error), exc_info=error)
+            self.failure = error
+
+    def _wait_for_work(self) -> bool:
+        """Empty the inbox; wait while there is nothing to do. False when told to stop."""
+        while True:
+            with self._news:
+                while not (self._inbox or self._stopping or self._engine.has_work):
+                    self.counts = self._engine.counts()
+                    self._news.wait(IDLE_CHECK_S)
+                commands = list(self._inbox)
+                self._inbox.clear()
+                if self._stopping:
+                    return False
+            for command in commands:
+                command(self._engine)
+            if self._engine.has_work:
+                return True
+
+    def _step(self) -> None:
+        while not self._room.acquire(timeout=0.5):
+            if self._stopping:
+                return
+        self._busy_since_ms = self._clock.now_ms()
+        result = self._engine.step()
+        self._busy_since_ms = -1
+        self.steps += 1
+        self.counts = self._engine.counts()
+        self._loop.call_soon_threadsafe(self._on_result, result)

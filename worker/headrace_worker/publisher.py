@@ -1,0 +1,147 @@
+"""Sends what the engine made into the reply streams: all new tokens of a step in one XADD.
+
+Invariant: frames leave in step order, and a frame is kept until Redis has it. Sending again after
+an unknown outcome is harmless: readers drop positions they have, the finish script runs once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
+
+from headrace import keys, scripts, wire
+from headrace.streams import REDIS_DOWN
+from headrace.types import Delta
+
+log = structlog.get_logger()
+
+PARTS_MERGED_MAX = 64
+RETRY_S_MAX = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where a job's output goes. `entry` is its place in this worker's job stream."""
+
+    job: str
+    worker: str
+    entry: str
+    gateway: str
+    attempt: int
+    cost_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Addressed:
+    """One delta and where it goes."""
+
+    delta: Delta
+    to: Delivery
+
+
+class Publisher:
+    """One task that empties the outbox. `on_sent` is called with the number of steps sent."""
+
+    def __init__(self, redis: Redis, model: str, on_sent: Callable[[int], None]) -> None:
+        self._redis = redis
+        self._model = model
+        self._on_sent = on_sent
+        self._outbox: deque[tuple[list[Addressed], int]] = deque()
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._finish_sha = ""
+        self.commands = 0
+
+    def put(self, deltas: Iterable[Addressed], steps: int) -> None:
+        """Queue deltas that `steps` engine steps made (0: made without the engine).
+
+        Bounded by the engine thread's own run-ahead, and by the jobs a worker may hold.
+        """
+        self._outbox.append((list(deltas), steps))
+        self._idle.clear()
+        self._news.set()
+
+    async def flushed(self) -> None:
+        """Wait until Redis has everything."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Send until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._outbox:
+                count = min(len(self._outbox), PARTS_MERGED_MAX)
+                parts = [self._outbox[index] for index in range(count)]
+                await self._send_until_done([item for deltas, _ in parts for item in deltas])
+                for _ in range(count):
+                    self._outbox.popleft()
+                self._on_sent(sum(steps for _, steps in parts))
+            self._idle.set()
+
+    async def _send_until_done(self, batch: list[Addressed]) -> None:
+        failures = 0
+        while batch:
+            try:
+                await self._send(batch)
+                return
+            except REDIS_DOWN as error:
+                failures += 1
+                if failures == 1:
+                    log.warning("redis is away, tokens wait", error=str(error))
+                await asyncio.sleep(min(0.05 * 2**failures, RETRY_S_MAX))
+
+    async def _send(self, batch: list[Addressed]) -> None:
+        """One round trip: an XADD per reply stream, then a finish script per ended job."""
+        if not self._finish_sha:
+            self._finish_sha = str(await self._redis.script_load(scripts.FINISH))
+        running: dict[str, list[Delta]] = {}
+        endings = []
+        for item in batch:
+            if item.delta.finish is None:
+                running.setdefault(item.to.gateway, []).append(item.delta)
+            else:
+                endings.append(item)
+        pipe = self._redis.pipeline(transaction=False)
+        for gateway, deltas in running.items():
+            fields: dict[Any, Any] = {"d": wire.encode_deltas(deltas)}
+            pipe.xadd(keys.replies(self._model, gateway), fields)
+        for item in endings:
+            self._add_finish(pipe, item)
+        self.commands += len(running) + len(endings)
+        try:
+            await pipe.execute()
+        except NoScriptError:
+            self._finish_sha = ""
+            raise
+
+    def _add_finish(self, pipe: Any, item: Addressed) -> None:
+        m, to = self._model, item.to
+        names = [
+            keys.job(m, to.job),
+            keys.jobs(m, to.worker),
+            keys.load(m, to.worker),
+            keys.replies(m, to.gateway),
+            keys.events(m),
+            keys.lease(m, to.worker),
+        ]
+        pipe.evalsha(
+            self._finish_sha,
+            len(names),
+            *names,
+            to.attempt,
+            to.entry,
+            wire.encode_deltas([item.delta]),
+            to.cost_tokens,
+            keys.JOB_LINGER_MS,
+            keys.REPLIES_TTL_MS,
+            wire.pack(["done", to.worker, to.cost_tokens]),
+        )

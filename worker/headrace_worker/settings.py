@@ -1,0 +1,38 @@
+"""The worker's settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from headrace.config import ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """Read from `HEADRACE_…` variables; `headrace up` sets them from its flags."""
+
+    model: str = Field(default="smollm2", description="alias, Hugging Face repo id or path")
+    model_name: str = Field(default="", description="name clients use; empty: the alias")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = Field(default=0, ge=0, le=1024, description="0: as many as torch chooses")
+    kv_tokens: int = Field(
+        default=0, ge=0, description="size of the KV pool in tokens; 0: from free memory"
+    )
+    max_jobs: int = Field(default=32, ge=1, le=4096, description="jobs that run at once")
+    step_tokens: int = Field(
+        default=512, ge=16, le=65_536, description="token budget of one engine step"
+    )
+    worker_id: str = Field(default="", max_length=100, pattern=r"^[A-Za-z0-9._-]*$")
+    lease_ms: int = Field(default=3_000, ge=300, le=600_000)
+    stall_ms: int = Field(
+        default=60_000,
+        ge=1_000,
+        description="an engine step that takes longer counts as hung: the lease is let go",
+    )
+    drain_ms: int = Field(
+        default=8_000, ge=0, description="how long SIGTERM waits for running jobs"
+    )
+    cache_url: str = Field(default="", description="tcp://host:port or unix:///path; empty: none")
+    cache_timeout_ms: int = Field(default=500, ge=1)
+    metrics_port: int = Field(default=0, ge=0, le=65_535, description="0: no metrics listener")
