@@ -7,17 +7,20 @@ Invariants, each the answer to a trap that was measured with redis-py 8:
   changes nothing in Redis, so that a cancelled or crashed reader loses nothing. Rejected:
   consumer groups, whose pending lists swallow entries when a blocked read is cancelled as they
   arrive (docs/adr/0002);
+- a cancelled call raises CancelledError: redis-py loses about half of the cancels that arrive while
+  a command is under way, and a loop that was told to stop would run for ever;
 - job streams are never trimmed, only emptied entry by entry.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
@@ -36,6 +39,34 @@ REDIS_DOWN = (RedisError, OSError, asyncio.TimeoutError)
 """What a call raises when Redis is away or refuses; everything else is our bug."""
 
 
+T = TypeVar("T")
+
+
+async def _keep_cancel(call: Awaitable[T]) -> T:
+    """Await `call`; raise the cancel that arrived meanwhile if redis-py lost it."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+class _Pipeline(Pipeline):
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        return await _keep_cancel(super().execute(raise_on_error))
+
+
+class _Client(Redis):
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        call = super().execute_command(*args, **options)  # type: ignore[no-untyped-call]  # theirs
+        return await _keep_cancel(call)
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
 def connect(url: str) -> Redis:
     """A client for ordinary commands: pooled, each sent once, each with a time limit."""
     pool = BlockingConnectionPool.from_url(
@@ -46,7 +77,7 @@ def connect(url: str) -> Redis:
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
     )
-    return Redis.from_pool(pool)
+    return _Client.from_pool(pool)
 
 
 def _connect_blocking(url: str) -> Redis:
@@ -57,7 +88,7 @@ def _connect_blocking(url: str) -> Redis:
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
     )
-    return Redis.from_pool(pool)
+    return _Client.from_pool(pool)
 
 
 def as_bytes(value: bytes | str) -> bytes:

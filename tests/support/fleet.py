@@ -1,0 +1,123 @@
+"""Builders for tests of the queue: a scripted worker and a model record, on a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+
+from headrace import keys, scripts, wire
+from headrace.clock import SystemClock
+from headrace.streams import Scripts, parse_entries
+from headrace.types import (
+    Band,
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    ModelRecord,
+    Sampling,
+    WorkerState,
+    WorkerStatus,
+    pack_tokens,
+)
+from headrace_worker.membership import Capacity, Membership
+
+MODEL = ModelRecord(
+    name="m",
+    fingerprint="f",
+    architecture="llama",
+    context_tokens=1_000,
+    vocab_size=100,
+    eos_token_ids=(2,),
+    add_bos=False,
+    bos_token_id=None,
+    chat_template="",
+    template_tokens={},
+    tokenizer_json=b"{}",
+)
+
+
+def a_job(name: str, gateway: str, *, tokens: int = 10, band: Band = Band.STANDARD) -> Job:
+    return Job(
+        id=name,
+        model=MODEL.name,
+        tenant="t",
+        band=band,
+        arrived_ms=SystemClock().wall_ms(),
+        gateway=gateway,
+        prompt=pack_tokens(range(5)),
+        sampling=Sampling(max_tokens=tokens),
+        affinity=name.encode(),
+    )
+
+
+class ScriptedWorker:
+    """A worker without an engine: the test says which tokens it writes and when."""
+
+    def __init__(
+        self, redis: Redis, name: str, *, max_jobs: int = 4, lease_ms: int = 60_000
+    ) -> None:
+        self.redis = redis
+        self.name = name
+        self.member = Membership(
+            redis, MODEL, name, Capacity(1_000, max_jobs), lease_ms, SystemClock()
+        )
+
+    async def join(self) -> None:
+        await self.member.join(WorkerStatus(WorkerState.READY, 0, 0, 1_000, 0))
+
+    async def entries(self, kind: str = "job") -> list[tuple[str, bytes]]:
+        rows = await self.redis.xrange(keys.jobs(MODEL.name, self.name))
+        return [(e.id, e.data) for e in parse_entries(rows) if e.kind == kind]
+
+    async def jobs(self) -> list[tuple[str, Job]]:
+        return [(entry, wire.decode_job(data)) for entry, data in await self.entries()]
+
+    async def write(self, job: Job, first: int, *tokens: int) -> None:
+        """Tokens as an engine step would publish them."""
+        frame = wire.encode_deltas([Delta(job.id, job.attempt, first, tokens)])
+        await self.redis.xadd(keys.replies(MODEL.name, job.gateway), {"d": frame})
+
+    async def finish(self, entry: str, job: Job, first: int, *tokens: int) -> bool:
+        """End the job; False when another attempt has the job by now."""
+        m = MODEL.name
+        delta = Delta(job.id, job.attempt, first, tokens, Finish(FinishReason.LENGTH))
+        answer = await Scripts(self.redis).call(
+            scripts.FINISH,
+            [
+                keys.job(m, job.id),
+                keys.jobs(m, self.name),
+                keys.load(m, self.name),
+                keys.replies(m, job.gateway),
+                keys.events(m),
+                keys.lease(m, self.name),
+            ],
+            [
+                job.attempt,
+                entry,
+                wire.encode_deltas([delta]),
+                job.cost_tokens,
+                keys.JOB_LINGER_MS,
+                keys.REPLIES_TTL_MS,
+                wire.pack(["done", self.name, job.cost_tokens]),
+            ],
+        )
+        return bool(answer == 1)
+
+    async def die(self) -> None:
+        """As kill -9 and an ended lease: nothing else is tidied up."""
+        await self.redis.delete(keys.lease(MODEL.name, self.name))
+
+
+async def eventually(check: Callable[[], object], limit_s: float = 10.0) -> None:
+    """Wait until `check` (which may be a coroutine function) is true."""
+    async with asyncio.timeout(limit_s):
+        while True:
+            found = check()
+            if asyncio.iscoroutine(found):
+                found = await found
+            if found:
+                return
+            await asyncio.sleep(0.01)
