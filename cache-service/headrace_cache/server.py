@@ -141,7 +141,7 @@ class _Connection(FrameProtocol[Request]):
             or self._unsent_bytes >= limits.unsent_bytes_max
             or self._server.stopping
         )
-        if full != self._paused and not self.closed:
+        if full != self._paused and not self.closed and not self.transport.is_closing():
             self._paused = full
             if full:
                 self.transport.pause_reading()
@@ -230,7 +230,7 @@ class CacheServer:
         if self._listener is not None:
             self._listener.close()
         if self._path:
-            Path(self._path).unlink(missing_ok=True)
+            Path(self._path).unlink(missing_ok=True)  # noqa: ASYNC240  # one unlink, at the end
         if self._sweeper is not None:
             self._sweeper.cancel()
         with contextlib.suppress(TimeoutError):
@@ -321,7 +321,7 @@ class CacheServer:
             tuple(each.crc for each in facts),
             run.more,
         )
-        attributes = {
+        attributes: dict[str, str | int] = {
             "headrace.cache.kind": request.keys[0].kind,
             "headrace.cache.keys": len(request.keys),
             "headrace.cache.hits": len(facts),
@@ -343,7 +343,7 @@ class CacheServer:
         ]
         present = outcomes.count(Outcome.PRESENT)
         held = sum(facts.key in self.store for facts in request.entries)
-        attributes = {
+        attributes: dict[str, str | int] = {
             "headrace.cache.kind": request.entries[0].key.kind,
             "headrace.cache.keys": len(outcomes),
             "headrace.cache.hits": present,

@@ -37,7 +37,7 @@ class TemplateRefusedError(jinja2.TemplateError):
 class _Generation(Extension):
     """`{% generation %}` marks assistant text for training; for serving it means nothing."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (the base class declares a mutable set)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

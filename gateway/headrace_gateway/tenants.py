@@ -36,8 +36,8 @@ class Tenant:
     def grant(self, asked: Band) -> Band:
         """The Band this tenant gets when it asks for `asked`.
 
-        A band it may not use becomes the best one below it, else the best it has at all; the
-        response names the tier that was used.
+        A band it may not use becomes the best one below it, else its lowest; the response names
+        the tier that was used.
         """
         if asked in self.bands:
             return asked

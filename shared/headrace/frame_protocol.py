@@ -1,26 +1,132 @@
 """Frames over an asyncio connection: received without a copy, sent under flow control.
 
-Invariant: frames never interleave, and a frame whose sending was given up midway takes its
-connection with it, as its receiver could no longer tell where the next one starts.
-Rejected: asyncio streams, whose StreamReader copies every byte twice.
+Invariants: each entry is received straight into the buffer it will stay in, or skipped without
+one; memory is taken for it only when its bytes are due; frames never interleave, and a frame whose
+sending was given up midway takes its connection with it, as its receiver could no longer tell where
+the next one starts.
+Rejected: asyncio streams, whose StreamReader copies every byte twice, and one buffer a frame (an
+entry kept for an hour would hold its whole batch in memory).
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 from headrace.errors import WireError
-from headrace.frames import Buffer, FrameReader, Sized
+from headrace.frames import HEADER_BYTES_MAX, MAGIC, PAYLOAD_BYTES_MAX, PREFIX, Buffer
+
+SKIP_BYTES = 64 * 1024
 
 WRITE_HIGH_BYTES = 4 * 1024 * 1024
 """What a transport may hold unsent before its sender has to wait."""
 
+
+class Sized(Protocol):
+    """A message whose payload consists of entries of these sizes."""
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
+
+
 S = TypeVar("S", bound=Sized)
 
 
-class FrameProtocol(asyncio.BufferedProtocol, Generic[S]):
+class FrameReader(Generic[S]):
+    """Turns a stream of bytes into frames, received where they will stay.
+
+    Ask `buffer()` where the next bytes belong, write some there, tell `advance()` how many. As a
+    buffer never reaches past its section, one `advance()` completes at most one frame.
+    `decode` reads a header; `choose` then says for each entry whether its bytes are wanted.
+    """
+
+    def __init__(self, decode: Callable[[bytes], S], choose: Callable[[S], Sequence[bool]]) -> None:
+        self._decode = decode
+        self._choose = choose
+        self._skipping = memoryview(bytearray(SKIP_BYTES))
+        self._next_frame()
+
+    def _next_frame(self) -> None:
+        self._message: S | None = None
+        self._payload_bytes = 0
+        self._wanted: Sequence[bool] = ()
+        self._parts: list[memoryview | None] = []
+        self._prefix_done = False
+        self._target: memoryview | None = memoryview(bytearray(PREFIX.size))
+        self._size = PREFIX.size
+        self._filled = 0
+
+    @property
+    def idle(self) -> bool:
+        """No byte of the next frame has arrived."""
+        return self._filled == 0 and not self._prefix_done and self._message is None
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        if self._target is None:
+            return self._skipping[: self._size - self._filled]
+        return self._target[self._filled :]
+
+    def advance(self, count: int) -> tuple[S, list[memoryview | None]] | None:
+        """Take note of `count` bytes written to `buffer()`.
+
+        Returns the frame they complete, if any: its message and its entries' bytes, None for
+        those that were not wanted. Raises WireError; the reader is then of no further use.
+        """
+        self._filled += count
+        if self._filled < self._size:
+            return None
+        if self._message is not None:
+            self._parts.append(self._target)
+        elif self._prefix_done:
+            self._open_payload()
+        else:
+            self._open_header()
+            return None
+        return self._open_part()
+
+    def _open_header(self) -> None:
+        assert self._target is not None, "a prefix is never skipped"
+        magic, header_bytes, payload_bytes = PREFIX.unpack(self._target)
+        if magic != MAGIC:
+            raise WireError(f"a frame starts with {MAGIC!r}, not {magic!r}")
+        if not 1 <= header_bytes <= HEADER_BYTES_MAX:
+            raise WireError(f"header of {header_bytes} bytes: allowed 1 to {HEADER_BYTES_MAX}")
+        if payload_bytes > PAYLOAD_BYTES_MAX:
+            raise WireError(f"payload of {payload_bytes} bytes exceeds {PAYLOAD_BYTES_MAX}")
+        self._payload_bytes = payload_bytes
+        self._prefix_done = True
+        self._start_section(header_bytes, keep=True)
+
+    def _open_payload(self) -> None:
+        assert self._target is not None, "a header is never skipped"
+        message = self._decode(bytes(self._target))
+        sizes = message.sizes
+        if sum(sizes) != self._payload_bytes:
+            raise WireError(f"payload of {self._payload_bytes} bytes, entries of {sum(sizes)}")
+        self._message = message
+        self._wanted = self._choose(message)
+        assert len(self._wanted) == len(sizes), "one decision an entry"
+
+    def _open_part(self) -> tuple[S, list[memoryview | None]] | None:
+        assert self._message is not None, "entries follow their header"
+        index, sizes = len(self._parts), self._message.sizes
+        if index < len(sizes):
+            self._start_section(sizes[index], keep=self._wanted[index])
+            return None
+        frame = (self._message, self._parts)
+        self._next_frame()
+        return frame
+
+    def _start_section(self, size: int, *, keep: bool) -> None:
+        self._target = memoryview(bytearray(size)) if keep else None
+        self._size = size
+        self._filled = 0
+
+
+class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
     """One end of a connection. Subclasses say what to do with frames and with the end.
 
     `decode` and `choose` are FrameReader's.
@@ -33,9 +139,9 @@ class FrameProtocol(asyncio.BufferedProtocol, Generic[S]):
         self._turn = asyncio.Lock()
         self.closed = False
 
+    @abstractmethod
     def frame_received(self, message: S, parts: list[memoryview | None]) -> None:
         """A whole frame came in. Raise WireError to end the connection."""
-        raise AssertionError("a subclass takes the frames")
 
     def malformed(self, error: WireError) -> None:
         """The other side sent something that is not a frame; the connection ends."""
@@ -107,5 +213,5 @@ class FrameProtocol(asyncio.BufferedProtocol, Generic[S]):
             except TimeoutError as error:
                 self.abort()
                 raise ConnectionAbortedError(f"nothing was read for {stall_s} s") from error
-        if self.closed:
+        if self.closed or self.transport.is_closing():
             raise ConnectionResetError("the connection is closed")

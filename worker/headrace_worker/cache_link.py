@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from headrace.cache_client import CacheClient, PutEntry
 from opentelemetry.trace import Span, SpanKind
 
 from headrace import telemetry
+from headrace.cache_client import CacheClient, PutEntry
+from headrace.types import BLOCK_TOKENS
 from headrace_worker.engine import BlockPayload
 
 PUT_BLOCKS_MAX = 512
@@ -80,4 +81,10 @@ class CacheLink:
 
 
 def _entry(block: BlockPayload) -> PutEntry:
-    return PutEntry(hash=block.hash, data=block.data, parent=block.parent, depth=block.depth)
+    return PutEntry(
+        hash=block.hash,
+        data=block.data,
+        parent=block.parent,
+        depth=block.depth,
+        cost_tokens=BLOCK_TOKENS,
+    )

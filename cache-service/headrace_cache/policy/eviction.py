@@ -14,6 +14,8 @@ without aging (measured worse than LRU on conversation traces at middle sizes).
 from __future__ import annotations
 
 import heapq
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,8 +52,9 @@ class Facts:
     cost_ms: float = 0.0
 
     @property
-    def recompute_ms(self) -> float:
-        return self.cost_ms or self.cost_tokens * TOKEN_MS_DEFAULT
+    def recompute_us(self) -> int:
+        """Microseconds to compute it again; 0 only if nothing is known."""
+        return math.ceil(1000 * (self.cost_ms or self.cost_tokens * TOKEN_MS_DEFAULT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Victim:
 
 
 class EvictionPolicy(Protocol):
-    """Decides who leaves. It holds facts, never bytes; the store obeys and tells it what happens."""
+    """Decides who leaves. It holds facts, never bytes; the store tells it all and obeys."""
 
     def admit(self, key: Key, facts: Facts, now_ms: int) -> None:
         """A new entry came in. It may be a victim at once: then it was worth less than the rest."""
@@ -99,7 +102,7 @@ class _Resident:
     score: float = 0.0
 
 
-class LeafFirst:
+class LeafFirst(ABC):
     """What policies that rank by one score share: the chains, and a heap with lazy invalidation.
 
     A heap item is valid while its entry is resident, childless and of the same score; all others
@@ -113,15 +116,18 @@ class LeafFirst:
         self._heap: list[tuple[float, int, Key]] = []
         self._arrivals = 0
         self._aging = 0.0
+        # of those whose cost is known; whole numbers, so that no rounding error adds up
+        self._cost_us = 0
+        self._cost_bytes = 0
 
+    @abstractmethod
     def _score(self, entry: _Resident) -> float:
-        raise AssertionError("a subclass ranks")
+        """What `entry` is worth keeping, as of this use of it."""
 
-    def _joined(self, facts: Facts) -> None:
-        """An entry with these facts became resident."""
-
-    def _left(self, facts: Facts) -> None:
-        """An entry with these facts is resident no more."""
+    def _account(self, facts: Facts, sign: int) -> None:
+        if facts.recompute_us:
+            self._cost_us += sign * facts.recompute_us
+            self._cost_bytes += sign * facts.size_bytes
 
     def admit(self, key: Key, facts: Facts, now_ms: int) -> None:
         assert key not in self._residents, "an entry is admitted once"
@@ -131,7 +137,7 @@ class LeafFirst:
         link = _parent_of(key, facts)
         if link is not None:
             self._children[link] = self._children.get(link, 0) + 1
-        self._joined(facts)
+        self._account(facts, 1)
         self._rank(entry)
 
     def touch(self, key: Key, now_ms: int, band: Band | None = None) -> None:
@@ -144,7 +150,7 @@ class LeafFirst:
 
     def remove(self, key: Key) -> None:
         entry = self._residents.pop(key)
-        self._left(entry.facts)
+        self._account(entry.facts, -1)
         link = _parent_of(key, entry.facts)
         if link is None:
             return
@@ -209,6 +215,9 @@ class LeafFirst:
         valid = {item[2] for item in self._heap if self._valid(item)}
         leaves = {entry.key for entry in self._residents.values() if self._is_leaf(entry)}
         assert valid == leaves, "the heap ranks the leaves, all of them and no other"
+        costs = [e.facts for e in self._residents.values() if e.facts.recompute_us]
+        assert self._cost_us == sum(facts.recompute_us for facts in costs), "costs add up"
+        assert self._cost_bytes == sum(facts.size_bytes for facts in costs), "sizes add up"
         assert len(self._heap) <= 2 * len(self._residents) + HEAP_SLACK + 1, "the heap is swept"
 
 
@@ -220,7 +229,7 @@ def _reason(entry: _Resident, now_ms: int) -> str:
     return (
         f"lowest keep-score {entry.score:.3f} among leaves: {entry.band.label}, "
         f"used {entry.uses}x, idle {now_ms - entry.used_ms} ms, "
-        f"{entry.facts.recompute_ms:g} ms to recompute {entry.facts.size_bytes} bytes"
+        f"{entry.facts.recompute_us / 1000:g} ms to recompute {entry.facts.size_bytes} bytes"
     )
 
 
@@ -229,35 +238,16 @@ class KeepScore(LeafFirst):
 
     L is the highest score evicted so far: what came or was used later starts above it. Cost per
     byte is taken relative to that of all residents together, so that the average entry is worth 1,
-    whatever the model and machine, and floors mean the same everywhere.
+    whatever the model and machine, and floors mean the same everywhere. An entry without a cost
+    counts as average.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._cost_ms = 0.0
-        self._size_bytes = 0
-
-    def _joined(self, facts: Facts) -> None:
-        self._cost_ms += facts.recompute_ms
-        self._size_bytes += facts.size_bytes
-
-    def _left(self, facts: Facts) -> None:
-        self._size_bytes -= facts.size_bytes
-        # from zero again when empty: no rounding error lives on
-        self._cost_ms = self._cost_ms - facts.recompute_ms if self._size_bytes else 0.0
-
     def _score(self, entry: _Resident) -> float:
-        usual = self._cost_ms / self._size_bytes
-        own = entry.facts.recompute_ms / entry.facts.size_bytes
-        worth = entry.uses * (own / usual if usual > 0 else 1.0)
-        return FLOORS[entry.band] + self._aging + min(worth, WORTH_MAX)
-
-    def check_integrity(self) -> None:
-        super().check_integrity()
-        facts = [entry.facts for entry in self._residents.values()]
-        assert self._size_bytes == sum(f.size_bytes for f in facts), "sizes add up"
-        cost_ms = sum(f.recompute_ms for f in facts)
-        assert abs(self._cost_ms - cost_ms) <= 1e-6 * max(1.0, cost_ms), "costs add up"
+        facts, worth = entry.facts, 1.0
+        if facts.recompute_us:
+            usual = self._cost_us / self._cost_bytes
+            worth = facts.recompute_us / facts.size_bytes / usual
+        return FLOORS[entry.band] + self._aging + min(entry.uses * worth, WORTH_MAX)
 
 
 class LeastRecentlyUsed(LeafFirst):

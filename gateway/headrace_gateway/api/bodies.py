@@ -37,7 +37,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                _refuse(f"the key {ascii(key[:80])} stands twice in one object")
+                _refuse(f"the key {key[:80]!a} stands twice in one object")
             seen.add(key)
     return made
 

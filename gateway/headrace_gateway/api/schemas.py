@@ -1,7 +1,7 @@
 """What a client may send, field by field, and what it is told when it sends something else.
 
-Invariant: a field that OpenAI defines and that would change the output is either honoured or, unless
-it has its neutral value, refused with `unsupported_parameter`; it is never silently ignored.
+Invariant: a field that OpenAI defines and that would change the output is either honoured or,
+unless it has its neutral value, refused with `unsupported_parameter`; it is never silently ignored.
 Fields that nobody defined are let through, as OpenAI's own clients send new ones at any time.
 """
 
@@ -24,7 +24,7 @@ PARTS_MAX = 4_096
 METADATA_MAX = 16
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
-_strict = ConfigDict(extra="allow", strict=True, frozen=True)
+STRICT = ConfigDict(extra="allow", strict=True, frozen=True)
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=STOP_CHARS_MAX)]
@@ -59,7 +59,7 @@ def tier_of(band: Band) -> str:
 class Common(BaseModel):
     """What all three generation endpoints share."""
 
-    model_config = _strict
+    model_config = STRICT
 
     model: ModelName
     stream: bool | None = None
@@ -76,7 +76,7 @@ class Common(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    model_config = _strict
+    model_config = STRICT
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -102,7 +102,7 @@ class Choices(Common):
 
 
 class TextPart(BaseModel):
-    model_config = _strict
+    model_config = STRICT
 
     type: Literal["text"]
     text: str
@@ -111,7 +111,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """One chat message. Extra fields (`name`, `tool_call_id`) reach the template as they are."""
 
-    model_config = _strict
+    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=PARTS_MAX)]
@@ -124,7 +124,7 @@ class Message(BaseModel):
             if isinstance(self.content, str)
             else "\n".join(part.text for part in self.content)
         )
-        made = {"role": _template_role(self.role), "content": text}
+        made = {"role": template_role(self.role), "content": text}
         if self.name is not None:
             made["name"] = self.name
         if self.tool_call_id is not None:
@@ -132,7 +132,7 @@ class Message(BaseModel):
         return made
 
 
-def _template_role(role: str) -> str:
+def template_role(role: str) -> str:
     # `developer` is OpenAI's newer name for `system`; open models' templates know only the latter
     return "system" if role == "developer" else role
 
@@ -173,16 +173,20 @@ Neutral = Callable[[Any], bool]
 
 def only(*values: Any) -> Neutral:
     """Neutral is null or one of `values`; `False` is not taken for 0, nor 1 for True."""
-    return lambda value: value is None or any(
-        value == known and isinstance(value, bool) == isinstance(known, bool) for known in values
+    return lambda value: (
+        value is None
+        or any(
+            value == known and isinstance(value, bool) == isinstance(known, bool)
+            for known in values
+        )
     )
 
 
-def _text_format(value: Any) -> bool:
+def text_format(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and value.get("type") == "text")
 
 
-_NEUTRAL_ANY: dict[str, Neutral] = {
+NEUTRAL_ANY: dict[str, Neutral] = {
     "tools": only([]),
     "tool_choice": only("none", "auto"),
     "top_logprobs": only(0),
@@ -200,22 +204,22 @@ _NEUTRAL_ANY: dict[str, Neutral] = {
     "background": only(False),
 }
 
-NEUTRAL_CHAT: dict[str, Neutral] = _NEUTRAL_ANY | {
+NEUTRAL_CHAT: dict[str, Neutral] = NEUTRAL_ANY | {
     "functions": only([]),
     "function_call": only("none", "auto"),
-    "response_format": _text_format,
+    "response_format": text_format,
     "logprobs": only(False),
     "modalities": only(["text"]),
     "audio": only(),
     "web_search_options": only(),
 }
 
-NEUTRAL_COMPLETION: dict[str, Neutral] = _NEUTRAL_ANY | {
+NEUTRAL_COMPLETION: dict[str, Neutral] = NEUTRAL_ANY | {
     "best_of": only(1),
     "echo": only(False),
     "suffix": only(""),
     "logprobs": only(),
-    "response_format": _text_format,
+    "response_format": text_format,
 }
 
 
@@ -259,19 +263,16 @@ def validate(kind: type[R], body: Mapping[str, Any]) -> R:
 def _field_error(error: ValidationError, body: Mapping[str, Any]) -> CallerError:
     """The problem deepest in the body: with alternatives (string or list) it is what was meant."""
     problems = [
-        (_field_path(e["loc"], body, missing=e["type"] == "missing"), e["msg"])
+        (_field_path(e["loc"], body, missing=e["type"] == "missing"), e["type"], e["msg"])
         for e in error.errors(include_url=False, include_context=False, include_input=False)
     ]
-    deepest = max(len(path) for path, _ in problems)
-    path = next(path for path, _ in problems if len(path) == deepest)
-    reasons = dict.fromkeys(reason for where, reason in problems if where == path)
+    path, kind, _ = max(problems, key=lambda problem: len(problem[0]))
+    reasons = dict.fromkeys(message for where, _, message in problems if where == path)
     where = _spell(path)
     return CallerError(
         f"{where or 'body'}: {'; or '.join(reasons)}"[:1_000],
         param=where or None,
-        code="missing_required_parameter"
-        if len(reasons) == 1 and "required" in next(iter(reasons))
-        else "invalid_value",
+        code="missing_required_parameter" if kind == "missing" else "invalid_value",
     )
 
 

@@ -1,0 +1,132 @@
+"""The JSON of chat completions and completions, whole and in chunks.
+
+Invariant: chat and completions differ only in the names of their fields; what they have in common
+is written once, in `TextReply`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from headrace.types import FinishReason
+from headrace_gateway.api.turn import Turn, Usage
+from headrace_gateway.choices import Piece
+
+Json = dict[str, Any]
+
+
+def usage_json(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+class TextReply(ABC):
+    """How one endpoint words a turn. `with_usage` is `stream_options.include_usage`."""
+
+    object_name: str
+    chunk_name: str
+
+    def __init__(self, turn: Turn, *, with_usage: bool) -> None:
+        self._turn = turn
+        self._with_usage = with_usage
+
+    @abstractmethod
+    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json: ...
+
+    @abstractmethod
+    def chunk_choice(self, index: int, text: str, finish: FinishReason | None) -> Json: ...
+
+    def whole(self, texts: list[str]) -> Json:
+        """The body of an answer that is not streamed."""
+        choices = [
+            self.whole_choice(choice.index, text, choice.finish)
+            for choice, text in zip(self._turn.choices, texts, strict=True)
+        ]
+        return self._head(self.object_name, choices) | {"usage": usage_json(self._turn.usage())}
+
+    def opening(self) -> list[Json]:
+        """Chunks that go out as soon as the request is accepted."""
+        return []
+
+    def chunks(self, piece: Piece) -> list[Json]:
+        """What a delivery says: its text, if there is any, and how its choice ended."""
+        made = []
+        if piece.text:
+            made.append(self._chunk([self.chunk_choice(piece.index, piece.text, None)]))
+        if piece.finish is not None:
+            made.append(self._chunk([self.chunk_choice(piece.index, "", piece.finish)]))
+        return made
+
+    def closing(self) -> list[Json]:
+        """The chunk with the usage, if it was asked for."""
+        if not self._with_usage:
+            return []
+        return [self._head(self.chunk_name, []) | {"usage": usage_json(self._turn.usage())}]
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        made = self._head(self.chunk_name, choices)
+        if self._with_usage:
+            made["usage"] = None
+        return made
+
+    def _head(self, object_name: str, choices: list[Json]) -> Json:
+        turn = self._turn
+        return {
+            "id": turn.id,
+            "object": object_name,
+            "created": turn.created_s,
+            "model": turn.record.name,
+            "service_tier": turn.service_tier,
+            "system_fingerprint": turn.system_fingerprint,
+            "choices": choices,
+        }
+
+
+class ChatReply(TextReply):
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+
+    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
+        return {
+            "index": index,
+            "message": {
+                "role": "assistant",
+                "content": text,
+                "refusal": None,
+                "annotations": [],
+            },
+            "logprobs": None,
+            "finish_reason": finish,
+        }
+
+    def chunk_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
+        delta = {"content": text} if finish is None else {}
+        return self._delta(index, delta, finish)
+
+    def opening(self) -> list[Json]:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [self._chunk([self._delta(c.index, delta, None)]) for c in self._turn.choices]
+
+    def _delta(self, index: int, delta: Json, finish: FinishReason | None) -> Json:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+class CompletionReply(TextReply):
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+
+    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+
+    chunk_choice = whole_choice

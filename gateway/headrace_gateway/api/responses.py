@@ -1,0 +1,76 @@
+"""POST /v1/responses, and the turn that HTTP and WebSocket have in common."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from headrace_gateway.api.context import GATEWAY
+from headrace_gateway.api.errors import as_headrace_error
+from headrace_gateway.api.requests import make_call, read_object
+from headrace_gateway.api.response_events import Json, ResponseEvents, ResponseFacts
+from headrace_gateway.api.response_schemas import ResponseRequest, parse_response
+from headrace_gateway.api.sse import EventStream
+from headrace_gateway.api.turn import ClientGoneError, Turn, Wish
+from headrace_gateway.choices import Piece
+
+ID_PREFIX = "resp_"
+
+
+async def responses(request: web.Request) -> web.StreamResponse:
+    """Answers a response request, streamed or whole."""
+    async with Turn(request.app[GATEWAY], make_call(request, "chat"), ID_PREFIX) as turn:
+        parsed = parse_response(await read_object(request))
+        events = await start(turn, parsed)
+        if parsed.stream:
+            return await _stream(request, turn, events)
+        [text] = await turn.collect()
+        return web.json_response(
+            events.whole(text, turn.choices[0].finish, turn.usage(), wall_s(turn))
+        )
+
+
+async def start(turn: Turn, parsed: ResponseRequest) -> ResponseEvents:
+    """Hand the response's one job to the fleet. Raises CallerError, OverloadError, …"""
+    turn.begin(parsed)
+    prompt = await turn.encode_chat(parsed.messages)
+    wish = Wish(
+        [prompt],
+        asked=parsed.max_output_tokens,
+        asked_param="max_output_tokens",
+        prompt_param="input",
+    )
+    await turn.submit(parsed, wish)
+    return ResponseEvents(
+        ResponseFacts(turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed)
+    )
+
+
+def finished(turn: Turn, events: ResponseEvents) -> list[Json]:
+    """The closing events of a turn that ran to its end."""
+    return events.finished(turn.choices[0].finish, turn.usage(), wall_s(turn))
+
+
+def wall_s(turn: Turn) -> int:
+    return turn.gateway.clock.wall_ms() // 1000
+
+
+async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
+    async with EventStream(request) as stream:
+
+        async def send_all(made: list[Json]) -> None:
+            for event in made:
+                await stream.send(event, event["type"])
+
+        async def send(piece: Piece) -> None:
+            await send_all(events.piece(piece))
+
+        try:
+            await send_all(events.opening())
+            await turn.run(send)
+            await send_all(finished(turn, events))
+        except ClientGoneError:
+            raise
+        except Exception as error:  # headers are out: the stream itself has to say it
+            turn.note_error(error)
+            await send_all(events.failed(as_headrace_error(error, request.path), turn.usage()))
+    return stream.response

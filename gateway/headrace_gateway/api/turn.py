@@ -1,0 +1,355 @@
+"""One turn: from an understood request to its choices' text, with its span and its figures.
+
+Invariant: whatever way a turn ends (done, failed, client gone, shut down), none of its generations
+runs on, its span is ended once, and `gateway.turns` no longer holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import uuid
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import structlog
+from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
+
+from headrace import telemetry
+from headrace.errors import CallerError, HeadraceError
+from headrace.policy.hashing import block_hashes, root_hash
+from headrace.types import Band, Job, ModelRecord, Sampling
+from headrace_gateway.api.context import Call, Gateway
+from headrace_gateway.api.schemas import INT64_MAX, INT64_MIN, Common, band_of, tier_of
+from headrace_gateway.choices import Choice, Piece
+from headrace_gateway.tokens import output_room
+
+log = structlog.get_logger()
+
+AFFINITY_BLOCKS = 16
+STATUS_OK = 200
+STATUS_CLIENT_GONE = 499
+STATUS_BUG = 500
+
+Sink = Callable[[Piece], Awaitable[None]]
+
+
+class ClientGoneError(Exception):
+    """The client no longer takes what we send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a whole turn; a prompt counts once however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What to generate: each of `prompts` `n` times.
+
+    `asked` None means `default_tokens`, or as much as fits where that is None too.
+    """
+
+    prompts: Sequence[array[int]]
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    asked: int | None = None
+    asked_param: str = "max_tokens"
+    prompt_param: str = "messages"
+    default_tokens: int | None = None
+
+
+class Turn:
+    """`async with Turn(...) as turn:` begin → encode → submit → run."""
+
+    def __init__(self, gateway: Gateway, call: Call, id_prefix: str) -> None:
+        self.id = f"{id_prefix}{uuid.uuid4().hex}"
+        self.created_s = gateway.clock.wall_ms() // 1000
+        self.gateway = gateway
+        self.choices: list[Choice] = []
+        self.band = Band.STANDARD
+        self.status = STATUS_OK
+        self._call = call
+        self._record: ModelRecord | None = None
+        self._prompts: Sequence[array[int]] = ()
+        self._n = 1
+        self._first_token_ms: int | None = None
+        self._last_ms: dict[int, int] = {}
+        self._span = telemetry.tracer().start_span(
+            call.operation,
+            telemetry.extract(call.trace),
+            SpanKind.SERVER,
+            call.attributes
+            | {
+                "gen_ai.operation.name": call.operation,
+                "gen_ai.provider.name": "headrace",
+                "gen_ai.response.id": self.id,
+                "headrace.tenant": call.tenant.name,
+            },
+        )
+
+    @property
+    def record(self) -> ModelRecord:
+        assert self._record is not None, "begin() comes first"
+        return self._record
+
+    @property
+    def service_tier(self) -> str:
+        return tier_of(self.band)
+
+    @property
+    def system_fingerprint(self) -> str:
+        return f"fp_{self.record.fingerprint[:12]}"
+
+    async def __aenter__(self) -> Turn:
+        if telemetry.enabled():
+            trace_id = format_trace_id(self._span.get_span_context().trace_id)
+            self._call.reply_headers["x-headrace-trace-id"] = trace_id
+        self.gateway.turns.add(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None:
+                self.note_error(error)
+            await self.stop()
+        finally:
+            self.gateway.turns.discard(self)
+            self._tell()
+            self._span.end()
+
+    def begin(self, request: Common) -> None:
+        """Look the model up and settle the Band. Raises NotFoundError, DependencyError."""
+        self.gateway.check_open()
+        self._span.update_name(f"{self._call.operation} {request.model}")
+        self._span.set_attribute("gen_ai.request.model", request.model)
+        self._span.set_attribute("gen_ai.request.stream", bool(request.stream))
+        self._record = self.gateway.fleet.model(request.model)
+        self.band = self._call.tenant.grant(band_of(request.service_tier))
+        self._span.set_attribute("headrace.band", self.band.label)
+
+    async def encode(self, text: str, *, add_bos: bool) -> array[int]:
+        """Token ids of a prompt's text."""
+        tokenizer = await self.gateway.tokenizers.get(self.record)
+        return await tokenizer.encode(text, add_bos=add_bos)
+
+    async def encode_chat(self, messages: list[dict[str, str]]) -> array[int]:
+        """Token ids of chat messages; the model's template writes its own first token."""
+        text = self.gateway.templates.render(self.record, messages)
+        return await self.encode(text, add_bos=False)
+
+    async def submit(self, request: Common, wish: Wish) -> None:
+        """Make the jobs and hand them to the fleet, all or none.
+
+        Raises CallerError, OverloadError, DependencyError.
+        """
+        tokenizer = await self.gateway.tokenizers.get(self.record)
+        silent = frozenset() if request.ignore_eos else frozenset(self.record.eos_token_ids)
+        jobs = self._make_jobs(request, wish)
+        self._prompts, self._n = wish.prompts, wish.n
+        for index, job in enumerate(jobs):
+            generation = await self.gateway.fleet.submit(job, self._span)
+            self.choices.append(
+                Choice(index, generation, tokenizer.detokenizer(), wish.stops, silent)
+            )
+
+    async def run(self, sink: Sink) -> None:
+        """Feed `sink` until every choice has finished; several choices do not wait for each other.
+
+        Raises what the generations raise, or `sink`.
+        """
+        if len(self.choices) == 1:
+            await self._pump(self.choices[0], sink)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for choice in self.choices:
+                    group.create_task(self._pump(choice, sink))
+        except BaseExceptionGroup as several:
+            raise _first_of(several) from None
+
+    async def collect(self) -> list[str]:
+        """The whole text of each choice."""
+        texts: list[list[str]] = [[] for _ in self.choices]
+
+        async def keep(piece: Piece) -> None:
+            texts[piece.index].append(piece.text)
+
+        await self.run(keep)
+        return ["".join(parts) for parts in texts]
+
+    async def stop(self) -> None:
+        """Give up what still runs; harmless after the end."""
+        for choice in self.choices:
+            await choice.cancel()
+
+    def usage(self) -> Usage:
+        """The counts so far. A prompt token counts as cached when no choice computed it."""
+        cached = 0
+        for at in range(len(self._prompts)):
+            known = [
+                choice.cached_tokens
+                for choice in self.choices[at * self._n : (at + 1) * self._n]
+                if choice.cached_tokens is not None
+            ]
+            cached += min(known, default=0)
+        return Usage(
+            sum(len(prompt) for prompt in self._prompts),
+            sum(choice.completion_tokens for choice in self.choices),
+            cached,
+        )
+
+    def note_error(self, error: BaseException) -> None:
+        """Record how the turn failed; by OpenTelemetry's HTTP rules 4xx is no server error."""
+        if isinstance(error, asyncio.CancelledError | ClientGoneError):
+            self.status = STATUS_CLIENT_GONE
+            self._span.set_attribute("error.type", "client_gone")
+            return
+        self.status = error.status if isinstance(error, HeadraceError) else STATUS_BUG
+        code = error.code if isinstance(error, HeadraceError) else None
+        self._span.set_attribute("error.type", code or type(error).__name__)
+        if self.status >= STATUS_BUG:
+            self._span.set_status(Status(StatusCode.ERROR, str(error)[:500]))
+            self._span.record_exception(error)
+
+    def _make_jobs(self, request: Common, wish: Wish) -> list[Job]:
+        limit = self.gateway.settings.jobs_max
+        if len(wish.prompts) * wish.n > limit:
+            raise CallerError(
+                f"{len(wish.prompts)} prompts times n={wish.n} exceed {limit} choices a request",
+                param="n",
+                code="too_many_choices",
+            )
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        rooms = [self._room(prompt, wish) for prompt in wish.prompts]
+        return [
+            self._make_job(prompt, at * wish.n + choice, room, seed, request)
+            for at, (prompt, room) in enumerate(zip(wish.prompts, rooms, strict=True))
+            for choice in range(wish.n)
+        ]
+
+    def _room(self, prompt: array[int], wish: Wish) -> int:
+        if not prompt:
+            raise CallerError(
+                "the prompt has no tokens", param=wish.prompt_param, code="invalid_value"
+            )
+        if max(prompt) >= self.record.vocab_size:
+            raise CallerError(
+                f"token id {max(prompt)} is outside the vocabulary of {self.record.vocab_size}",
+                param=wish.prompt_param,
+                code="invalid_value",
+            )
+        param = wish.prompt_param if wish.asked is None else wish.asked_param
+        room = output_room(len(prompt), wish.asked, self.record.context_tokens, param)
+        if wish.asked is None and wish.default_tokens is not None:
+            return min(room, wish.default_tokens)
+        return room
+
+    def _make_job(
+        self, prompt: array[int], index: int, max_tokens: int, seed: int, request: Common
+    ) -> Job:
+        salt = self._call.tenant.salt
+        return Job(
+            id=f"{self.id}-{index}",
+            model=self.record.name,
+            tenant=self._call.tenant.name,
+            band=self.band,
+            arrived_ms=self.gateway.clock.wall_ms(),
+            gateway=self.gateway.fleet.gateway_id,
+            prompt=prompt,
+            salt=salt,
+            affinity=affinity_of(self.record.fingerprint, salt, prompt),
+            sampling=Sampling(
+                max_tokens=max_tokens,
+                temperature=1.0 if request.temperature is None else float(request.temperature),
+                top_p=1.0 if request.top_p is None else float(request.top_p),
+                top_k=request.top_k or 0,
+                seed=_wrap_int64(seed + index),
+                stop_token_ids=tuple(request.stop_token_ids or ()),
+                ignore_eos=bool(request.ignore_eos),
+            ),
+        )
+
+    async def _pump(self, choice: Choice, sink: Sink) -> None:
+        while choice.finish is None:
+            piece = await choice.next()
+            if piece.tokens:
+                self._time(piece)
+            await sink(piece)
+
+    def _time(self, piece: Piece) -> None:
+        now_ms = self.gateway.clock.now_ms()
+        metrics, labels = self.gateway.metrics, (self.record.name, self.band.label)
+        if self._first_token_ms is None:
+            self._first_token_ms = now_ms
+            waited_s = (now_ms - self._call.arrived_ms) / 1000
+            metrics.ttft.labels(*labels).observe(waited_s)
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", waited_s)
+        last_ms = self._last_ms.get(piece.index)
+        if last_ms is not None:
+            metrics.itl.labels(*labels).observe((now_ms - last_ms) / 1000 / piece.tokens)
+        self._last_ms[piece.index] = now_ms
+
+    def _tell(self) -> None:
+        """The figures of the ended turn: span, metrics, one line of log."""
+        usage = self.usage()
+        took_ms = self.gateway.clock.now_ms() - self._call.arrived_ms
+        self._span.set_attribute("http.response.status_code", self.status)
+        if self._record is None or not self.choices:
+            return
+        finishes = [str(choice.finish) for choice in self.choices]
+        self._span.set_attribute("gen_ai.response.model", self._record.name)
+        self._span.set_attribute("gen_ai.response.finish_reasons", finishes)
+        self._span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)
+        self._span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
+        self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens)
+        metrics, model = self.gateway.metrics, self._record.name
+        metrics.duration.labels(model, self.band.label).observe(took_ms / 1000)
+        metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
+        metrics.tokens.labels(model, "cached").inc(usage.cached_tokens)
+        metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
+        log.info(
+            "turn ended",
+            id=self.id,
+            model=model,
+            tenant=self._call.tenant.name,
+            band=self.band.label,
+            status=self.status,
+            finish=",".join(finishes),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            took_ms=took_ms,
+        )
+
+
+def affinity_of(fingerprint: str, salt: bytes, prompt: array[int]) -> bytes:
+    """What routing hashes: the prompt's first blocks, or all of a prompt shorter than a block."""
+    root = root_hash(fingerprint, salt)
+    hashes = block_hashes(root, prompt, AFFINITY_BLOCKS)
+    return hashes[-1] if hashes else hashlib.sha256(root + prompt.tobytes()).digest()
+
+
+def _wrap_int64(value: int) -> int:
+    return (value - INT64_MIN) % (INT64_MAX - INT64_MIN + 1) + INT64_MIN
+
+
+def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = several.exceptions[0]
+    return _first_of(first) if isinstance(first, BaseExceptionGroup) else first

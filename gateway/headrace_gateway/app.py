@@ -1,0 +1,64 @@
+"""The gateway's HTTP application: routes, middlewares, life cycle.
+
+Invariant: a client that goes away cancels its handler at once (`handler_cancellation`), which is
+how its jobs stop; every way to run the app goes through `make_runner`.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from headrace.clock import Clock
+from headrace_gateway.api import health, models, texts
+from headrace_gateway.api.context import GATEWAY, FleetSeam, Gateway
+from headrace_gateway.api.errors import add_reply_headers, auth_middleware, errors_middleware
+from headrace_gateway.api.responses import responses
+from headrace_gateway.api.websocket import close_sockets, responses_socket
+from headrace_gateway.settings import GatewaySettings
+from headrace_gateway.tenants import Tenants
+
+SHUTDOWN_S = 2.0
+"""What is left of a handler's time after the drain, before it is cancelled."""
+
+
+def make_app(
+    settings: GatewaySettings, fleet: FleetSeam, tenants: Tenants, clock: Clock
+) -> web.Application:
+    """The application; `app[GATEWAY]` holds its parts."""
+    app = web.Application(
+        middlewares=[errors_middleware, auth_middleware], client_max_size=settings.body_bytes_max
+    )
+    app[GATEWAY] = Gateway(settings, fleet, tenants, clock)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", texts.chat_completions),
+            web.post("/v1/completions", texts.completions),
+            web.post("/v1/responses", responses),
+            web.get("/v1/responses", responses_socket, allow_head=False),
+            web.get("/v1/models", models.list_models),
+            web.get("/v1/models/{id:.+}", models.get_model),
+            web.get("/live", health.live),
+            web.get("/ready", health.ready),
+            web.get("/health", health.health),
+            web.get("/metrics", health.metrics),
+        ]
+    )
+    app.on_response_prepare.append(add_reply_headers)
+    app.on_shutdown.append(_on_shutdown)
+    return app
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """How the app has to be run; signals are the caller's."""
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        handle_signals=False,
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_S,
+    )
+
+
+async def _on_shutdown(app: web.Application) -> None:
+    app[GATEWAY].draining = True
+    await close_sockets(app[GATEWAY])

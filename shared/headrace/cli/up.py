@@ -1,0 +1,99 @@
+"""`headrace up`: the whole fleet on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headrace.cli.common import DataDir, data_dir_of, parse_size, plain_errors
+
+Host = Annotated[str, typer.Option(envvar="HEADRACE_HOST", help="Address to serve on.")]
+Port = Annotated[
+    int, typer.Option(envvar="HEADRACE_PORT", min=0, max=65535, help="0 takes a free one.")
+]
+Workers = Annotated[int, typer.Option(envvar="HEADRACE_WORKERS", min=1, max=64)]
+Model = Annotated[
+    str, typer.Option(envvar="HEADRACE_MODEL", help="Alias, Hugging Face id or path.")
+]
+ModelName = Annotated[
+    str | None, typer.Option(envvar="HEADRACE_MODEL_NAME", help="Name that clients use.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(envvar="HEADRACE_DTYPE", help="What the model computes in.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(envvar="HEADRACE_THREADS", min=1, help="Per worker. Default: cores / workers."),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(envvar="HEADRACE_REDIS_URL", help="Default: an embedded Valkey of its own."),
+]
+ApiKeys = Annotated[
+    str | None,
+    typer.Option(envvar="HEADRACE_API_KEYS", help="Keys to accept. Default: nobody is asked."),
+]
+Otlp = Annotated[
+    str | None,
+    typer.Option(
+        envvar="HEADRACE_OTLP_ENDPOINT", help="Where traces go, e.g. http://127.0.0.1:4318."
+    ),
+]
+KvTokens = Annotated[
+    int | None,
+    typer.Option(envvar="HEADRACE_KV_TOKENS", min=1, help="Tokens of KV each worker can hold."),
+]
+MaxJobs = Annotated[
+    int | None,
+    typer.Option(envvar="HEADRACE_MAX_JOBS", min=1, help="Jobs at a time on each worker."),
+]
+CacheBytes = Annotated[
+    str | None,
+    typer.Option(envvar="HEADRACE_CACHE_BYTES", help="Memory of the cache service, e.g. 512M."),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", envvar="HEADRACE_NO_CACHE", help="No cache service.")
+]
+
+
+@plain_errors
+def up(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    workers: Workers = 1,
+    model: Model = "smollm2",
+    model_name: ModelName = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+    api_keys: ApiKeys = None,
+    otlp_endpoint: Otlp = None,
+    kv_tokens: KvTokens = None,
+    max_jobs: MaxJobs = None,
+    cache_bytes: CacheBytes = None,
+    no_cache: NoCache = False,
+) -> None:
+    """Start the whole fleet on this machine and keep it up until Ctrl-C."""
+    from headrace.cli.stack import UpOptions, run
+
+    run(
+        UpOptions(
+            host=host,
+            port=port,
+            workers=workers,
+            model=model,
+            model_name=model_name or "",
+            dtype=dtype or "",
+            threads=threads,
+            data_dir=data_dir_of(data_dir),
+            redis_url=redis_url or "",
+            api_keys=api_keys or "",
+            otlp_endpoint=otlp_endpoint or "",
+            kv_tokens=kv_tokens,
+            max_jobs=max_jobs,
+            cache_bytes=parse_size(cache_bytes) if cache_bytes else None,
+            no_cache=no_cache,
+        )
+    )

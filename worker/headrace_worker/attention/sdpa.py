@@ -1,0 +1,185 @@
+"""Attention with torch's scaled_dot_product_attention: the backend that runs everywhere.
+
+Decoding sequences go through one padded call per size class (the power of two that holds their
+blocks), so that one long sequence does not make all short ones pay its length. The heads that
+share a KV head are folded into the query axis: they see the same keys, so nothing is repeated.
+Prefill chunks go one call each, causal; a chunk from position 0 needs neither mask nor gather.
+
+Rejected: one padded call for all decodes (pays longest times count), a call per sequence (Python
+time grows with the batch), block-sparse masks (no CPU kernel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from headrace.types import BLOCK_TOKENS
+from headrace_worker.attention.interface import Attend, AttentionBatch
+from headrace_worker.kv.pool import KvPool
+
+SIZE_CLASS_BLOCKS_MIN = 16
+"""Sequences up to this many blocks share a size class: below, a call costs more than padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Which chunks of the pool hold some sequences' keys and values, per layer."""
+
+    keys: tuple[Tensor, ...]  # per layer, [B * blocks]
+    values: tuple[Tensor, ...]
+    tokens: int  # blocks * BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """B sequences with one row each, padded to the same length."""
+
+    rows: Tensor | None  # [B]; None: the step's rows are exactly these
+    count: int
+    gather: _Gather
+    mask: Tensor  # [B, 1, 1, T], 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Rows start to stop of one sequence of `length` tokens."""
+
+    start: int
+    stop: int
+    length: int
+    gather: _Gather | None  # None: the chunk is the whole sequence so far
+    mask: Tensor | None  # [n, length], 0 or -inf
+
+
+class SdpaBackend:
+    """AttentionBackend over a KvPool in CPU memory."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._pool = pool
+        self._rows, self._chunks = pool.rows, pool.chunks
+        self._dtype = pool.tensor.dtype
+        # chunk (block, layer, key) has number block * layers * 2 + layer * 2
+        self._layer_offsets = torch.arange(pool.layers)[:, None] * 2
+
+    def prepare(self, batch: AttentionBatch) -> Attend:
+        starts, lengths = batch.query_starts, batch.lengths
+        single = sum(starts[s + 1] - starts[s] == 1 for s in range(len(lengths)))
+        decodes = self._decodes(batch, single)
+        chunks = [
+            self._chunk(starts[s], starts[s + 1], lengths[s], list(batch.block_tables[s]))
+            for s in range(single, len(lengths))
+        ]
+        return _Step(self._pool, self._slots(batch.slots), decodes, chunks)
+
+    def _slots(self, slots: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Rows of the pool that take this step's keys and values: layers × [N] each."""
+        block, offset = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
+        base = block * (self._pool.layers * 2 * BLOCK_TOKENS) + offset
+        keys = base[None, :] + self._layer_offsets * BLOCK_TOKENS
+        return keys.unbind(0), (keys + BLOCK_TOKENS).unbind(0)
+
+    def _gather(self, tables: list[list[int]]) -> _Gather:
+        width = max(map(len, tables))
+        padded = np.full((len(tables), width), self._pool.padding_block, np.int64)
+        for row, table in enumerate(tables):
+            padded[row, : len(table)] = table
+        base = torch.from_numpy(padded).view(-1) * (self._pool.layers * 2)
+        keys = base[None, :] + self._layer_offsets
+        return _Gather(keys.unbind(0), (keys + 1).unbind(0), width * BLOCK_TOKENS)
+
+    def _decodes(self, batch: AttentionBatch, count: int) -> list[_Decodes]:
+        classes: dict[int, list[int]] = {}
+        tables = []
+        for index in range(count):
+            blocks = -(-batch.lengths[index] // BLOCK_TOKENS)
+            tables.append(list(batch.block_tables[index][:blocks]))
+            size = max(SIZE_CLASS_BLOCKS_MIN, 1 << (blocks - 1).bit_length())
+            classes.setdefault(size, []).append(index)
+        groups = []
+        for members in classes.values():
+            gather = self._gather([tables[i] for i in members])
+            lengths = torch.tensor([batch.lengths[i] for i in members])
+            hidden = torch.arange(gather.tokens)[None, :] >= lengths[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self._dtype)
+            mask.masked_fill_(hidden, -torch.inf)
+            every = len(members) == len(batch.slots)
+            rows = None if every else torch.tensor(members)
+            groups.append(_Decodes(rows, len(members), gather, mask[:, None, None, :]))
+        return groups
+
+    def _chunk(self, start: int, stop: int, length: int, table: list[int]) -> _Chunk:
+        count = stop - start
+        if count == length:
+            return _Chunk(start, stop, length, None, None)
+        mask = torch.full((count, length), -torch.inf, dtype=self._dtype)
+        mask.triu_(length - count + 1)
+        blocks = -(-length // BLOCK_TOKENS)
+        return _Chunk(start, stop, length, self._gather([table[:blocks]]), mask)
+
+
+class _Step:
+    """The `Attend` of one step."""
+
+    def __init__(
+        self,
+        pool: KvPool,
+        slots: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+        decodes: list[_Decodes],
+        chunks: list[_Chunk],
+    ) -> None:
+        self._rows, self._pool_chunks = pool.rows, pool.chunks
+        self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
+        self._key_slots, self._value_slots = slots
+        self._decodes = decodes
+        self._chunks = chunks
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._rows.index_copy_(0, self._key_slots[layer], k.flatten(1))
+        self._rows.index_copy_(0, self._value_slots[layer], v.flatten(1))
+        if len(self._decodes) == 1 and self._decodes[0].rows is None:
+            return self._decode(layer, q, self._decodes[0])
+        out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+        for group in self._decodes:
+            rows = group.rows
+            assert rows is not None, "a group of all rows stands alone"
+            out[rows] = self._decode(layer, q[rows], group)
+        for chunk in self._chunks:
+            out[chunk.start : chunk.stop] = self._prefill(layer, q, k, v, chunk)
+        return out
+
+    def _kv(self, layer: int, gather: _Gather, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, kv_heads, T, head_dim]."""
+        shape = (count, gather.tokens, self._kv_heads, self._head_dim)
+        keys = self._pool_chunks.index_select(0, gather.keys[layer]).view(shape)
+        values = self._pool_chunks.index_select(0, gather.values[layer]).view(shape)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _decode(self, layer: int, q: Tensor, group: _Decodes) -> Tensor:
+        keys, values = self._kv(layer, group.gather, group.count)
+        # query head h belongs to KV head h // group size, so the heads fold without moving
+        folded = q.reshape(group.count, self._kv_heads, -1, self._head_dim)
+        mixed = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+        return mixed.reshape(group.count, -1)
+
+    def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: _Chunk) -> Tensor:
+        rows = slice(chunk.start, chunk.stop)
+        query = q[rows].transpose(0, 1)[None]
+        if chunk.gather is None:
+            keys, values = k[rows].transpose(0, 1)[None], v[rows].transpose(0, 1)[None]
+        else:
+            keys, values = self._kv(layer, chunk.gather, 1)
+            keys, values = keys[:, :, : chunk.length], values[:, :, : chunk.length]
+        mixed = functional.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            enable_gqa=True,
+        )
+        return mixed[0].transpose(0, 1).reshape(chunk.stop - chunk.start, -1)

@@ -1,0 +1,59 @@
+"""What every kind of model file is read into before the model itself is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from headrace.errors import ModelError
+from headrace_worker.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What a gateway needs to turn text into tokens; see ModelRecord."""
+
+    json: bytes
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    add_bos: bool
+    chat_template: str
+    template_tokens: dict[str, str]
+
+
+class Source(Protocol):
+    """An opened model. Opening has checked the architecture; no weight is read yet."""
+
+    config: ModelConfig
+    files: tuple[Path, ...]
+
+    def index(self) -> list[str]:
+        """Name, type and shape of each tensor, a line each, sorted."""
+        ...
+
+    def names(self) -> set[str]:
+        """The tensors it has, under Hugging Face's names."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, dequantized, in the shape and row order of a Hugging Face checkpoint."""
+        ...
+
+    def largest_values(self) -> int:
+        """Numbers in the largest tensor."""
+        ...
+
+    def tokenizer(self) -> TokenizerFacts:
+        """Raises ModelError for a tokenizer that is not supported."""
+        ...
+
+
+def need(facts: dict[str, object], key: str, kind: type[int] | type[float], where: str) -> float:
+    """A number that must be there. Raises ModelError naming the key."""
+    value = facts.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ModelError(f"{where}: {key} is {value!r}, expected a number")
+    return kind(value)

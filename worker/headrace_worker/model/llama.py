@@ -1,0 +1,135 @@
+"""The Llama family: RMSNorm, rotary grouped-query attention, SwiGLU.
+
+Sources: Touvron et al., "LLaMA", 2023; Zhang and Sennrich, "Root Mean Square Layer
+Normalization", 2019; Ainslie et al., "GQA", 2023; Shazeer, "GLU Variants Improve Transformer",
+2020.
+
+Invariant: the model knows nothing of sequences. It gets N tokens in a row, each with its
+position; who attends to whom is the attention backend's business. The weights of q, k, v and of
+gate, up are fused into one multiplication each at load.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headrace_worker.attention.interface import Attend
+from headrace_worker.model import rope
+from headrace_worker.model.config import ModelConfig
+from headrace_worker.model.linear import Linear
+
+
+class Weights(Protocol):
+    """Where a model takes its weights from, under Hugging Face's names, each once."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor in the model's dtype. Raises ModelError when missing or of another shape."""
+        ...
+
+
+class Layer(nn.Module):
+    """One transformer block."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.hidden_size, self.eps = config.hidden_size, config.norm_eps
+        prefix, hidden = f"model.layers.{index}", config.hidden_size
+        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+
+        def take(name: str, *shape: int) -> Tensor:
+            return weights.take(f"{prefix}.{name}.weight", shape)
+
+        self.qkv = Linear(
+            torch.cat(
+                [
+                    take("self_attn.q_proj", q_size, hidden),
+                    take("self_attn.k_proj", kv_size, hidden),
+                    take("self_attn.v_proj", kv_size, hidden),
+                ]
+            )
+        )
+        self.out = Linear(take("self_attn.o_proj", hidden, q_size))
+        self.gate_up = Linear(
+            torch.cat(
+                [
+                    take("mlp.gate_proj", config.intermediate_size, hidden),
+                    take("mlp.up_proj", config.intermediate_size, hidden),
+                ]
+            )
+        )
+        self.down = Linear(take("mlp.down_proj", hidden, config.intermediate_size))
+        self.register_buffer("attention_norm", take("input_layernorm", hidden))
+        self.register_buffer("mlp_norm", take("post_attention_layernorm", hidden))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [N, hidden] → [N, hidden]."""
+        shape = (self.hidden_size,)
+        normed = functional.rms_norm(x, shape, self.attention_norm, self.eps)
+        qkv = self.qkv(normed).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        rotated = rope.rotate(qkv[:, : self.heads + self.kv_heads], cos, sin)
+        mixed = attend(
+            self.index,
+            rotated[:, : self.heads],
+            rotated[:, self.heads :],
+            qkv[:, self.heads + self.kv_heads :],
+        )
+        x = x + self.out(mixed)
+        normed = functional.rms_norm(x, shape, self.mlp_norm, self.eps)
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        update: Tensor = self.down(functional.silu(gate) * up)
+        return x + update
+
+
+class Llama(nn.Module):
+    """Decoder with embedding and head. Building it takes all weights; there is no empty state."""
+
+    embedding: Tensor
+    norm: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.config = config
+        embedding = weights.take(
+            "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
+        )
+        self.dtype = embedding.dtype
+        self.register_buffer("embedding", embedding)
+        self.layers = nn.ModuleList(Layer(config, weights, i) for i in range(config.layers))
+        self.register_buffer("norm", weights.take("model.norm.weight", (config.hidden_size,)))
+        head = (
+            embedding
+            if config.tied
+            else weights.take("lm_head.weight", (config.vocab_size, config.hidden_size))
+        )
+        self.head = Linear(head)
+        cos, sin = rope.tables(config.rope_frequencies, config.context_tokens, self.dtype)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor | None, attend: Attend
+    ) -> Tensor:
+        """Logits, float32 [M, vocab], of the M sampled `rows` (None: all N).
+
+        tokens, positions: int64 [N]. Keys and values are written through `attend`.
+        """
+        x = functional.embedding(tokens, self.embedding)
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        if rows is not None:
+            x = x[rows]
+        x = functional.rms_norm(x, (self.config.hidden_size,), self.norm, self.config.norm_eps)
+        logits: Tensor = self.head(x).float()
+        return logits

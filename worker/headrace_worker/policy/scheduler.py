@@ -1,0 +1,286 @@
+"""The scheduler: which tokens of which sequences the next step computes.
+
+Invariant: there is no prefill or decode mode. Each step, under one token budget, computed tokens
+catch up with known tokens: first the sequences that lack one (so that no stream stalls behind
+somebody's prompt), then larger gaps in chunks, in order of rank.
+
+One rank, `(effective band, arrival time, arrival number)`, orders batch, admission and
+preemption. A sequence's band improves by one for every `PROMOTE_MS` it has been here, so that
+nothing waits for ever. Admission is strict: while the first in rank does not fit, nobody behind
+it is let in. It sets aside the blocks for all known tokens of whoever runs, so only the growth of
+outputs can make blocks run out; then the lowest band gives way, in it the one preempted least
+often, in that the one that loses least work. Every step either computes tokens that stay or
+yields output, which preemption never takes back; so everything ends.
+
+Rejected: reserving the whole possible output at admission, which leaves most of the pool idle;
+swapping KV out on preemption, which the prefix cache mostly makes unnecessary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+
+from headrace.types import BLOCK_TOKENS, FinishReason
+from headrace_worker.policy.blocks import BlockPool, CachedBlock
+from headrace_worker.policy.sequence import Sequence, Status, blocks_for
+
+PROMOTE_MS = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class PlanItem:
+    """Compute KV for `count` tokens of `sequence` from `start`; `samples`: then choose the next."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. `evicted` blocks hold their old KV until the step writes to them."""
+
+    items: tuple[PlanItem, ...]
+    admitted: tuple[Sequence, ...]
+    preempted: tuple[Sequence, ...]
+    evicted: tuple[CachedBlock, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(item.count for item in self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step gave one sequence. `blocks`: its full blocks, head first, when it ended."""
+
+    sequence: Sequence
+    token: int
+    ending: FinishReason | None
+    blocks: tuple[int, ...] = ()
+
+
+class _Draft:
+    """The plan in the making."""
+
+    def __init__(self, now: int, budget: int) -> None:
+        self.now = now
+        self.budget = budget
+        self.items: dict[str, PlanItem] = {}
+        self.admitted: dict[str, Sequence] = {}
+        self.preempted: dict[str, Sequence] = {}
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        samples = count == sequence.pending
+        self.items[sequence.id] = PlanItem(sequence, sequence.computed, count, samples)
+        self.budget -= count
+
+    def drop(self, sequence: Sequence) -> None:
+        item = self.items.pop(sequence.id, None)
+        if item is not None:
+            self.budget += item.count
+        if self.admitted.pop(sequence.id, None) is None:
+            self.preempted[sequence.id] = sequence
+
+
+class Scheduler:
+    """Sequences waiting and running over one pool. Holds no tensor, reads no clock."""
+
+    def __init__(self, pool: BlockPool, *, running_max: int, step_tokens_max: int) -> None:
+        assert 0 < running_max <= step_tokens_max, "every running sequence needs a token a step"
+        self.pool = pool
+        self._running_max = running_max
+        self._step_tokens_max = step_tokens_max
+        self._waiting: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        return tuple(self._waiting.values())
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        return tuple(self._running.values())
+
+    def refuse(self, tokens: int) -> str | None:
+        """Why a sequence that starts with `tokens` known tokens can never run; None if it can."""
+        capacity = self.pool.total * BLOCK_TOKENS
+        if tokens > capacity:
+            return f"{tokens} tokens do not fit into this worker's KV cache of {capacity} tokens"
+        return None
+
+    def add(self, sequence: Sequence) -> None:
+        assert self.refuse(sequence.known) is None, "refuse() comes before add()"
+        assert sequence.tokens_max <= self.pool.total * BLOCK_TOKENS, "it could not finish alone"
+        assert sequence.id not in self._waiting and sequence.id not in self._running, "added twice"
+        self._waiting[sequence.id] = sequence
+
+    def remove(self, sequence: Sequence) -> tuple[int, ...]:
+        """Ends `sequence` now, whatever it is doing. Its full, computed blocks, head first."""
+        self._waiting.pop(sequence.id, None)
+        self._running.pop(sequence.id, None)
+        full = tuple(sequence.blocks[: sequence.registered])
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.registered = [], 0, 0
+        sequence.become(Status.FINISHED)
+        return full
+
+    def schedule(self, now: int) -> Plan:
+        """The next step's plan; `now` in monotonic milliseconds. Allocates what it plans."""
+        draft = _Draft(now, self._step_tokens_max)
+        decoding = [s for s in self._running.values() if s.pending == 1]
+        for sequence in self._ranked(decoding, now):
+            if draft.budget and sequence.status is Status.RUNNING:
+                self._extend(draft, sequence)
+        behind = [s for s in self._running.values() if s.pending > 1]
+        blocked = False
+        for sequence in self._ranked([*behind, *self._waiting.values()], now):
+            if not draft.budget:
+                break
+            if sequence.status is Status.RUNNING:
+                self._extend(draft, sequence)
+            elif not blocked:
+                # one preempted a moment ago waits for the next step, or the two would trade places
+                blocked = sequence.id in draft.preempted or not self._admit(draft, sequence)
+        return Plan(
+            tuple(draft.items.values()),
+            tuple(draft.admitted.values()),
+            tuple(draft.preempted.values()),
+            self.pool.take_evicted(),
+        )
+
+    def apply(self, plan: Plan, tokens: Sequences[int | None]) -> list[Outcome]:
+        """Takes in what the step computed: `tokens[i]` is item i's new token, None if unsampled."""
+        outcomes: list[Outcome] = []
+        for item, token in zip(plan.items, tokens, strict=True):
+            sequence = item.sequence
+            if sequence.status is not Status.RUNNING:
+                continue  # it was failed for what the run said of it
+            assert item.samples == (token is not None), "a token for each item that samples"
+            sequence.computed = item.start + item.count
+            self._register(sequence)
+            if token is not None:
+                sequence.tokens.append(token)
+                ending = sequence.ending()
+                full = self.remove(sequence) if ending else ()
+                outcomes.append(Outcome(sequence, token, ending, full))
+        return outcomes
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity([s.blocks for s in self._running.values()])
+        assert not self._running.keys() & self._waiting.keys(), "both waiting and running"
+        for sequence in self._running.values():
+            assert sequence.status is Status.RUNNING, "a running sequence says so"
+            sequence.check_integrity()
+        for sequence in self._waiting.values():
+            assert sequence.status in (Status.WAITING, Status.PREEMPTED), "a waiting one says so"
+            sequence.check_integrity()
+
+    def _band(self, sequence: Sequence, now: int) -> int:
+        return max(0, sequence.band - (now - sequence.added_ms) // PROMOTE_MS)
+
+    def _ranked(self, sequences: list[Sequence], now: int) -> list[Sequence]:
+        return sorted(sequences, key=lambda s: (self._band(s, now), s.arrived_ms, s.order))
+
+    def _register(self, sequence: Sequence) -> None:
+        full = sequence.computed // BLOCK_TOKENS
+        for index in range(sequence.registered, full):
+            self.pool.register(
+                sequence.blocks[index],
+                sequence.block_hash(index),
+                sequence.parent_hash(index),
+                index,
+            )
+        sequence.registered = full
+
+    def _extend(self, draft: _Draft, sequence: Sequence) -> None:
+        """Plans as much of a running sequence as budget and blocks allow, at least one token."""
+        while True:
+            room = (len(sequence.blocks) + self.pool.free_count) * BLOCK_TOKENS - sequence.computed
+            count = min(sequence.pending, draft.budget, room)
+            if count > 0:
+                self._give(sequence, count)
+                draft.add(sequence, count)
+                return
+            victim = self._victim(draft.now)
+            self._preempt(draft, victim)
+            if victim is sequence:
+                return
+
+    def _give(self, sequence: Sequence, count: int) -> None:
+        missing = blocks_for(sequence.computed + count) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks.extend(self.pool.allocate(missing))
+
+    def _admit(self, draft: _Draft, sequence: Sequence) -> bool:
+        """Starts a waiting sequence if it fits, at the cost of lower bands where that helps."""
+        found = self.pool.match_prefix(sequence.reusable_hashes())
+        if not self._make_room(draft, sequence, found):
+            return False
+        self.pool.acquire(found)
+        sequence.blocks = list(found)
+        sequence.computed = len(found) * BLOCK_TOKENS
+        sequence.registered = len(found)
+        if sequence.cached_blocks is None:
+            sequence.cached_blocks = tuple(found)
+        del self._waiting[sequence.id]
+        self._running[sequence.id] = sequence
+        sequence.become(Status.RUNNING)
+        count = min(sequence.pending, draft.budget)
+        self._give(sequence, count)
+        draft.admitted[sequence.id] = sequence
+        draft.add(sequence, count)
+        return True
+
+    def _make_room(self, draft: _Draft, sequence: Sequence, found: list[int]) -> bool:
+        """Whether all known tokens of `sequence` fit, after preempting lower bands if they must."""
+        lacking = self._lacking(sequence, found)
+        full = len(self._running) >= self._running_max
+        if lacking <= 0 and not full:
+            return True
+        band = self._band(sequence, draft.now)
+        lower = [s for s in self._running.values() if self._band(s, draft.now) > band]
+        # what was found is not gained by taking it from somebody else
+        gain = sum(
+            self.pool.freed_by(set(s.blocks) - set(found)) + self._reserved(s) for s in lower
+        )
+        if not lower or gain < lacking:
+            return False
+        for victim in sorted(lower, key=lambda s: self._expendable(s, draft.now), reverse=True):
+            self._preempt(draft, victim)
+            if self._lacking(sequence, found) <= 0:
+                return True
+        return False
+
+    def _lacking(self, sequence: Sequence, found: list[int]) -> int:
+        """Blocks missing for all known tokens, those set aside for who runs not counted."""
+        reserved = sum(self._reserved(s) for s in self._running.values())
+        spare = self.pool.free_count - self.pool.unreferenced(found) - reserved
+        return blocks_for(sequence.known) - len(found) - spare
+
+    def _reserved(self, sequence: Sequence) -> int:
+        return max(0, blocks_for(sequence.known) - len(sequence.blocks))
+
+    def _expendable(self, sequence: Sequence, now: int) -> tuple[int, int, int, int, int]:
+        """The victim score: the highest goes first."""
+        return (
+            self._band(sequence, now),
+            -sequence.preemptions,
+            -sequence.computed,
+            sequence.arrived_ms,
+            sequence.order,
+        )
+
+    def _victim(self, now: int) -> Sequence:
+        return max(self._running.values(), key=lambda s: self._expendable(s, now))
+
+    def _preempt(self, draft: _Draft, sequence: Sequence) -> None:
+        del self._running[sequence.id]
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.computed, sequence.registered = [], 0, 0
+        sequence.preemptions += 1
+        sequence.become(Status.PREEMPTED)
+        self._waiting[sequence.id] = sequence
+        draft.drop(sequence)

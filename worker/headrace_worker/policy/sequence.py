@@ -1,0 +1,148 @@
+"""A job while it runs: its tokens, how many of them have KV, and the blocks that hold it.
+
+Invariant: `computed` tokens have KV in `blocks`, in order; known tokens are never taken back, so
+a preempted sequence loses KV but no output. There is no prefill or decode state: a sequence
+whose computed tokens are one behind its known ones is what others call decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+from headrace.policy.hashing import next_hash
+from headrace.types import BLOCK_TOKENS, Band, FinishReason
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[Status, frozenset[Status]] = {
+    Status.WAITING: frozenset({Status.RUNNING, Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.PREEMPTED, Status.FINISHED}),
+    Status.PREEMPTED: frozenset({Status.RUNNING, Status.FINISHED}),
+    Status.FINISHED: frozenset(),
+}
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold the KV of `tokens` tokens."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+class Sequence:
+    """One job in the engine.
+
+    `tokens_max` is the length, prompt included, at which it ends by `LENGTH`; `stop_ids` end it
+    by `STOP`. `order` is its arrival number in this engine, the last tie-breaker.
+    `added_ms` is the local monotonic time it came, which aging counts from.
+    """
+
+    __slots__ = (
+        "added_ms",
+        "arrived_ms",
+        "band",
+        "blocks",
+        "cached_blocks",
+        "computed",
+        "hashes",
+        "id",
+        "order",
+        "preemptions",
+        "prompt_tokens",
+        "registered",
+        "root",
+        "status",
+        "stop_ids",
+        "tokens",
+        "tokens_max",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        prompt: Iterable[int],
+        *,
+        root: bytes,
+        tokens_max: int,
+        logged: Iterable[int] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        band: Band = Band.STANDARD,
+        arrived_ms: int = 0,
+        added_ms: int = 0,
+        order: int = 0,
+    ) -> None:
+        self.id = id
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(self.tokens)
+        self.tokens.extend(logged)
+        self.root = root
+        self.tokens_max = tokens_max
+        self.stop_ids = stop_ids
+        self.band = band
+        self.arrived_ms = arrived_ms
+        self.added_ms = added_ms
+        self.order = order
+        self.status = Status.WAITING
+        self.computed = 0
+        self.preemptions = 0
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []
+        self.registered = 0
+        """Leading blocks that the pool has been told the hash of."""
+        self.cached_blocks: tuple[int, ...] | None = None
+        """The blocks found in the cache when it was first admitted; None before."""
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Known tokens without KV; the last one's row gives the next token."""
+        return len(self.tokens) - self.computed
+
+    def become(self, status: Status) -> None:
+        assert status in TRANSITIONS[self.status], f"{self.status} cannot become {status}"
+        self.status = status
+
+    def block_hash(self, index: int) -> bytes:
+        """The chained hash of full block `index`; hashes are computed once."""
+        while len(self.hashes) <= index:
+            start = len(self.hashes) * BLOCK_TOKENS
+            parent = self.hashes[-1] if self.hashes else self.root
+            self.hashes.append(next_hash(parent, self.tokens[start : start + BLOCK_TOKENS]))
+        return self.hashes[index]
+
+    def parent_hash(self, index: int) -> bytes:
+        return self.block_hash(index - 1) if index else self.root
+
+    def reusable_hashes(self) -> list[bytes]:
+        """Hashes of the full blocks worth finding: at least one token is left to compute."""
+        count = (self.known - 1) // BLOCK_TOKENS
+        if count:
+            self.block_hash(count - 1)
+        return self.hashes[:count]
+
+    def ending(self) -> FinishReason | None:
+        """Why the known output is complete, if it is."""
+        if self.output_tokens and self.tokens[-1] in self.stop_ids:
+            return FinishReason.STOP
+        if self.known >= self.tokens_max:
+            return FinishReason.LENGTH
+        return None
+
+    def check_integrity(self) -> None:
+        assert 0 <= self.computed <= self.known, "computed runs ahead of known"
+        assert len(self.blocks) >= blocks_for(self.computed), "computed tokens without a block"
+        held = self.status is Status.RUNNING
+        assert held or not (self.blocks or self.computed), "only a running sequence owns blocks"
