@@ -13,7 +13,6 @@ from openai.resources.responses.responses import AsyncResponsesConnection
 
 from headrace.errors import JobFailedError, OverloadError
 from headrace.types import Job
-from headrace_gateway.api.schemas import STOPS_MAX
 from support.api import MODEL, Running, ScriptedFleet, Step, encode, running_gateway, say
 
 URL = "/v1/responses"
@@ -161,7 +160,6 @@ async def test_bad_frames_are_answered_and_the_connection_lives_on() -> None:
         assert (await receive(socket))["error"]["code"] == "invalid_frame"
         await socket.send_json(create())
         assert (await until_end(socket))[-1]["type"] == "response.completed"
-        assert STOPS_MAX  # the endpoint has no stop strings: see the schema
 
 
 async def test_lanes_and_waiting_turns_are_bounded() -> None:
@@ -199,6 +197,7 @@ async def test_closing_the_socket_cancels_everything_it_started() -> None:
             for lane in ("a", "b"):
                 await socket.send_json(create(stream_id=lane))
                 await receive(socket)
+                await receive(socket)
             await socket.send_json(create(stream_id="a"))
         for generation in fleet.generations:
             await asyncio.wait_for(generation.cancelled.wait(), 5)
@@ -213,8 +212,6 @@ async def test_a_connection_cut_without_a_goodbye_cancels_too() -> None:
         socket = await g.http.ws_connect(URL)
         await socket.send_json(create())
         await asyncio.wait_for(fleet.submitted.wait(), 5)
-        transport = socket.get_extra_info("socket")
-        assert transport is not None
         await g.http.close()
         await asyncio.wait_for(fleet.generations[0].cancelled.wait(), 5)
         await g.settled()

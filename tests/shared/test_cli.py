@@ -243,7 +243,7 @@ def test_the_banner_tells_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("up", "--port", "99999"), 2, "99999"),
+        (("up", "--port", "99999"), 2, "65535"),
         (("up", "--no-such-flag"), 2, "No such option"),
         (("up", "--cache-bytes", "lots"), 1, "headrace: 'lots' is not a size"),
         (("up", "--model", "nosuch"), 1, "headrace: no model 'nosuch': known aliases"),
