@@ -60,7 +60,8 @@ class Metrics:
 
     async def close(self) -> None:
         """Stop listening. A scrape in progress ends first, so it needs the loop to run on."""
-        await asyncio.to_thread(self._close)
+        close, self._close = self._close, lambda: None
+        await asyncio.to_thread(close)
 
 
 class _StoreCollector(Collector):

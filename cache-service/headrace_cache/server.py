@@ -229,8 +229,9 @@ class CacheServer:
         self.stopping = True
         if self._listener is not None:
             self._listener.close()
-        if self._path:
-            Path(self._path).unlink(missing_ok=True)  # noqa: ASYNC240  # one unlink, at the end
+        path, self._path = self._path, ""
+        if path:
+            Path(path).unlink(missing_ok=True)  # noqa: ASYNC240  # one unlink, at the end
         if self._sweeper is not None:
             self._sweeper.cancel()
         with contextlib.suppress(TimeoutError):

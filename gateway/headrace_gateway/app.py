@@ -9,7 +9,9 @@ from __future__ import annotations
 from aiohttp import web
 
 from headrace.clock import Clock
-from headrace_gateway.api import health, models, texts
+from headrace_gateway.api import health, models
+from headrace_gateway.api.chat import chat_completions
+from headrace_gateway.api.completions import completions
 from headrace_gateway.api.context import GATEWAY, FleetSeam, Gateway
 from headrace_gateway.api.errors import add_reply_headers, auth_middleware, errors_middleware
 from headrace_gateway.api.responses import responses
@@ -17,7 +19,7 @@ from headrace_gateway.api.websocket import close_sockets, responses_socket
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.tenants import Tenants
 
-SHUTDOWN_S = 2.0
+SHUTDOWN_S = 1.0
 """What is left of a handler's time after the drain, before it is cancelled."""
 
 
@@ -31,8 +33,8 @@ def make_app(
     app[GATEWAY] = Gateway(settings, fleet, tenants, clock)
     app.add_routes(
         [
-            web.post("/v1/chat/completions", texts.chat_completions),
-            web.post("/v1/completions", texts.completions),
+            web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/completions", completions),
             web.post("/v1/responses", responses),
             web.get("/v1/responses", responses_socket, allow_head=False),
             web.get("/v1/models", models.list_models),

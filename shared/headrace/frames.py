@@ -11,7 +11,6 @@ Rejected: entries inside the msgpack header (two copies of each).
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -340,7 +339,8 @@ def _decode_facts(row: Any) -> EntryFacts:
         raise WireError(f"entry: size {size} is not 1 to {ENTRY_BYTES_MAX} bytes")
     if not (0 <= depth <= DEPTH_MAX and 0 <= crc < 1 << 32 and 0 <= band < len(Band)):
         raise WireError("entry: depth, crc or band is out of range")
-    if not (0 <= tokens <= COST_MAX and math.isfinite(ms) and 0 <= ms <= COST_MAX):
+    # a NaN, which would disorder the eviction heap, fails every comparison
+    if not (0 <= tokens <= COST_MAX and 0 <= ms <= COST_MAX):
         raise WireError("entry: the cost is out of range")
     if len(tenant) > TENANT_CHARS_MAX:
         raise WireError(f"entry: the tenant's name exceeds {TENANT_CHARS_MAX} characters")

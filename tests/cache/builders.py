@@ -21,6 +21,7 @@ from headrace_cache.store import Store
 
 BUDGET_BYTES = 64 * 1024 * 1024
 START_S_MAX = 20.0
+PATIENCE_S = 10.0
 
 
 def hash_of(name: object) -> bytes:
@@ -93,7 +94,8 @@ async def serving(
 
 @asynccontextmanager
 async def client_of(url: str, **options: object) -> AsyncIterator[CacheClient]:
-    client = CacheClient(url, **options)  # type: ignore[arg-type]
+    """A patient client, as the machine may be busy; tests of impatience set a limit."""
+    client = CacheClient(url, **({"timeout_s": PATIENCE_S} | options))  # type: ignore[arg-type]
     try:
         yield client
     finally:

@@ -139,21 +139,23 @@ async def test_an_idle_connection_is_closed_after_a_while_and_made_again() -> No
 
 async def test_a_client_that_does_not_read_is_cut_off_and_others_are_served() -> None:
     """It asks for 100 x 8 MB and reads nothing: the server stops listening, then hangs up."""
-    limits = Limits(stall_ms_max=200)
+    limits = Limits(stall_ms_max=200, unsent_bytes_max=1 << 24)
     async with serving(LOCAL, limits=limits) as (server, url), client_of(url) as client:
         entries = chain("a", 8, 1 << 20)
         assert await client.put(entries)
+        assert await client.ping()
         with socket.create_connection(parse_address(url)[:2]) as slow:
             keys = tuple(facts_of(("a", depth), b"x").key for depth in range(8))
             slow.sendall(b"".join(encode(Get(number, keys)) for number in range(100)))
-            while server.snapshot()["connections"] < 3:
-                await asyncio.sleep(0.001)
+            async with asyncio.timeout(PATIENCE_S):
+                while server.snapshot()["connections"] < 3:
+                    await asyncio.sleep(0.001)
             assert len(await client.get_run([entry.hash for entry in entries])) == 8
             async with asyncio.timeout(PATIENCE_S):
                 while server.snapshot()["connections"] == 3:
                     await asyncio.sleep(0.01)
         hits = server.store.by_kind["kv"].hits
-        assert hits < 8 * 100, "it stopped reading requests long before the hundredth"
+        assert hits < 8 * 10, "it stopped reading requests long before the hundredth"
 
 
 async def test_puts_together_hold_a_bounded_amount_of_memory() -> None:
@@ -207,7 +209,7 @@ async def test_spans_of_gets_and_puts_are_children_of_the_callers(
 
 async def test_stopping_answers_what_was_asked() -> None:
     """A get of 32 MB is on its way when the service is told to stop: it arrives whole."""
-    async with serving(LOCAL) as (server, url), client_of(url, timeout_s=PATIENCE_S) as client:
+    async with serving(LOCAL) as (server, url), client_of(url) as client:
         entries = chain("a", 32, 1 << 20)
         assert await client.put(entries)
         asked = asyncio.ensure_future(client.get_run([entry.hash for entry in entries]))

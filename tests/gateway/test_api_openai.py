@@ -337,11 +337,11 @@ async def test_a_client_that_does_not_read_is_gone_after_a_named_time() -> None:
         reader, writer = await asyncio.open_connection(host, int(port), limit=1_024)
         writer.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body)
-            + body
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
         )
         await fleet.submitted.wait()
         await asyncio.wait_for(fleet.generations[0].cancelled.wait(), 20)
+        assert not fleet.generations[0].waiting.is_set(), "the text did not all fit into buffers"
         await g.settled()
         writer.close()
         reader.feed_eof()

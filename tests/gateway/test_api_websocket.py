@@ -10,10 +10,20 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 from openai.resources.responses.responses import AsyncResponsesConnection
+from opentelemetry.trace import Span
 
 from headrace.errors import JobFailedError, OverloadError
 from headrace.types import Job
-from support.api import MODEL, Running, ScriptedFleet, Step, encode, running_gateway, say
+from support.api import (
+    MODEL,
+    Running,
+    ScriptedFleet,
+    ScriptedGeneration,
+    Step,
+    encode,
+    running_gateway,
+    say,
+)
 
 URL = "/v1/responses"
 TERMINAL = ("response.completed", "response.incomplete", "response.failed", "error")
@@ -125,6 +135,36 @@ async def test_cancel_ends_the_response_and_the_lane_goes_on(by: str) -> None:
         await g.settled()
 
 
+async def test_a_cancel_before_the_response_exists_is_an_error_frame() -> None:
+    """The job is still being accepted: there is no response to close, and the lane goes on."""
+    fleet = SlowToAccept()
+    async with running_gateway(fleet) as g, g.http.ws_connect(URL) as socket:
+        await socket.send_json(create(stream_id="a"))
+        await socket.send_json(create(stream_id="a"))
+        await asyncio.wait_for(fleet.asked.wait(), 5)
+        await socket.send_json({"type": "response.cancel", "stream_id": "a"})
+        error = await receive(socket)
+        assert (error["status"], error["error"]["code"]) == (499, "cancelled")
+        fleet.accepting.set()
+        assert (await until_end(socket))[-1]["type"] == "response.completed"
+        assert len(fleet.generations) == 1
+        await g.settled()
+
+
+class SlowToAccept(ScriptedFleet):
+    """Accepts nothing until `accepting`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+        self.accepting = asyncio.Event()
+
+    async def submit(self, job: Job, span: Span) -> ScriptedGeneration:
+        self.asked.set()
+        await self.accepting.wait()
+        return await super().submit(job, span)
+
+
 BAD_FRAMES = [
     ("not json", "invalid_json"),
     ("[1, 2]", "invalid_json"),
@@ -134,7 +174,7 @@ BAD_FRAMES = [
     ("{}", "unknown_event_type"),
     ('{"type": "response.create"}', "missing_required_parameter"),
     ('{"type": "response.create", "model": "tiny", "input": 5}', "invalid_value"),
-    ('{"type": "response.create", "model": "tiny", "input": "", "stream_id": "a b"}', "invalid_value"),
+    ('{"type":"response.create","model":"tiny","input":"","stream_id":"a b"}', "invalid_value"),
     ('{"type": "response.cancel", "response_id": 7}', "invalid_value"),
     (
         '{"type":"response.create","model":"tiny","input":"","background":true}',

@@ -25,7 +25,9 @@ def test_keys_name_tenants_whose_caches_are_apart() -> None:
     assert tenants.identify("Bearer k4") == red
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic k1", "k1", "Bearer k", "Bearer \udc80"])
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Basic k1", "k1", "Bearer k", "Bearer \udc80"]
+)
 def test_a_missing_or_wrong_key_is_a_401(header: str | None) -> None:
     with pytest.raises(AuthError) as caught:
         load_tenants("k1:red").identify(header)
@@ -51,7 +53,15 @@ def test_a_tenant_gets_the_best_band_it_may_use() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["secret:bad tenant", "secret:t:nobody", "secret,secret", ":t", "sec ret", "@/no/such/file", ","],
+    [
+        "secret:bad tenant",
+        "secret:t:nobody",
+        "secret,secret",
+        ":t",
+        "sec ret",
+        "@/no/such/file",
+        ",",
+    ],
 )
 def test_a_bad_setting_names_the_variable_but_never_the_key(setting: str) -> None:
     with pytest.raises(SettingsError, match="HEADRACE_API_KEYS") as caught:

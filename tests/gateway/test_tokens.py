@@ -23,7 +23,18 @@ from headrace_gateway.tokens import (
 )
 from support.api import encode, make_record, tiny_tokenizer
 
-HARD_TEXTS = ["😀", "👩‍👩‍👧‍👦", "naïve café", "漢字かな", "मनीष", "🇩🇪🇫🇷", "a\u0301b", "\n\n\t", "ﷺ", "\ufffd!"]
+HARD_TEXTS = [
+    "😀",
+    "👩‍👩‍👧‍👦",
+    "naïve café",
+    "漢字かな",
+    "मनीष",
+    "🇩🇪🇫🇷",
+    "a\u0301b",
+    "\n\n\t",
+    "ﷺ",
+    "\ufffd!",
+]
 
 
 @cache

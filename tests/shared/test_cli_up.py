@@ -68,8 +68,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
     yield begin
     for fleet in fleets:
-        fleet.process.kill()
-        fleet.process.wait()
+        fleet.process.terminate()
+        fleet.process.wait(LIMIT_S)
 
 
 def test_up_answers_and_goes_in_order(start: Callable[..., Up]) -> None:

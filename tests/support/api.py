@@ -214,7 +214,7 @@ async def running_gateway(
     runner = make_runner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    url = "http://127.0.0.1:{}".format(runner.addresses[0][1])
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     async with (
         aiohttp.ClientSession(url) as http,
         AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0) as openai,

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ class Stack:
                 if process.poll() is not None:
                     raise RuntimeError(f"{name} ended:\n{self.log_of(name)[-4000:]}")
             try:
-                ready = self.get("/ready")[0] == 200 and len(asyncio.run(self.statuses())) >= workers
+                ready = self.get("/ready")[0] == 200 and self.workers_now() >= workers
             except OSError:
                 ready = False
             if ready:
@@ -159,6 +160,11 @@ class Stack:
             return found
         finally:
             await redis.aclose()
+
+    def workers_now(self) -> int:
+        """How many workers live; for callers with or without a running event loop."""
+        with ThreadPoolExecutor(1) as aside:
+            return len(aside.submit(asyncio.run, self.statuses()).result())
 
     async def leftovers(self) -> dict[str, int]:
         """Everything that must be zero when nothing runs."""

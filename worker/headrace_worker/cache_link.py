@@ -13,7 +13,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from headrace import telemetry
 from headrace.cache_client import CacheClient, PutEntry
-from headrace.types import BLOCK_TOKENS
+from headrace.types import BLOCK_TOKENS, Band
 from headrace_worker.engine import BlockPayload
 
 PUT_BLOCKS_MAX = 512
@@ -29,14 +29,15 @@ class CacheLink:
         self.dropped = 0
 
     async def fetch(
-        self, hashes: Sequence[bytes], parent: bytes, first_depth: int, span: Span
+        self, hashes: Sequence[bytes], parent: bytes, first_depth: int, band: Band, span: Span
     ) -> list[BlockPayload]:
         """The leading run of `hashes` that the service has; empty on any trouble.
 
         `parent` is the hash before `hashes[0]`, which is block number `first_depth` of its chain.
+        `band` is the job's: being read for it raises the entries' class.
         """
         get = telemetry.tracer().start_span("cache lookup", telemetry.under(span), SpanKind.CLIENT)
-        found = await self._client.get_run(hashes, telemetry.inject(get))
+        found = await self._client.get_run(hashes, telemetry.inject(get), band=band)
         blocks = []
         for depth, (block_hash, data) in enumerate(found, first_depth):
             blocks.append(BlockPayload(block_hash, parent, depth, data))

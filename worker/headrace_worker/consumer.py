@@ -251,7 +251,7 @@ class Consumer:
         root = root_hash(self._record.fingerprint, ticket.job.salt)
         chain = [root, *block_hashes(root, ticket.job.prompt)]
         first = chain.index(hashes[0]) - 1
-        blocks = await self._cache.fetch(hashes, chain[first], first, ticket.span)
+        blocks = await self._cache.fetch(hashes, chain[first], first, ticket.job.band, ticket.span)
         if ticket.job.id in self._tickets:
             self._add(ticket, blocks)
 

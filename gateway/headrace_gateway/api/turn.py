@@ -84,7 +84,6 @@ class Turn:
         self._record: ModelRecord | None = None
         self._prompts: Sequence[array[int]] = ()
         self._n = 1
-        self._first_token_ms: int | None = None
         self._last_ms: dict[int, int] = {}
         self._span = telemetry.tracer().start_span(
             call.operation,
@@ -169,11 +168,16 @@ class Turn:
                 Choice(index, generation, tokenizer.detokenizer(), wish.stops, silent)
             )
 
+    @property
+    def _labels(self) -> tuple[str, str]:
+        return self.record.name, self.band.label
+
     async def run(self, sink: Sink) -> None:
         """Feed `sink` until every choice has finished; several choices do not wait for each other.
 
         Raises what the generations raise, or `sink`.
         """
+        self._itl = self.gateway.metrics.itl.labels(*self._labels)
         if len(self.choices) == 1:
             await self._pump(self.choices[0], sink)
             return
@@ -295,15 +299,13 @@ class Turn:
 
     def _time(self, piece: Piece) -> None:
         now_ms = self.gateway.clock.now_ms()
-        metrics, labels = self.gateway.metrics, (self.record.name, self.band.label)
-        if self._first_token_ms is None:
-            self._first_token_ms = now_ms
-            waited_s = (now_ms - self._call.arrived_ms) / 1000
-            metrics.ttft.labels(*labels).observe(waited_s)
-            self._span.set_attribute("gen_ai.response.time_to_first_chunk", waited_s)
         last_ms = self._last_ms.get(piece.index)
         if last_ms is not None:
-            metrics.itl.labels(*labels).observe((now_ms - last_ms) / 1000 / piece.tokens)
+            self._itl.observe((now_ms - last_ms) / 1000 / piece.tokens)
+        elif not self._last_ms:
+            waited_s = (now_ms - self._call.arrived_ms) / 1000
+            self.gateway.metrics.ttft.labels(*self._labels).observe(waited_s)
+            self._span.set_attribute("gen_ai.response.time_to_first_chunk", waited_s)
         self._last_ms[piece.index] = now_ms
 
     def _tell(self) -> None:
@@ -320,7 +322,7 @@ class Turn:
         self._span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
         self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens)
         metrics, model = self.gateway.metrics, self._record.name
-        metrics.duration.labels(model, self.band.label).observe(took_ms / 1000)
+        metrics.duration.labels(*self._labels).observe(took_ms / 1000)
         metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
         metrics.tokens.labels(model, "cached").inc(usage.cached_tokens)
         metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)

