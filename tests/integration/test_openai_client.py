@@ -79,7 +79,9 @@ async def test_completions_streamed(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_responses(client: openai.AsyncOpenAI) -> None:
-    answer = await client.responses.create(model="smollm2", input=QUESTION[0]["content"], temperature=0)
+    answer = await client.responses.create(
+        model="smollm2", input=QUESTION[0]["content"], temperature=0
+    )
     assert answer.output_text == ANSWER
     assert answer.status == "completed"
     assert answer.usage is not None

@@ -77,6 +77,7 @@ class Consumer:
         self._stop = asyncio.Event()
         self._publisher = Publisher(self._redis, record.name, self._note_sent)
         self._thread: EngineThread | None = None
+        self._loops: list[asyncio.Task[None]] = []
         self._next_id = settings.worker_id or new_worker_id()
 
     def drain(self) -> None:
@@ -85,22 +86,22 @@ class Consumer:
         self._stop.set()
 
     async def run(self) -> None:
-        """Serve until drained. Raises RuntimeError when the engine's thread died."""
+        """Serve until drained. Raises RuntimeError when a part of this worker died."""
         self._thread = EngineThread(
             self._engine, self._clock, asyncio.get_running_loop(), self._on_result
         )
         self._thread.start()
-        chores = [asyncio.create_task(self._publisher.run())]
+        self._loops = [asyncio.create_task(self._publisher.run())]
         if self._cache is not None:
-            chores.append(asyncio.create_task(self._cache.run()))
+            self._loops.append(asyncio.create_task(self._cache.run()))
         try:
             while not self._stop.is_set():
                 await self._live_once()
         finally:
             self._thread.stop()
-            for chore in chores:
-                chore.cancel()
-            await asyncio.gather(*chores, return_exceptions=True)
+            for loop in self._loops:
+                loop.cancel()
+            await asyncio.gather(*self._loops, return_exceptions=True)
             if self._cache is not None:
                 await self._cache.close()
             await self._redis.aclose()
@@ -121,9 +122,11 @@ class Consumer:
         log.info("worker joined", worker=member.id, model=self._record.name)
         tail = Tail(self._settings.redis_url, keys.jobs(self._record.name, member.id))
         reader = asyncio.create_task(self._read(tail, member))
+        self._loops.append(reader)
         try:
             drained = await self._beat_until_over(member)
         finally:
+            self._loops.remove(reader)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             await tail.close()
@@ -150,8 +153,7 @@ class Consumer:
         beat_s = self._settings.lease_ms / 3000
         drain_until_ms: int | None = None
         while True:
-            if self._thread is not None and self._thread.failure is not None:
-                raise RuntimeError("the engine's thread died") from self._thread.failure
+            self._check_loops()
             if not self._hung():
                 with contextlib.suppress(*REDIS_DOWN):
                     if not await member.beat(self._status()):
@@ -167,6 +169,15 @@ class Consumer:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(beat_s):
                         await self._stop.wait()
+
+    def _check_loops(self) -> None:
+        """Raise RuntimeError when a part has died: a worker that only beats is a trap for jobs."""
+        assert self._thread is not None, "heartbeats start after the engine"
+        if self._thread.failure is not None:
+            raise RuntimeError("the engine's thread died") from self._thread.failure
+        for loop in self._loops:
+            if loop.done():
+                raise RuntimeError("a loop of this worker ended") from loop.exception()
 
     async def _settle(self) -> None:
         """Give the last tokens and blocks a moment to leave."""
@@ -247,13 +258,22 @@ class Consumer:
             self._add(ticket, [])
 
     async def _fetch_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
-        assert self._cache is not None, "only asked for with a cache"
-        root = root_hash(self._record.fingerprint, ticket.job.salt)
-        chain = [root, *block_hashes(root, ticket.job.prompt)]
-        first = chain.index(hashes[0]) - 1
-        blocks = await self._cache.fetch(hashes, chain[first], first, ticket.job.band, ticket.span)
-        if ticket.job.id in self._tickets:
+        job = ticket.job
+        blocks: list[BlockPayload] = []
+        try:
+            blocks = await self._fetch(job, hashes, ticket.span)
+        except Exception as error:
+            # our bug, but not this job's: it is computed as if nothing were cached
+            log.error("cache lookup failed", job=job.id, error=repr(error), exc_info=error)
+        if job.id in self._tickets:
             self._add(ticket, blocks)
+
+    async def _fetch(self, job: Job, hashes: list[bytes], span: Span) -> list[BlockPayload]:
+        assert self._cache is not None, "only asked for with a cache"
+        root = root_hash(self._record.fingerprint, job.salt)
+        chain = [root, *block_hashes(root, job.prompt + job.logged)]
+        first = chain.index(hashes[0]) - 1
+        return await self._cache.fetch(hashes, chain[first], first, job.band, span)
 
     def _add(self, ticket: Ticket, blocks: list[BlockPayload]) -> None:
         assert self._thread is not None, "jobs are read while the engine runs"

@@ -75,6 +75,7 @@ def run(options: UpOptions) -> None:
     _check_redis_url(options.redis_url)
     _make_data_dir(options.data_dir)
     with _exclusive(options.data_dir):
+        place(options.data_dir).unlink(missing_ok=True)  # of one that was killed
         _have_model(options.model)
         runtime = embedded.runtime_dir(options.data_dir)
         try:

@@ -1,0 +1,123 @@
+"""The wire format: what is packed comes back, what is malformed is refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace import wire
+from headrace.errors import WireError
+from headrace.types import (
+    Band,
+    Board,
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    Sampling,
+    WorkerState,
+    WorkerStatus,
+    pack_tokens,
+)
+
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+jobs = st.builds(
+    Job,
+    id=st.text(max_size=20),
+    model=st.text(max_size=20),
+    tenant=st.text(max_size=20),
+    band=st.sampled_from(Band),
+    arrived_ms=st.integers(0, 2**50),
+    gateway=st.text(max_size=20),
+    prompt=tokens.map(pack_tokens),
+    sampling=st.builds(
+        Sampling,
+        max_tokens=st.integers(1, 2**31),
+        temperature=st.floats(0, 2),
+        top_p=st.floats(0, 1),
+        top_k=st.integers(0, 1000),
+        seed=st.integers(-(2**63), 2**63 - 1),
+        stop_token_ids=st.lists(st.integers(0, 2**31), max_size=4).map(tuple),
+        ignore_eos=st.booleans(),
+    ),
+    salt=st.binary(max_size=40),
+    affinity=st.binary(max_size=40),
+    attempt=st.integers(1, 2**31),
+    logged=tokens.map(pack_tokens),
+    trace=st.dictionaries(st.text(max_size=10), st.text(max_size=60), max_size=2),
+)
+finishes = st.builds(
+    Finish, st.sampled_from(FinishReason), st.integers(0, 2**31), st.text(max_size=30)
+)
+deltas = st.builds(
+    Delta,
+    st.text(max_size=20),
+    st.integers(1, 2**31),
+    st.integers(0, 2**31),
+    tokens.map(tuple),
+    st.none() | finishes,
+)
+
+
+@given(jobs)
+def test_a_job_survives_the_wire(job: Job) -> None:
+    assert wire.decode_job(wire.encode_job(job)) == job
+
+
+@given(st.lists(deltas, max_size=8))
+def test_a_steps_deltas_survive_the_wire(step: list[Delta]) -> None:
+    assert wire.decode_deltas(wire.encode_deltas(step)) == step
+
+
+def test_status_and_board_survive_the_wire() -> None:
+    status = WorkerStatus(WorkerState.DRAINING, 3, 2, 100, 9)
+    assert wire.decode_status(wire.encode_status(status)) == status
+    board = Board("g", 5, (1, 2, 3), 4, 5, 6, 7, 8.5)
+    assert wire.decode_board(wire.encode_board(board)) == board
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_and_nothing_else_happens(data: bytes) -> None:
+    for decode in (
+        wire.decode_job, wire.decode_deltas, wire.decode_model, wire.decode_worker,
+        wire.decode_status, wire.decode_board,
+    ):  # fmt: skip
+        with contextlib.suppress(WireError):
+            decode(data)
+
+
+@given(jobs, st.data())
+def test_a_job_with_one_field_of_a_wrong_kind_is_refused_by_name(
+    job: Job, data: st.DataObject
+) -> None:
+    fields = wire.unpack(wire.encode_job(job))
+    name = data.draw(st.sampled_from(sorted(fields)))
+    fields[name] = data.draw(st.sampled_from([None, [None], {"a": 1.5}, object.__name__, 0.5]))
+    try:
+        wire.decode_job(wire.pack(fields))
+    except WireError as error:
+        assert f"job.{name}" in error.message
+    else:
+        # the replacement happened to be of the right kind
+        assert isinstance(fields[name], str | float)
+
+
+def test_extension_types_are_refused() -> None:
+    """The door through which other systems' msgpack let pickles in."""
+    for payload in (b"", b"payload"):
+        with pytest.raises(WireError, match="extension type|max_ext_len"):
+            wire.unpack(msgpack.packb(msgpack.ExtType(42, payload)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xdd\xff\xff\xff\xff", b"\x91" * 5_000, b"\xc6\xff\xff\xff\xff", b"", b"\x01\x02"],
+    ids=["huge array", "deep", "huge bytes", "nothing", "two values"],
+)
+def test_bombs_are_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        wire.unpack(data)
