@@ -65,6 +65,7 @@ class Output:
     finishes: dict[str, Finish] = field(default_factory=dict)
     stories: dict[str, JobStory] = field(default_factory=dict)
     blocks: dict[bytes, BlockPayload] = field(default_factory=dict)
+    offers: list[bytes] = field(default_factory=list)
     deltas: list[Delta] = field(default_factory=list)
     steps: int = 0
 
@@ -89,9 +90,8 @@ def finish_all(
                 out.finishes[delta.job] = delta.finish
         out.deltas += result.deltas
         out.stories.update({story.job: story for story in result.stories})
-        for payload in result.blocks:
-            assert payload.hash not in out.blocks, "a block is offered once while resident"
-            out.blocks[payload.hash] = payload
+        out.blocks |= {payload.hash: payload for payload in result.blocks}
+        out.offers += [payload.hash for payload in result.blocks]
         engine.check_integrity()
         if after_step is not None:
             after_step(out)

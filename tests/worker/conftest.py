@@ -17,7 +17,7 @@ from headrace_worker.loading import LoadedModel, load_model
 from worker.builders import finish_all, make_engine, make_job, write_hf_folder
 from worker.prompts import PROMPTS
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,221 @@
+"""A whole worker in the test's own process, with a gateway's fleet, on a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from opentelemetry.trace import INVALID_SPAN
+from redis.asyncio import Redis
+
+from headrace import keys
+from headrace.clock import SystemClock
+from headrace.errors import JobFailedError
+from headrace.streams import connect
+from headrace.types import FinishReason, Job
+from headrace_gateway.fleet import Fleet
+from headrace_gateway.generation import Generation
+from headrace_worker.consumer import Consumer
+from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.loading import LoadedModel
+from headrace_worker.membership import Capacity
+from headrace_worker.settings import WorkerSettings
+from support.fleet import eventually
+from support.valkey import Valkey
+from worker.builders import make_job, random_tokens
+
+KV_TOKENS = 4_096
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    server = Valkey(aof=True)
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
+    client = connect(valkey.url)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def fleet(valkey: Valkey) -> AsyncIterator[Fleet]:
+    fleet = Fleet(valkey.url, "g")
+    await fleet.start()
+    yield fleet
+    await fleet.stop()
+
+
+class Running:
+    """A consumer and its task."""
+
+    def __init__(self, loaded: LoadedModel, valkey: Valkey, **settings: object) -> None:
+        self.engine = Engine(loaded, EngineConfig(kv_tokens=KV_TOKENS), SystemClock())
+        self.consumer = Consumer(
+            WorkerSettings(redis_url=valkey.url, **settings),  # type: ignore[arg-type]
+            self.engine,
+            loaded.record,
+            Capacity(KV_TOKENS, 8),
+            SystemClock(),
+            cache=None,
+        )
+        self.task = asyncio.create_task(self.consumer.run())
+
+    async def stop(self) -> None:
+        self.consumer.drain()
+        async with asyncio.timeout(20):
+            await self.task
+
+
+def a_job(name: str, *, tokens: int = 40, seed: int = 3) -> Job:
+    return make_job(name, random_tokens(30, seed), max_tokens=tokens)
+
+
+async def everything(generation: Generation) -> tuple[list[int], FinishReason]:
+    tokens: list[int] = []
+    while True:
+        chunk = await generation.next()
+        tokens += chunk.tokens
+        if chunk.finish is not None:
+            return tokens, chunk.finish.reason
+
+
+async def a_ready(fleet: Fleet) -> None:
+    await eventually(lambda: fleet.ready() == "", limit_s=20)
+
+
+async def workers(redis: Redis) -> set[bytes]:
+    return set(await redis.hkeys(keys.workers("test")))
+
+
+async def test_tokens_come_through_and_a_drained_worker_leaves_nothing(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    jobs = [a_job(f"j{n}", seed=n) for n in range(6)]
+    generations = [await fleet.submit(job, INVALID_SPAN) for job in jobs]
+    results = [await everything(g) for g in generations]
+    assert {len(tokens) for tokens, _ in results} == {40}
+    assert {reason for _, reason in results} == {FinishReason.LENGTH}
+    again = await fleet.submit(a_job("again", seed=2), INVALID_SPAN)
+    assert await everything(again) == results[2]
+    await worker.stop()
+    await eventually(lambda: _gone(redis))
+    worker.engine.check_integrity()
+
+
+async def _gone(redis: Redis) -> bool:
+    left = await redis.keys("headrace:{test}:*")
+    kinds = {key.split(b":")[2] for key in left}
+    return not kinds & {b"lease", b"workers", b"load", b"jobs"}
+
+
+async def test_a_worker_that_lost_its_lease_starts_over_and_the_stream_stays_exact(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """As after a long pause: its jobs are others' by then, here its own under a new id."""
+    worker = Running(tiny, valkey, lease_ms=600)
+    await a_ready(fleet)
+    calm = await everything(await fleet.submit(a_job("calm", tokens=300), INVALID_SPAN))
+    [before] = await workers(redis)
+    generation = await fleet.submit(a_job("paused", tokens=300), INVALID_SPAN)
+    first = await generation.next()
+    await redis.delete(keys.lease("test", before.decode()))
+    tokens, reason = await everything(generation)
+    assert ([*first.tokens, *tokens], reason) == calm
+    await eventually(lambda: _renamed(redis, before))
+    await worker.stop()
+
+
+async def _renamed(redis: Redis, before: bytes) -> bool:
+    names = await workers(redis)
+    return len(names) == 1 and before not in names
+
+
+async def test_redis_away_for_a_moment_loses_no_token(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """The worker goes on computing; what it made is sent when Redis is back."""
+    worker = Running(tiny, valkey, lease_ms=60_000)
+    await a_ready(fleet)
+    calm = await everything(await fleet.submit(a_job("calm", tokens=400), INVALID_SPAN))
+    generation = await fleet.submit(a_job("cut", tokens=400), INVALID_SPAN)
+    first = await generation.next()
+    await asyncio.sleep(1.1)  # the append-only file is written each second
+    valkey.kill()
+    await asyncio.sleep(0.5)
+    valkey.start()
+    tokens, reason = await everything(generation)
+    assert ([*first.tokens, *tokens], reason) == calm
+    await worker.stop()
+
+
+async def test_a_drain_hands_back_what_does_not_end_in_time(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet
+) -> None:
+    worker = Running(tiny, valkey, drain_ms=100)
+    await a_ready(fleet)
+    calm = await everything(await fleet.submit(a_job("calm", tokens=450), INVALID_SPAN))
+    generation = await fleet.submit(a_job("long", tokens=450), INVALID_SPAN)
+    first = await generation.next()
+    heir = Running(tiny, valkey)
+    await worker.stop()
+    tokens, reason = await everything(generation)
+    assert ([*first.tokens, *tokens], reason) == calm
+    await heir.stop()
+
+
+async def test_a_job_the_engine_refuses_fails_alone(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet
+) -> None:
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    bad = make_job("bad", [10**6], max_tokens=4)
+    refused = await fleet.submit(bad, INVALID_SPAN)
+    good = await fleet.submit(a_job("good"), INVALID_SPAN)
+    with pytest.raises(JobFailedError):
+        await everything(refused)
+    assert len((await everything(good))[0]) == 40
+    await worker.stop()
+
+
+async def test_cancel_reaches_the_engine(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet
+) -> None:
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    generation = await fleet.submit(a_job("j", tokens=450), INVALID_SPAN)
+    await generation.next()
+    await generation.cancel()
+    await eventually(lambda: worker.engine.counts() == (0, 0, KV_TOKENS))
+    await worker.stop()
+
+
+async def test_a_dead_part_ends_the_worker_instead_of_leaving_a_trap(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose engine died must not keep its lease: its jobs would wait for ever."""
+    worker = Running(tiny, valkey, lease_ms=600)
+    await a_ready(fleet)
+
+    def broken() -> None:
+        raise RuntimeError("no step today")
+
+    monkeypatch.setattr(worker.engine, "step", broken)
+    generation = await fleet.submit(a_job("j"), INVALID_SPAN)
+    with pytest.raises(RuntimeError, match="engine's thread died"):
+        async with asyncio.timeout(20):
+            await worker.task
+    monkeypatch.undo()
+    heir = Running(tiny, valkey)
+    assert len((await everything(generation))[0]) == 40
+    await heir.stop()
+    with contextlib.suppress(RuntimeError):
+        await worker.task

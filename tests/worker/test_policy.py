@@ -1,0 +1,281 @@
+"""The pure parts: block pool, sequence and scheduler, under random traffic and in known stories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.types import BLOCK_TOKENS, Band, FinishReason
+from headrace_worker.policy.blocks import BlockPool
+from headrace_worker.policy.scheduler import PROMOTE_MS, Outcome, Plan, Scheduler
+from headrace_worker.policy.sequence import TRANSITIONS, Sequence, Status, blocks_for
+from worker.builders import make_sequence, random_tokens
+
+
+def make_scheduler(blocks: int, *, running_max: int = 8, step_tokens_max: int = 64) -> Scheduler:
+    return Scheduler(BlockPool(blocks), running_max=running_max, step_tokens_max=step_tokens_max)
+
+
+def step(scheduler: Scheduler, now: int = 0) -> tuple[Plan, list[Outcome]]:
+    """One step with made-up tokens; the plan is checked."""
+    plan = scheduler.schedule(now)
+    check_plan(plan)
+    tokens = [
+        (item.sequence.known * 7 + item.sequence.order) % 50 if item.samples else None
+        for item in plan.items
+    ]
+    outcomes = scheduler.apply(plan, tokens)
+    scheduler.check_integrity()
+    return plan, outcomes
+
+
+def check_plan(plan: Plan) -> None:
+    assert len({item.sequence.id for item in plan.items}) == len(plan.items)
+    for item in plan.items:
+        sequence = item.sequence
+        assert sequence.status is Status.RUNNING
+        assert item.count > 0 and item.start == sequence.computed
+        assert len(sequence.blocks) >= blocks_for(item.start + item.count)
+        assert item.samples == (item.start + item.count == sequence.known)
+
+
+def finish(scheduler: Scheduler, steps_max: int = 5000) -> list[str]:
+    """Steps until nothing is left; ids in the order in which they ended."""
+    ended = []
+    for _ in range(steps_max):
+        if not (scheduler.waiting or scheduler.running):
+            return ended
+        _, outcomes = step(scheduler)
+        ended += [outcome.sequence.id for outcome in outcomes if outcome.ending]
+    raise AssertionError(f"still here after {steps_max} steps: {scheduler.running}")
+
+
+ARRIVAL = st.fixed_dictionaries(
+    {
+        "at": st.integers(0, 40),
+        "prompt": st.integers(1, 90),
+        "shared": st.integers(0, 4),
+        "output": st.integers(1, 60),
+        "band": st.sampled_from(Band),
+        "aborts_after": st.none() | st.integers(0, 20),
+    }
+)
+
+
+@given(
+    arrivals=st.lists(ARRIVAL, min_size=1, max_size=25),
+    blocks=st.integers(10, 40),
+    running_max=st.integers(1, 6),
+    budget=st.integers(6, 80),
+)
+@settings(max_examples=150, deadline=None)
+def test_random_traffic_ends_and_leaks_nothing(
+    arrivals: list[dict], blocks: int, running_max: int, budget: int
+) -> None:
+    """Whatever arrives, shares prefixes, is aborted or does not fit beside the others: each ends."""
+    scheduler = make_scheduler(blocks, running_max=running_max, step_tokens_max=budget)
+    pending = sorted(enumerate(arrivals), key=lambda pair: pair[1]["at"])
+    aborts: dict[str, int] = {}
+    live: dict[str, Sequence] = {}
+    now = 0
+    while pending or live:
+        assert now < 6000, "no progress"
+        while pending and pending[0][1]["at"] <= now:
+            order, facts = pending.pop(0)
+            head = random_tokens(facts["shared"] * BLOCK_TOKENS, 99, 50)
+            prompt = head + random_tokens(facts["prompt"], order, 50)
+            room = blocks * BLOCK_TOKENS - len(prompt)
+            if room < 1:
+                assert scheduler.refuse(len(prompt) + blocks * BLOCK_TOKENS) is not None
+                continue
+            sequence = make_sequence(
+                f"s{order}",
+                prompt,
+                output=min(facts["output"], room),
+                band=facts["band"],
+                arrived_ms=facts["at"],
+                order=order,
+            )
+            scheduler.add(sequence)
+            live[sequence.id] = sequence
+            if facts["aborts_after"] is not None:
+                aborts[sequence.id] = now + facts["aborts_after"]
+        for id in [id for id, at in aborts.items() if at <= now and id in live]:
+            scheduler.remove(live.pop(id))
+            scheduler.check_integrity()
+        plan, outcomes = step(scheduler, now)
+        assert plan.tokens <= budget
+        assert len(scheduler.running) <= running_max
+        assert bool(plan.items) == bool(live), "work is there, so work is done"
+        for outcome in outcomes:
+            if outcome.ending:
+                ended = live.pop(outcome.sequence.id)
+                assert ended.known == ended.tokens_max
+        now += 1
+    scheduler.pool.check_integrity([])
+    assert scheduler.pool.free_count == blocks
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_pool_never_loses_a_block(actions: list[tuple[int, int]]) -> None:
+    """Any order of allocate, register, acquire, release, adopt and forget keeps the pool whole."""
+    pool = BlockPool(8)
+    owned: list[list[int]] = []
+    for action, choice in actions:
+        table = owned[choice % len(owned)] if owned else None
+        if action == 0 and pool.can_allocate(choice % 4):
+            owned.append(pool.allocate(choice % 4))
+        elif action == 1 and table:
+            block = table[choice % len(table)]
+            if pool.cached(block) is None:
+                pool.register(block, bytes([choice]), b"", 0)
+        elif action == 2 and table is not None:
+            pool.acquire(table)
+            owned.append(list(table))
+        elif action == 3 and table is not None:
+            owned.remove(table)
+            pool.release(table)
+        elif action == 4 and pool.free_count and not pool.contains(bytes([choice])):
+            assert pool.is_free(pool.adopt(bytes([choice]), b"", 0))
+        elif action == 5:
+            pool.forget(table or range(choice % 8))
+        pool.check_integrity(owned)
+
+
+def test_heads_outlive_tails() -> None:
+    """When cached blocks have to give way, the end of a chain goes before its start."""
+    pool = BlockPool(4)
+    chain = pool.allocate(3)
+    for depth, block in enumerate(chain):
+        pool.register(block, bytes([depth]), b"", depth)
+    pool.release(chain)
+    pool.allocate(1)  # the one that was never used
+    assert pool.take_evicted() == ()
+    pool.allocate(2)
+    assert [evicted.depth for evicted in pool.take_evicted()] == [2, 1]
+    assert pool.match_prefix([bytes([0])]) == [chain[0]]
+
+
+def test_transitions_are_those_of_the_table() -> None:
+    """A finished sequence stays finished, a waiting one cannot be preempted."""
+    assert TRANSITIONS.keys() == set(Status)
+    sequence = make_sequence("a", [1])
+    with pytest.raises(AssertionError, match="cannot become"):
+        sequence.become(Status.PREEMPTED)
+    sequence.become(Status.FINISHED)
+    for status in Status:
+        with pytest.raises(AssertionError, match="cannot become"):
+            sequence.become(status)
+
+
+def test_endings() -> None:
+    """A stop id ends what it is output of, not a prompt that happens to end in it."""
+    stop = frozenset({9})
+    assert make_sequence("a", [9], stop_ids=stop).ending() is None
+    assert make_sequence("a", [1], logged=[9], stop_ids=stop).ending() is FinishReason.STOP
+    assert make_sequence("a", [1], logged=[2] * 4).ending() is FinishReason.LENGTH
+
+
+def ids(sequences: Sequences[Sequence]) -> list[str]:
+    return [sequence.id for sequence in sequences]
+
+
+def test_order_is_band_then_arrival_then_number() -> None:
+    """Batch order is one rank, whatever order they came in here."""
+    scheduler = make_scheduler(40, step_tokens_max=100)
+    for id, band, arrived, order in [
+        ("late", Band.STANDARD, 5, 1),
+        ("bulk", Band.BATCH, 0, 2),
+        ("twin", Band.STANDARD, 3, 4),
+        ("early", Band.STANDARD, 3, 3),
+        ("vip", Band.INTERACTIVE, 9, 5),
+    ]:
+        scheduler.add(make_sequence(id, [1] * 5, band=band, arrived_ms=arrived, order=order))
+    plan, _ = step(scheduler)
+    assert ids(plan.admitted) == ["vip", "early", "twin", "late", "bulk"]
+
+
+def test_decodes_come_before_prefill_and_prompts_are_chunked() -> None:
+    """A long prompt takes what the streams leave of the budget, chunk after chunk."""
+    scheduler = make_scheduler(40, step_tokens_max=20)
+    scheduler.add(make_sequence("stream", [1], output=30, band=Band.BATCH))
+    step(scheduler)
+    scheduler.add(make_sequence("prompt", [2] * 50, band=Band.INTERACTIVE))
+    chunks = []
+    for _ in range(3):
+        plan, _ = step(scheduler)
+        assert plan.items[0].sequence.id == "stream" and plan.items[0].count == 1
+        chunks.append((plan.items[1].start, plan.items[1].count, plan.items[1].samples))
+    assert chunks == [(0, 19, False), (19, 19, False), (38, 12, True)]
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    """The second sequence starts after the blocks that the first one left."""
+    scheduler = make_scheduler(10)
+    scheduler.add(make_sequence("a", [3] * 40, output=1))
+    finish(scheduler)
+    second = make_sequence("b", [3] * 40, output=1)
+    scheduler.add(second)
+    plan, _ = step(scheduler)
+    assert (plan.items[0].start, plan.items[0].count) == (32, 8)
+    assert len(second.cached_blocks or ()) == 2
+
+
+def test_the_lowest_band_gives_way_then_the_least_work() -> None:
+    """When blocks run out, batch work goes first, within a band whoever has computed least."""
+    scheduler = make_scheduler(6)
+    scheduler.add(make_sequence("vip", [1] * 16, output=80, band=Band.INTERACTIVE))
+    scheduler.add(make_sequence("big", [2] * 30, output=60, band=Band.BATCH, order=1))
+    scheduler.add(make_sequence("small", [3] * 16, output=60, band=Band.BATCH, order=2))
+    victims = []
+    while len(victims) < 2:
+        plan, _ = step(scheduler)
+        victims += ids(plan.preempted)
+    assert victims == ["small", "big"]
+    assert sorted(finish(scheduler)) == ["big", "small", "vip"]
+
+
+def test_a_higher_band_takes_the_room_of_a_lower_one() -> None:
+    """Interactive work does not wait for batch work to end: it takes its blocks at once."""
+    scheduler = make_scheduler(6, running_max=4)
+    scheduler.add(make_sequence("bulk", [1] * 80, output=10, band=Band.BATCH))
+    for _ in range(3):
+        step(scheduler)
+    scheduler.add(make_sequence("vip", [2] * 40, output=4, band=Band.INTERACTIVE))
+    plan, _ = step(scheduler)
+    assert ids(plan.preempted) == ["bulk"] and ids(plan.admitted) == ["vip"]
+    assert finish(scheduler) == ["vip", "bulk"]
+
+
+def test_an_equal_band_waits() -> None:
+    """Nobody is thrown out for a peer; the first in rank is not overtaken by one that would fit."""
+    scheduler = make_scheduler(6, step_tokens_max=100)
+    scheduler.add(make_sequence("a", [1] * 60, output=8, order=1))
+    step(scheduler)
+    scheduler.add(make_sequence("b", [2] * 60, output=4, order=2))
+    scheduler.add(make_sequence("c", [3] * 4, output=4, order=3))
+    plan, _ = step(scheduler)
+    assert not plan.preempted and not plan.admitted
+    assert finish(scheduler)[0] == "a"
+
+
+def test_waiting_raises_the_band() -> None:
+    """After PROMOTE_MS batch work ranks with standard work, and its earlier arrival counts."""
+    scheduler = make_scheduler(6, running_max=1)
+    scheduler.add(make_sequence("old", [1] * 4, band=Band.BATCH, arrived_ms=0, added_ms=0))
+    scheduler.add(
+        make_sequence("new", [2] * 4, band=Band.STANDARD, arrived_ms=9, added_ms=PROMOTE_MS)
+    )
+    plan, _ = step(scheduler, now=PROMOTE_MS)
+    assert ids(plan.admitted) == ["old"]
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    """The refusal names both numbers."""
+    scheduler = make_scheduler(4)
+    assert scheduler.refuse(64) is None
+    assert scheduler.refuse(65) == "65 tokens do not fit into this worker's KV cache of 64 tokens"
