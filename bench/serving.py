@@ -46,7 +46,17 @@ def fleet(flags: list[str]) -> Iterator[dict[str, Any]]:
     """A running `headrace up`; yields what it wrote about itself."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
-            [sys.executable, "-m", "headrace.cli.main", "up", "--port", "0", "--data-dir", folder, *flags],
+            [
+                sys.executable,
+                "-m",
+                "headrace.cli.main",
+                "up",
+                "--port",
+                "0",
+                "--data-dir",
+                folder,
+                *flags,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

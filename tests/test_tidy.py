@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: who imports whom, what policies may touch, sizes.
+"""The rules of the house that a machine can check: imports, purity of policies, sizes.
 
 Written with the standard library's `ast`, so that nothing has to be importable to be checked.
 """
@@ -55,7 +55,7 @@ def test_a_service_imports_itself_and_headrace_only(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_policies_are_pure(package: str) -> None:
-    """Time, randomness and facts come in as arguments, so that a simulator can run the same code."""
+    """Time, randomness and facts come in as arguments: a simulator can run the same code."""
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path, tree in sources(package)

@@ -45,7 +45,9 @@ class Roster:
     async def refresh(self) -> None:
         """Read registry, leases, loads and states. Raises what redis-py raises."""
         registry = await self._redis.hgetall(keys.workers(self._model))
-        records = [r for r in (self._decode(as_bytes(raw)) for raw in registry.values()) if r is not None]
+        records = [
+            r for r in (self._decode(as_bytes(raw)) for raw in registry.values()) if r is not None
+        ]
         pipe = self._redis.pipeline(transaction=False)
         for record in records:
             pipe.exists(keys.lease(self._model, record.id))

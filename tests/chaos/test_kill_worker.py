@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from itertools import pairwise
 
 import openai
 
@@ -54,7 +55,7 @@ async def test_kill_9_of_the_streaming_worker() -> None:
             await asyncio.to_thread(stack.kill, victim)
             stack.start_worker()
             assert await reading == expected[prompt], f"kill {number} of {victim}"
-            pauses.append(max(b - a for a, b in zip(times, times[1:], strict=False)))
+            pauses.append(max(b - a for a, b in pairwise(times)))
             await asyncio.to_thread(stack.wait_ready, 2)
         await stack.wait_idle()
         await client.close()

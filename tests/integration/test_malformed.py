@@ -22,9 +22,11 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 # values that no endpoint accepts in the field they are put into
 broken_fields = st.one_of(
     st.tuples(st.just("model"), st.integers() | st.none() | st.just("no such model")),

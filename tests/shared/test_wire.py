@@ -109,7 +109,7 @@ def test_a_job_with_one_field_of_a_wrong_kind_is_refused_by_name(
 def test_extension_types_are_refused() -> None:
     """The door through which other systems' msgpack let pickles in."""
     for payload in (b"", b"payload"):
-        with pytest.raises(WireError, match="extension type|max_ext_len"):
+        with pytest.raises(WireError, match=r"extension type|max_ext_len"):
             wire.unpack(msgpack.packb(msgpack.ExtType(42, payload)))
 
 

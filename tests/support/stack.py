@@ -1,4 +1,4 @@
-"""The real thing for tests: Valkey, cache service, workers and gateways as processes of their own."""
+"""The real thing for tests: Valkey, cache service, workers and gateways, each a process."""
 
 from __future__ import annotations
 

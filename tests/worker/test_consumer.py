@@ -186,9 +186,7 @@ async def test_a_job_the_engine_refuses_fails_alone(
     await worker.stop()
 
 
-async def test_cancel_reaches_the_engine(
-    tiny: LoadedModel, valkey: Valkey, fleet: Fleet
-) -> None:
+async def test_cancel_reaches_the_engine(tiny: LoadedModel, valkey: Valkey, fleet: Fleet) -> None:
     worker = Running(tiny, valkey)
     await a_ready(fleet)
     generation = await fleet.submit(a_job("j", tokens=450), INVALID_SPAN)
