@@ -46,7 +46,7 @@ class Choice:
         self.index = index
         self.finish: FinishReason | None = None
         self.completion_tokens = 0
-        self.cached_tokens: int | None = None
+        self.cached_tokens = 0
         self._source = source
         self._detokenizer = detokenizer
         self._stops = StopChecker(stops)
@@ -61,8 +61,7 @@ class Choice:
         chunk = await self._source.next()
         before = self.completion_tokens
         text = self._take(chunk.tokens)
-        if chunk.finish is not None:
-            self.cached_tokens = chunk.finish.cached_tokens
+        self.cached_tokens = chunk.cached_tokens
         if self._stops.hit:
             self.finish = FinishReason.STOP
             await self._source.cancel()

@@ -18,10 +18,14 @@ from headrace.types import Delta, Finish, FinishReason, Job
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New output tokens, and the finish once the job has ended."""
+    """New output tokens, and the finish once the job has ended.
+
+    `cached_tokens`: prompt tokens that came from a cache.
+    """
 
     tokens: tuple[int, ...]
     finish: Finish | None
+    cached_tokens: int = 0
 
 
 class Generation:
@@ -81,9 +85,9 @@ class Generation:
             if finish is not None and finish.reason is FinishReason.ERROR and not tokens:
                 raise JobFailedError(finish.error or "the worker could not run this job")
             if finish is not None and finish.reason is FinishReason.ERROR:
-                return Chunk(tokens, None)
+                return Chunk(tokens, None, self._log.cached_tokens)
             if tokens or finish is not None:
-                return Chunk(tokens, finish)
+                return Chunk(tokens, finish, self._log.cached_tokens)
             if self._failure is not None:
                 raise self._failure
             self._news.clear()

@@ -109,10 +109,9 @@ EXPECTED_OUTPUT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of a job. `cached_tokens`: prompt tokens taken from a cache, not computed."""
+    """The end of a job; `error` says why when the reason is ERROR."""
 
     reason: FinishReason
-    cached_tokens: int = 0
     error: str = ""
 
 
@@ -120,7 +119,8 @@ class Finish:
 class Delta:
     """New tokens of one job in one engine step, as they stand in a reply stream.
 
-    `first` is the output position of `tokens[0]`. A Delta without tokens and finish is a fence:
+    `first` is the output position of `tokens[0]`. `cached_tokens` are the prompt tokens that this
+    attempt took from a cache instead of computing them. A Delta without tokens and finish is a fence:
     it raises the attempt, and what an older attempt writes after it does not count.
     """
 
@@ -129,6 +129,7 @@ class Delta:
     first: int
     tokens: tuple[int, ...] = ()
     finish: Finish | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,9 +196,9 @@ def encode_deltas(deltas: Iterable[Delta]) -> bytes:
     """The token frame of one engine step: one row a job."""
     rows: list[list[Any]] = []
     for d in deltas:
-        row: list[Any] = [d.job, d.attempt, d.first, tokens_to_bytes(d.tokens)]
+        row: list[Any] = [d.job, d.attempt, d.first, tokens_to_bytes(d.tokens), d.cached_tokens]
         if d.finish is not None:
-            row.append([d.finish.reason.value, d.finish.cached_tokens, d.finish.error])
+            row.append([d.finish.reason.value, d.finish.error])
         rows.append(row)
     return pack(rows)
 
@@ -212,14 +212,15 @@ def decode_deltas(data: bytes) -> list[Delta]:
 
 def _decode_delta(row: Any) -> Delta:
     try:
-        job, attempt, first, tokens, *rest = row
+        job, attempt, first, tokens, cached, *rest = row
         finish = None
         if rest:
-            reason, cached, error = rest[0]
-            finish = Finish(FinishReason(reason), int(cached), str(error))
+            reason, error = rest[0]
+            finish = Finish(FinishReason(reason), str(error))
         if not (isinstance(job, str) and isinstance(tokens, bytes)):
             raise ValueError("job or tokens of a wrong type")
-        return Delta(job, int(attempt), int(first), tuple(tokens_from_bytes(tokens)), finish)
+        fresh = tuple(tokens_from_bytes(tokens))
+        return Delta(job, int(attempt), int(first), fresh, finish, int(cached))
     except (ValueError, TypeError) as error:
         raise WireError(f"delta: {error}") from error
 

@@ -161,6 +161,20 @@ async def test_a_stop_string_ends_the_stream_and_the_job(
     await stack.wait_idle()
 
 
+async def test_usage_is_whole_when_a_stop_string_ends_it(client: openai.AsyncOpenAI) -> None:
+    """The job is cancelled before its finish arrives; what came from the cache is known anyway."""
+    for expected in (0, 32):
+        answer = await client.completions.create(
+            model="smollm2", prompt=[*range(3_000, 3_040)], max_tokens=200, temperature=0,
+            stop=["e", "a", " ", "\n"], extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens < 200
+        assert answer.usage.prompt_tokens_details is not None
+        assert answer.usage.prompt_tokens_details.cached_tokens == expected
+
+
 async def test_a_client_that_leaves_takes_its_job_with_it(
     client: openai.AsyncOpenAI, stack: Stack
 ) -> None:

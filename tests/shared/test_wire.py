@@ -50,9 +50,7 @@ jobs = st.builds(
     logged=tokens.map(pack_tokens),
     trace=st.dictionaries(st.text(max_size=10), st.text(max_size=60), max_size=2),
 )
-finishes = st.builds(
-    Finish, st.sampled_from(FinishReason), st.integers(0, 2**31), st.text(max_size=30)
-)
+finishes = st.builds(Finish, st.sampled_from(FinishReason), st.text(max_size=30))
 deltas = st.builds(
     Delta,
     st.text(max_size=20),
@@ -60,6 +58,7 @@ deltas = st.builds(
     st.integers(0, 2**31),
     tokens.map(tuple),
     st.none() | finishes,
+    st.integers(0, 2**31),
 )
 
 

@@ -98,8 +98,8 @@ def say(
     tokens = [*encode(text), *([2] if reason is FinishReason.STOP else [])]
     chunks = [tuple(tokens[at : at + per_chunk]) for at in range(0, len(tokens), per_chunk)]
     return [
-        *(Chunk(chunk, None) for chunk in chunks[:-1]),
-        Chunk(chunks[-1], Finish(reason, cached)),
+        *(Chunk(chunk, None, cached) for chunk in chunks[:-1]),
+        Chunk(chunks[-1], Finish(reason), cached),
     ]
 
 

@@ -63,6 +63,7 @@ class Output:
 
     tokens: dict[str, list[int]] = field(default_factory=dict)
     finishes: dict[str, Finish] = field(default_factory=dict)
+    cached: dict[str, int] = field(default_factory=dict)
     stories: dict[str, JobStory] = field(default_factory=dict)
     blocks: dict[bytes, BlockPayload] = field(default_factory=dict)
     offers: list[bytes] = field(default_factory=list)
@@ -86,6 +87,7 @@ def finish_all(
         for delta in result.deltas:
             assert delta.job not in out.finishes, "nothing comes after the end"
             out.tokens.setdefault(delta.job, []).extend(delta.tokens)
+            out.cached[delta.job] = delta.cached_tokens
             if delta.finish is not None:
                 out.finishes[delta.job] = delta.finish
         out.deltas += result.deltas
@@ -118,7 +120,7 @@ def tiny_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TINY["vocab_size"],
-        special_tokens=["<|begin|>", "<|end|>"],
+        special_tokens=["<|begin|>", "<|end|>", "<|endoftext|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -227,7 +229,7 @@ def add_gguf_tokenizer(writer: GGUFWriter, pre: str) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 3) + [4])
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 4) + [4])
     writer.add_token_merges([" ".join(pair) for pair in facts["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

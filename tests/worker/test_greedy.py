@@ -64,7 +64,7 @@ def test_alone(smollm2: LoadedModel, reference: Reference) -> None:
         single = finish_all(make_engine(smollm2, 1024), [job])
         out.tokens |= single.tokens
         out.finishes |= single.finishes
-        assert out.finishes[job.id].cached_tokens == 0
+        assert out.cached[job.id] == 0
     assert_equal(out, reference)
 
 
@@ -94,7 +94,7 @@ def test_eight_at_a_time_with_other_traffic_cold_and_warm(
     assert_equal(warm, reference, "warm")
     for i, prompt in enumerate(reference.prompts):
         # whole blocks, and at least one token is left to compute
-        assert warm.finishes[f"warm{i}"].cached_tokens == (len(prompt) - 1) // 16 * 16
+        assert warm.cached[f"warm{i}"] == (len(prompt) - 1) // 16 * 16
 
 
 def test_chunked_at_32_tokens(smollm2: LoadedModel, reference: Reference) -> None:
@@ -150,6 +150,6 @@ def test_blocks_travel_between_engines(smollm2: LoadedModel, reference: Referenc
     out = finish_all(second)
     assert out.tokens["p"] == reference.outputs[19]
     assert out.stories["p"].cached_imported == len(missing) * 16
-    assert out.finishes["p"].cached_tokens == len(missing) * 16
+    assert out.cached["p"] == len(missing) * 16
     # what came from the cache service is not offered to it again
     assert not out.blocks.keys() & set(missing)

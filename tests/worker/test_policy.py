@@ -75,7 +75,7 @@ ARRIVAL = st.fixed_dictionaries(
 def test_random_traffic_ends_and_leaks_nothing(
     arrivals: list[dict], blocks: int, running_max: int, budget: int
 ) -> None:
-    """Whatever arrives, shares prefixes, is aborted or does not fit beside the others: each ends."""
+    """Whatever arrives, shares prefixes, is aborted or has to give way: each ends."""
     scheduler = make_scheduler(blocks, running_max=running_max, step_tokens_max=budget)
     pending = sorted(enumerate(arrivals), key=lambda pair: pair[1]["at"])
     aborts: dict[str, int] = {}
@@ -89,7 +89,7 @@ def test_random_traffic_ends_and_leaks_nothing(
             prompt = head + random_tokens(facts["prompt"], order, 50)
             room = blocks * BLOCK_TOKENS - len(prompt)
             if room < 1:
-                assert scheduler.refuse(len(prompt) + blocks * BLOCK_TOKENS) is not None
+                assert scheduler.refuse(len(prompt) + 1) is not None
                 continue
             sequence = make_sequence(
                 f"s{order}",

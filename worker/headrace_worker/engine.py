@@ -291,12 +291,19 @@ class Engine:
             entry.first_token_ns = now_ns
         if outcome.ending is None:
             first = outcome.sequence.output_tokens - 1
+            cached = self._cached_tokens(entry)
             self._result.deltas.append(
-                Delta(entry.job.id, entry.job.attempt, first, (outcome.token,))
+                Delta(
+                    entry.job.id,
+                    entry.job.attempt,
+                    first,
+                    (outcome.token,),
+                    cached_tokens=cached,
+                )
             )
             return
-        cached = [self._pool.cached(block) for block in outcome.blocks]
-        fresh = [c for c in cached if c is not None and not c.offered]
+        held = [self._pool.cached(block) for block in outcome.blocks]
+        fresh = [c for c in held if c is not None and not c.offered]
         self._offer(fresh[: max(0, OFFERED_BLOCKS_PER_STEP_MAX - len(self._result.blocks))])
         self._end(entry, outcome.ending, (outcome.token,))
 
@@ -314,12 +321,17 @@ class Engine:
         job, sequence = entry.job, entry.sequence
         del self._entries[job.id]
         story = self._story(entry, reason)
-        cached = min(story.cached_local + story.cached_imported, len(job.prompt))
         first = sequence.output_tokens - len(tokens)
+        finish, cached = Finish(reason, error), self._cached_tokens(entry)
         self._result.deltas.append(
-            Delta(job.id, job.attempt, first, tokens, Finish(reason, cached, error))
+            Delta(job.id, job.attempt, first, tokens, finish, cached_tokens=cached)
         )
         self._result.stories.append(story)
+
+    def _cached_tokens(self, entry: _Entry) -> int:
+        """Prompt tokens found in the pool, wherever they had come from."""
+        found = len(entry.sequence.cached_blocks or ()) * BLOCK_TOKENS
+        return min(found, len(entry.job.prompt))
 
     def _story(self, entry: _Entry, reason: FinishReason) -> JobStory:
         sequence = entry.sequence

@@ -207,12 +207,8 @@ class Turn:
         """The counts so far. A prompt token counts as cached when no choice computed it."""
         cached = 0
         for at in range(len(self._prompts)):
-            known = [
-                choice.cached_tokens
-                for choice in self.choices[at * self._n : (at + 1) * self._n]
-                if choice.cached_tokens is not None
-            ]
-            cached += min(known, default=0)
+            choices = self.choices[at * self._n : (at + 1) * self._n]
+            cached += min((choice.cached_tokens for choice in choices), default=0)
         return Usage(
             sum(len(prompt) for prompt in self._prompts),
             sum(choice.completion_tokens for choice in self.choices),

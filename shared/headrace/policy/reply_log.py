@@ -21,6 +21,7 @@ class ReplyLog:
         self.attempt = attempt
         self.tokens: list[int] = list(logged)
         self.finish: Finish | None = None
+        self.cached_tokens = 0
 
     def is_gap(self, delta: Delta) -> bool:
         """Whether tokens before `delta` are missing: Redis lost entries that it had taken."""
@@ -39,6 +40,9 @@ class ReplyLog:
         position = len(self.tokens)
         if delta.first > position:
             return ()
+        if position == 0:
+            # the attempt that a client first heard of; later ones do not change its usage
+            self.cached_tokens = delta.cached_tokens
         fresh = delta.tokens[position - delta.first :]
         self.tokens.extend(fresh)
         if delta.finish is not None:
