@@ -30,8 +30,7 @@ SIZE_CLASS_BLOCKS_MIN = 16
 class _Gather:
     """Which chunks of the pool hold some sequences' keys and values, per layer."""
 
-    keys: tuple[Tensor, ...]  # per layer, [B * blocks]
-    values: tuple[Tensor, ...]
+    chunks: tuple[Tensor, ...]  # per layer, [2 * B * blocks]: all keys, then all values
     tokens: int  # blocks * BLOCK_TOKENS
 
 
@@ -61,7 +60,6 @@ class SdpaBackend:
 
     def __init__(self, pool: KvPool) -> None:
         self._pool = pool
-        self._rows, self._chunks = pool.rows, pool.chunks
         self._dtype = pool.tensor.dtype
         # chunk (block, layer, key) has number block * layers * 2 + layer * 2
         self._layer_offsets = torch.arange(pool.layers)[:, None] * 2
@@ -89,8 +87,8 @@ class SdpaBackend:
         for row, table in enumerate(tables):
             padded[row, : len(table)] = table
         base = torch.from_numpy(padded).view(-1) * (self._pool.layers * 2)
-        keys = base[None, :] + self._layer_offsets
-        return _Gather(keys.unbind(0), (keys + 1).unbind(0), width * BLOCK_TOKENS)
+        chunks = torch.cat((base, base + 1))[None, :] + self._layer_offsets
+        return _Gather(chunks.unbind(0), width * BLOCK_TOKENS)
 
     def _decodes(self, batch: AttentionBatch, count: int) -> list[_Decodes]:
         classes: dict[int, list[int]] = {}
@@ -154,10 +152,10 @@ class _Step:
 
     def _kv(self, layer: int, gather: _Gather, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values [count, kv_heads, T, head_dim]."""
-        shape = (count, gather.tokens, self._kv_heads, self._head_dim)
-        keys = self._pool_chunks.index_select(0, gather.keys[layer]).view(shape)
-        values = self._pool_chunks.index_select(0, gather.values[layer]).view(shape)
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        chunks = self._pool_chunks.index_select(0, gather.chunks[layer])
+        shape = (2, count, gather.tokens, self._kv_heads, self._head_dim)
+        keys, values = chunks.view(shape).transpose(2, 3).unbind(0)
+        return keys, values
 
     def _decode(self, layer: int, q: Tensor, group: _Decodes) -> Tensor:
         keys, values = self._kv(layer, group.gather, group.count)

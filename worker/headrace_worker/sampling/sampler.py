@@ -49,10 +49,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow], drawn: list[int]) -> list[int]:
     index = torch.tensor(drawn)
-    temperature = torch.tensor([rows[i].temperature for i in drawn], dtype=torch.float64)
+    temperature = torch.tensor([rows[i].temperature for i in drawn])
     # the maximum goes first: a tiny temperature must underflow, never overflow
-    scaled = (logits[index].double() - best[index].double()[:, None]) / temperature[:, None]
-    weights = scaled.exp_()
+    weights = ((logits[index] - best[index][:, None]) / temperature[:, None]).exp_()
     u = torch.from_numpy(uniforms([rows[i].seed for i in drawn], [rows[i].position for i in drawn]))
     tokens = [0] * len(drawn)
     plain = [n for n, i in enumerate(drawn) if rows[i].top_k == 0 and rows[i].top_p >= 1]
@@ -69,17 +68,17 @@ def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow], drawn: list
 
 
 def _invert(weights: Tensor, u: Tensor) -> list[int]:
-    """Index drawn per row of unnormalized weights, float64 [M, n], by uniforms [M]."""
-    sums = weights.cumsum(-1)
-    places = torch.searchsorted(sums, (u * sums[:, -1])[:, None], right=True)[:, 0]
-    # rounding may place u on the far end: the last index with any weight is meant then
-    last = weights.shape[1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
-    result: list[int] = torch.minimum(places, last).tolist()
-    return result
+    """Index drawn per row of unnormalized weights [M, n], by uniforms, float64 [M]."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    totals = sums[:, -1]
+    # rounding may place a draw on the far end, where there is no weight any more
+    targets = torch.minimum(u * totals, totals.nextafter(torch.zeros_like(totals)))
+    places: list[int] = torch.searchsorted(sums, targets[:, None], right=True)[:, 0].tolist()
+    return places
 
 
 def _draw_filtered(weights: Tensor, u: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    totals = weights.sum(-1)
+    totals = weights.sum(-1, dtype=torch.float64)
     count = min(CANDIDATES, weights.shape[1])
     top, ids = weights.topk(count, dim=-1)
     top, ids = _ordered(top, ids)
@@ -87,7 +86,7 @@ def _draw_filtered(weights: Tensor, u: Tensor, rows: Sequence[SamplingRow]) -> l
     for n, row in enumerate(rows):
         values, names = top[n], ids[n]
         enough = 0 < row.top_k < count or (
-            row.top_k == 0 and float(values.sum()) >= row.top_p * float(totals[n])
+            row.top_k == 0 and float(values.sum(dtype=torch.float64)) >= row.top_p * float(totals[n])
         )
         if not enough:
             values, names = weights[n].sort(descending=True, stable=True)
@@ -106,9 +105,9 @@ def _draw_one(values: Tensor, ids: Tensor, row: SamplingRow, total: Tensor, u: T
     """Draws from falling weights [n] of a row that sums to `total`, its filters applied."""
     if row.top_k:
         values = values[: row.top_k]
-        total = values.sum()
+        total = values.sum(dtype=torch.float64)
     if row.top_p < 1:
-        before = values.cumsum(0) - values
+        before = values.cumsum(0, dtype=torch.float64) - values
         values = values[: max(1, int((before < row.top_p * total).sum()))]
     [place] = _invert(values[None], u)
     return int(ids[place])
