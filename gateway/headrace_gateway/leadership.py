@@ -21,7 +21,7 @@ class Lease:
 
     def __init__(self, lua: Scripts, model: str, gateway_id: str) -> None:
         self._lua = lua
-        self._key = keys.leader(model)
+        self._key, self._board = keys.leader(model), keys.board(model)
         self.token = f"{gateway_id}:{secrets.token_hex(4)}"
 
     async def hold(self) -> bool:
@@ -30,4 +30,4 @@ class Lease:
         return bool(answer == 1)
 
     async def release(self) -> None:
-        await self._lua.call(scripts.RELEASE, [self._key], [self.token])
+        await self._lua.call(scripts.RELEASE, [self._key, self._board], [self.token])

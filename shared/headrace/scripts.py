@@ -93,8 +93,8 @@ return 1
 """
 
 RELEASE = """
--- KEYS leader; ARGV token: give the lease back if it is ours.
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+-- KEYS leader, board; ARGV token: give the lease back if it is ours, with what it let us publish.
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1], KEYS[2]) end
 return 0
 """
 

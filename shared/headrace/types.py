@@ -120,8 +120,8 @@ class Delta:
     """New tokens of one job in one engine step, as they stand in a reply stream.
 
     `first` is the output position of `tokens[0]`. `cached_tokens` are the prompt tokens that this
-    attempt took from a cache instead of computing them. A Delta without tokens and finish is a fence:
-    it raises the attempt, and what an older attempt writes after it does not count.
+    attempt took from a cache instead of computing them. A Delta without tokens and finish is a
+    fence: it raises the attempt, and what an older attempt writes after it does not count.
     """
 
     job: str
