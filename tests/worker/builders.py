@@ -188,8 +188,12 @@ def write_gguf(
     architecture: str = "llama",
     rope_factors: np.ndarray | None = None,
     extra: dict[str, str] | None = None,
+    raw: dict[str, tuple[np.ndarray, GGMLQuantizationType]] | None = None,
 ) -> None:
-    """transformers' Llama `model` as a GGUF file with matrices quantized to `kind`."""
+    """transformers' Llama `model` as a GGUF file with matrices quantized to `kind`.
+
+    `raw` tensors, by GGUF name, are written as the bytes they are.
+    """
     config = model.config
     writer = GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -211,7 +215,10 @@ def write_gguf(
             values = _interleaved(values, config.num_attention_heads)
         if "k_proj" in name:
             values = _interleaved(values, config.num_key_value_heads)
-        if values.ndim == 1:
+        if _gguf_name(name) in (raw or {}):
+            data, raw_kind = raw[_gguf_name(name)]
+            writer.add_tensor(_gguf_name(name), data, raw_dtype=raw_kind)
+        elif values.ndim == 1:
             writer.add_tensor(_gguf_name(name), values)
         else:
             writer.add_tensor(_gguf_name(name), quantize(values, kind), raw_dtype=kind)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
+import aiohttp
 import pytest
 from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
@@ -17,12 +18,14 @@ from headrace.streams import connect
 from headrace.types import FinishReason, Job
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
+from headrace_worker import metrics
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.loading import LoadedModel
 from headrace_worker.membership import Capacity
 from headrace_worker.settings import WorkerSettings
 from support.fleet import eventually
+from support.stack import free_port
 from support.valkey import Valkey
 from worker.builders import make_job, random_tokens
 
@@ -183,6 +186,27 @@ async def test_a_job_the_engine_refuses_fails_alone(
     with pytest.raises(JobFailedError):
         await everything(refused)
     assert len((await everything(good))[0]) == 40
+    await worker.stop()
+
+
+async def test_metrics_tell_what_the_worker_does(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet
+) -> None:
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    port = free_port()
+    stop = metrics.serve(port, "test", worker.consumer.status)
+    await everything(await fleet.submit(a_job("j"), INVALID_SPAN))
+    url = f"http://127.0.0.1:{port}/metrics"
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        lines = (await answer.text()).splitlines()
+    assert f'headrace_worker_free_kv_tokens{{model="test"}} {KV_TOKENS}.0' in lines
+    assert 'headrace_worker_ready{model="test"} 1.0' in lines
+    assert any(
+        line.startswith("headrace_worker_steps_total") and float(line.split()[-1]) >= 40
+        for line in lines
+    )
+    stop()
     await worker.stop()
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from tokenizers import Tokenizer
 
 from headrace.errors import ModelError
 from headrace_worker.loading import LoadedModel, load_model, memory
+from headrace_worker.loading.gguf_file import GgufSource
 from headrace_worker.loading.load import resolve_dtype
+from headrace_worker.model import linear
 from worker.builders import add_gguf_tokenizer, random_tokens, write_gguf, write_hf_folder
 from worker.corpus import HARD_TEXTS
 from worker.test_greedy import logits_of
@@ -78,6 +80,15 @@ def test_bfloat16_is_near_the_reference_in_bfloat16(tmp_path: Path) -> None:
     assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
 
 
+def test_packing_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch without the packed multiplication gives the same numbers, to bfloat16's rounding."""
+    write_hf_folder(tmp_path)
+    packed = logits_of(load_model(tmp_path, "m", "bfloat16"), random_tokens(60, 3))
+    monkeypatch.setattr(linear, "_PACKING", None)
+    plain = logits_of(load_model(tmp_path, "m", "bfloat16"), random_tokens(60, 3))
+    assert (packed - plain).abs().mean() < 0.02 * plain.abs().mean()
+
+
 def test_the_record_of_a_folder(tiny: LoadedModel, tiny_folder: Path) -> None:
     """What gateways are told: ends from generation_config, template and names from their files."""
     record = tiny.record
@@ -89,7 +100,7 @@ def test_the_record_of_a_folder(tiny: LoadedModel, tiny_folder: Path) -> None:
     assert record.tokenizer_json == (tiny_folder / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_gguf_file_gives_the_reference_logits(tmp_path: Path, kind: str, tied: bool) -> None:
     """transformers with the dequantized weights, ours with the file: rows of q and k put back."""
@@ -105,6 +116,28 @@ def test_a_gguf_file_gives_the_reference_logits(tmp_path: Path, kind: str, tied:
                 packed = quantize(parameter.numpy(), quantization)
                 parameter.copy_(torch.from_numpy(dequantize(packed, quantization).copy()))
     assert_same_logits(load_model(file, "m", "float32"), model)
+
+
+@pytest.mark.parametrize(("kind", "scales"), [("Q4_K", (0, 2)), ("Q5_K", (0, 2)), ("Q6_K", (208,))])
+def test_k_quants_are_read_as_the_reference_reads_them(
+    tmp_path: Path, kind: str, scales: tuple[int, ...]
+) -> None:
+    """Random blocks with sane scales through a file, against transformers' own arithmetic."""
+    from transformers.integrations.gguf.dequant import dequantize as theirs
+
+    quantization = GGMLQuantizationType[kind]
+    values, size = GGML_QUANT_SIZES[quantization]
+    source = np.random.default_rng(5)
+    data = source.integers(0, 256, (256, 256 // values * size), np.uint8)
+    for at in scales:
+        scale = source.uniform(0.001, 0.01, (256, 1)).astype(np.float16)
+        data[:, at : at + 2] = scale.view(np.uint8)
+    model = write_hf_folder(tmp_path, hidden_size=256)
+    file, raw = tmp_path / "m.gguf", {"blk.0.attn_output.weight": (data, quantization)}
+    write_gguf(file, model, GGMLQuantizationType.F32, raw=raw)
+    ours = GgufSource(file).read("model.layers.0.self_attn.o_proj.weight")
+    expected = theirs(torch.from_numpy(data), int(quantization)).reshape(256, 256)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gguf_file_with_rotary_factors(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import sys
 
 import structlog
 import torch
-from prometheus_client import start_http_server
 
 from headrace import logs, telemetry
 from headrace.cache_client import CacheClient
@@ -16,6 +15,7 @@ from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError
 from headrace.models import resolve
+from headrace_worker import metrics
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
@@ -66,7 +66,14 @@ async def serve(settings: WorkerSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, consumer.drain)
-    await consumer.run()
+    stop_metrics = None
+    if settings.metrics_port:
+        stop_metrics = metrics.serve(settings.metrics_port, consumer.model, consumer.status)
+    try:
+        await consumer.run()
+    finally:
+        if stop_metrics is not None:
+            stop_metrics()
 
 
 def main() -> None:
@@ -75,8 +82,6 @@ def main() -> None:
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if settings.metrics_port:
-        start_http_server(settings.metrics_port, addr="127.0.0.1")
     try:
         asyncio.run(serve(settings))
     except ModelError as error:

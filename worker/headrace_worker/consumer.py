@@ -141,7 +141,7 @@ class Consumer:
     async def _join(self, member: Membership) -> bool:
         while not self._stop.is_set():
             try:
-                await member.join(self._status())
+                await member.join(self.status())
                 return True
             except REDIS_DOWN as error:
                 log.warning("cannot join, redis is away", error=str(error))
@@ -156,7 +156,7 @@ class Consumer:
             self._check_loops()
             if not self._hung():
                 with contextlib.suppress(*REDIS_DOWN):
-                    if not await member.beat(self._status()):
+                    if not await member.beat(self.status()):
                         return False
             if self._stop.is_set():
                 now = self._clock.now_ms()
@@ -195,7 +195,12 @@ class Consumer:
             return True
         return False
 
-    def _status(self) -> WorkerStatus:
+    @property
+    def model(self) -> str:
+        return self._record.name
+
+    def status(self) -> WorkerStatus:
+        """What the fleet is told of this worker."""
         running, waiting, free_tokens = (
             self._thread.counts if self._thread is not None else self._engine.counts()
         )

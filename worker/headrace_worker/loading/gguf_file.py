@@ -42,7 +42,9 @@ _TOP_NAMES = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
-TYPES = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"} | {"Q4_K", "Q6_K"})
+TYPES = frozenset(
+    {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+)
 """Tensor types that are read; each is dequantized as the file is loaded."""
 
 

@@ -1,9 +1,9 @@
 """A linear layer without bias, in the form its machine multiplies fastest.
 
 Invariant: packing changes where the weights stand in memory, not what is multiplied. In bfloat16
-oneDNN otherwise re-orders the whole weight matrix at every call; packed once, a decode step of a
-135M model takes two thirds of the time. The packed form is what torch's own compiler emits; where
-this build of torch lacks it, the plain form stays.
+oneDNN otherwise re-orders the whole weight matrix at every call; packed once, the multiplications
+of a decode step take two thirds of the time. The packed form is what torch's own compiler emits;
+where this build of torch lacks it, the plain form stays.
 
 Rejected: torch.compile, whose start-up costs a minute and a compiler; float32 packing, which
 measured slower at batch 1.
@@ -12,44 +12,62 @@ measured slower at batch 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 
-def _packing() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
-    """(pack, multiply) of oneDNN's prepacked bfloat16 linear, where it exists."""
+@dataclass(frozen=True)
+class _Packing:
+    """oneDNN's prepacked bfloat16 linear: pack once, then multiply, or multiply and add."""
+
+    pack: Callable[..., Tensor]
+    multiply: Callable[..., Tensor]
+    multiply_add: Callable[..., Tensor]
+
+
+def _packing() -> _Packing | None:
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
-        pack = torch.ops.mkldnn._reorder_linear_weight.default
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        probe = pack(torch.zeros(16, 16, dtype=torch.bfloat16), None)
-        multiply(torch.zeros(1, 16, dtype=torch.bfloat16), probe, None, "none", [], "")
+        packing = _Packing(
+            torch.ops.mkldnn._reorder_linear_weight.default,
+            torch.ops.mkldnn._linear_pointwise.default,
+            torch.ops.mkldnn._linear_pointwise.binary,
+        )
+        row = torch.zeros(1, 16, dtype=torch.bfloat16)
+        probe = packing.pack(torch.zeros(16, 16, dtype=torch.bfloat16), None)
+        packing.multiply(row, probe, None, "none", [], "")
+        packing.multiply_add(row, row, probe, None, "add")
     except (AttributeError, RuntimeError):  # another build or version of torch
         return None
-    return pack, multiply
+    return packing
 
 
 _PACKING = _packing()
 
 
-class Linear(nn.Module):
+class Linear:
     """y [N, out] = x [N, in] @ weight [out, in] transposed."""
 
-    weight: Tensor
-
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._multiply: Callable[..., Tensor] | None = None
-        if _PACKING is not None and weight.dtype is torch.bfloat16 and weight.device.type == "cpu":
-            pack, self._multiply = _PACKING
-            weight = pack(weight.contiguous(), None)
-        self.register_buffer("weight", weight, persistent=False)
+        bfloat16 = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+        self._packing = _PACKING if bfloat16 else None
+        if self._packing is not None:
+            weight = self._packing.pack(weight.contiguous(), None)
+        self._weight = weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._multiply is not None:
-            return self._multiply(x, self.weight, None, "none", [], "")
-        return functional.linear(x, self.weight)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, in] → [N, out]."""
+        if self._packing is None:
+            return functional.linear(x, self._weight)
+        return self._packing.multiply(x, self._weight, None, "none", [], "")
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [N, out] plus the product, rounded once where the machine can."""
+        if self._packing is None:
+            return residual + functional.linear(x, self._weight)
+        return self._packing.multiply_add(x, residual, self._weight, None, "add")

@@ -86,7 +86,8 @@ def _draw_filtered(weights: Tensor, u: Tensor, rows: Sequence[SamplingRow]) -> l
     for n, row in enumerate(rows):
         values, names = top[n], ids[n]
         enough = 0 < row.top_k < count or (
-            row.top_k == 0 and float(values.sum(dtype=torch.float64)) >= row.top_p * float(totals[n])
+            row.top_k == 0
+            and float(values.sum(dtype=torch.float64)) >= row.top_p * float(totals[n])
         )
         if not enough:
             values, names = weights[n].sort(descending=True, stable=True)
