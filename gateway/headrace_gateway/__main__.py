@@ -27,16 +27,17 @@ BACKLOG = 1_024
 async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
     """Run one gateway until a signal comes. Raises OSError when the port is taken."""
     clock = SystemClock()
+    stop = asyncio.Event()
     fleet = Fleet(
         settings.redis_url,
         settings.gateway_id,
         host=settings.host,
         port=settings.port,
         clock=clock,
+        on_broken=stop.set,
     )
     app = make_app(settings, fleet, tenants, clock)
     runner = make_runner(app)
-    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await runner.setup()

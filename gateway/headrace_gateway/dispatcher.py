@@ -170,6 +170,8 @@ class Term:
             for worker in self.roster.dead:
                 await self._rescue(worker)
             await self._publish()
+            if not len(self.queue):
+                self.queue.check_integrity()
             self._wake.set()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REFRESH_MS / 1000):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -42,7 +42,9 @@ class Fleet:
         port: int = 0,
         clock: Clock | None = None,
         limits: AdmissionLimits | None = None,
+        on_broken: Callable[[], None] | None = None,
     ) -> None:
+        """`on_broken` is called when a loop died of a bug of ours: only a new start helps then."""
         self.gateway_id = gateway_id
         self._url = redis_url
         self._clock = clock or SystemClock()
@@ -52,6 +54,7 @@ class Fleet:
         self._tasks: list[asyncio.Task[None]] = []
         self._redis_error = "not connected yet"
         self._broken = ""
+        self._on_broken = on_broken
         self._card = {
             "id": gateway_id,
             "pid": os.getpid(),
@@ -74,6 +77,8 @@ class Fleet:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a gateway loop died", error=repr(error), exc_info=error)
             self._broken = repr(error)
+            if self._on_broken is not None:
+                self._on_broken()
 
     async def stop(self) -> None:
         """End the loops; leads no more. Jobs that still run go on in their workers."""

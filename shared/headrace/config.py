@@ -28,6 +28,9 @@ class ServiceSettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
+    debug: bool = Field(
+        default=False, description="check the integrity of what holds state whenever it is idle"
+    )
 
 
 S = TypeVar("S", bound=BaseSettings)

@@ -340,3 +340,21 @@ async def test_a_log_that_lost_entries_ends_the_stream_with_an_error(
     assert (await generation.next()).tokens == (1,)
     with pytest.raises(DependencyError, match="lost entries"):
         await generation.next()
+
+
+async def test_a_gateway_whose_loop_died_says_so_and_asks_for_a_new_start(
+    valkey: Valkey, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug of ours must not leave a gateway that looks alive and serves nothing."""
+    broken = asyncio.Event()
+    fleet = Fleet(valkey.url, "g1", on_broken=broken.set)
+
+    async def bug(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(fleet, "_open", bug)
+    await fleet.start()
+    async with asyncio.timeout(5):
+        await broken.wait()
+    assert "a bug" in fleet.ready()
+    await fleet.stop()

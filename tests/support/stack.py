@@ -100,6 +100,7 @@ class Stack:
             "HEADRACE_DTYPE": "float32",
             "HEADRACE_THREADS": "1",
             "HEADRACE_KV_TOKENS": "16384",
+            "HEADRACE_DEBUG": "1",
         }
         log = (self.logs / f"{name}.log").open("wb")
         self.processes[name] = subprocess.Popen(

@@ -88,7 +88,11 @@ class Consumer:
     async def run(self) -> None:
         """Serve until drained. Raises RuntimeError when a part of this worker died."""
         self._thread = EngineThread(
-            self._engine, self._clock, asyncio.get_running_loop(), self._on_result
+            self._engine,
+            self._clock,
+            asyncio.get_running_loop(),
+            self._on_result,
+            debug=self._settings.debug,
         )
         self._thread.start()
         self._loops = [asyncio.create_task(self._publisher.run())]

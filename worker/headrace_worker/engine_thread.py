@@ -25,7 +25,11 @@ IDLE_CHECK_S = 60.0
 
 
 class EngineThread:
-    """Runs `engine` until `stop()`; `on_result` is called in the event loop after each step."""
+    """Runs `engine` until `stop()`; `on_result` is called in the event loop after each step.
+
+    With `debug`, what the engine holds is checked whenever it has nothing to do; a failed check
+    ends the thread, and so the worker.
+    """
 
     def __init__(
         self,
@@ -33,11 +37,14 @@ class EngineThread:
         clock: Clock,
         loop: asyncio.AbstractEventLoop,
         on_result: Callable[[StepResult], None],
+        *,
+        debug: bool = False,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._loop = loop
         self._on_result = on_result
+        self._debug = debug
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._news = threading.Condition()
         self._stopping = False
@@ -86,6 +93,8 @@ class EngineThread:
             with self._news:
                 while not (self._inbox or self._stopping or self._engine.has_work):
                     self.counts = self._engine.counts()
+                    if self._debug:
+                        self._engine.check_integrity()
                     self._news.wait(IDLE_CHECK_S)
                 commands = list(self._inbox)
                 self._inbox.clear()
