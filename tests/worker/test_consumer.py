@@ -67,6 +67,7 @@ class Running:
             Capacity(KV_TOKENS, 8),
             SystemClock(),
             cache=None,
+            threads=1,
         )
         self.task = asyncio.create_task(self.consumer.run())
 

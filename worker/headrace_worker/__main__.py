@@ -41,6 +41,8 @@ def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
 
 def build(settings: WorkerSettings) -> Consumer:
     """Everything but the event loop. Raises ModelError."""
+    threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # this thread's; the engine's has its own, see engine_thread.py
     clock = SystemClock()
     name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
     loaded = load_model(resolve(settings.model), name, settings.dtype)
@@ -58,7 +60,7 @@ def build(settings: WorkerSettings) -> Consumer:
     log.info("model loaded", model=name, dtype=str(loaded.dtype), kv_tokens=kv_tokens)
     capacity = Capacity(kv_tokens, settings.max_jobs)
     engine = Engine(loaded, config, clock)
-    return Consumer(settings, engine, loaded.record, capacity, clock, cache)
+    return Consumer(settings, engine, loaded.record, capacity, clock, cache, threads=threads)
 
 
 async def serve(settings: WorkerSettings) -> None:
@@ -80,8 +82,6 @@ def main() -> None:
     settings = load_or_exit(WorkerSettings)
     logs.setup("worker", level=settings.log_level, json=settings.log_json)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     try:
         asyncio.run(serve(settings))
     except ModelError as error:

@@ -64,13 +64,17 @@ class Consumer:
         capacity: Capacity,
         clock: Clock,
         cache: CacheLink | None,
+        *,
+        threads: int,
     ) -> None:
+        """`threads`: cores that the engine's steps may use."""
         self._settings = settings
         self._engine = engine
         self._record = record
         self._capacity = capacity
         self._clock = clock
         self._cache = cache
+        self._threads = threads
         self._redis: Redis = connect(settings.redis_url)
         self._tickets: dict[str, Ticket] = {}
         self._state = WorkerState.READY
@@ -92,6 +96,7 @@ class Consumer:
             self._clock,
             asyncio.get_running_loop(),
             self._on_result,
+            threads=self._threads,
             debug=self._settings.debug,
         )
         self._thread.start()

@@ -4,6 +4,10 @@ Invariant: only this thread touches the engine (but for `missing_blocks`, which 
 others leave commands in an inbox that is emptied before each step. Results go to the event loop in
 step order. When the event loop falls behind by RESULTS_MAX steps (Redis is away), the thread waits
 instead of filling memory.
+
+All of torch's parallel work happens here. OpenMP makes a pool of threads for each thread that asks;
+with more of them than cores they stop spinning and wake each other through the kernel, which
+measured half the tokens per second.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 
 import structlog
+import torch
 
 from headrace.clock import Clock
 from headrace_worker.engine import Engine, StepResult
@@ -27,8 +32,8 @@ IDLE_CHECK_S = 60.0
 class EngineThread:
     """Runs `engine` until `stop()`; `on_result` is called in the event loop after each step.
 
-    With `debug`, what the engine holds is checked whenever it has nothing to do; a failed check
-    ends the thread, and so the worker.
+    `threads`: cores that one step may use. With `debug`, what the engine holds is checked whenever
+    it has nothing to do; a failed check ends the thread, and so the worker.
     """
 
     def __init__(
@@ -38,12 +43,14 @@ class EngineThread:
         loop: asyncio.AbstractEventLoop,
         on_result: Callable[[StepResult], None],
         *,
+        threads: int,
         debug: bool = False,
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._loop = loop
         self._on_result = on_result
+        self._threads = threads
         self._debug = debug
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._news = threading.Condition()
@@ -80,6 +87,7 @@ class EngineThread:
         return 0 if since < 0 else self._clock.now_ms() - since
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             while self._wait_for_work():
                 self._step()
