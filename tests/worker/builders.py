@@ -129,6 +129,22 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def split_as_named(tokenizer: Any, pre: str) -> Any:
+    """transformers' tokenizer of a GGUF file, with the splitting rule that the file names.
+
+    transformers reads `smollm` as GPT-2's rule; the checkpoint's own tokenizer.json, and llama.cpp,
+    split digits off first.
+    """
+    if pre == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+    return tokenizer
+
+
 def write_hf_folder(folder: Path, *, shard: str = "5GB", **changes: Any) -> Any:
     """A random Llama of TINY's shape with `changes`, saved to `folder`; transformers' model."""
     from transformers import LlamaConfig, LlamaForCausalLM

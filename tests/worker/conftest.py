@@ -14,7 +14,7 @@ import torch
 from headrace import models
 from headrace.errors import ModelError
 from headrace_worker.loading import LoadedModel, load_model
-from worker.builders import finish_all, make_engine, make_job, write_hf_folder
+from worker.builders import finish_all, make_engine, make_job, split_as_named, write_hf_folder
 from worker.prompts import PROMPTS
 
 NEW_TOKENS = 24
@@ -75,7 +75,9 @@ class Reference:
 def hf_tokenizer(smollm2_path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    return split_as_named(
+        AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name), "smollm"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,13 @@ from headrace_worker.loading import LoadedModel, load_model, memory
 from headrace_worker.loading.gguf_file import GgufSource
 from headrace_worker.loading.load import resolve_dtype
 from headrace_worker.model import linear
-from worker.builders import add_gguf_tokenizer, random_tokens, write_gguf, write_hf_folder
+from worker.builders import (
+    add_gguf_tokenizer,
+    random_tokens,
+    split_as_named,
+    write_gguf,
+    write_hf_folder,
+)
 from worker.corpus import HARD_TEXTS
 from worker.test_greedy import logits_of
 
@@ -187,7 +193,7 @@ def test_each_kind_of_tokenizer_equals_the_reference(tmp_path: Path, pre: str) -
     file = tmp_path / "m.gguf"
     write_gguf(file, model, GGMLQuantizationType.F32, pre=pre)
     ours = Tokenizer.from_str(load_model(file, "m", "float32").record.tokenizer_json.decode())
-    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    theirs = split_as_named(AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name), pre)
     assert_same_tokens(ours, theirs, 300)
 
 

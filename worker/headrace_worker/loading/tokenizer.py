@@ -7,7 +7,8 @@ tokens, and answers that are quietly worse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -24,14 +25,34 @@ _LLAMA3_SPLIT = (
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
-SPLITS: dict[str, str | None] = {
-    "gpt-2": None,
-    # as the reference reads it; the checkpoint's own tokenizer.json splits digits off first
-    "smollm": None,
-    "llama-bpe": _LLAMA3_SPLIT,
-    "qwen2": _QWEN2_SPLIT,
+_Split = pre_tokenizers.PreTokenizer
+
+
+def _gpt2() -> _Split:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _smollm() -> _Split:
+    """Digits first, then GPT-2's rule: as the checkpoint's own tokenizer.json has it."""
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _by(pattern: str) -> _Split:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+SPLITS: dict[str, Callable[[], _Split]] = {
+    "gpt-2": _gpt2,
+    "smollm": _smollm,
+    "llama-bpe": partial(_by, _LLAMA3_SPLIT),
+    "qwen2": partial(_by, _QWEN2_SPLIT),
 }
-"""Splitting rule by `tokenizer.ggml.pre`; None is GPT-2's own."""
+"""Splitting rule by `tokenizer.ggml.pre`."""
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> TokenizerFacts:
@@ -44,7 +65,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> TokenizerFacts:
             code="tokenizer",
         )
     tokens: list[str] = _list(metadata, "tokenizer.ggml.tokens")
-    tokenizer = _byte_level(tokens, _list(metadata, "tokenizer.ggml.merges"), SPLITS[pre])
+    tokenizer = _byte_level(tokens, _list(metadata, "tokenizer.ggml.merges"), SPLITS[pre]())
     _add_whole_tokens(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type") or ())
 
     def token_id(key: str) -> int | None:
@@ -71,22 +92,14 @@ def _list(metadata: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
-def _byte_level(tokens: Sequence[str], merges: Sequence[str], split: str | None) -> Tokenizer:
+def _byte_level(tokens: Sequence[str], merges: Sequence[str], split: _Split) -> Tokenizer:
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
         pairs.append((left, right))
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    if split is None:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(split), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
