@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from opentelemetry.trace import INVALID_SPAN
@@ -11,7 +11,6 @@ from redis.asyncio import Redis
 
 from headrace import keys
 from headrace.errors import DependencyError, JobFailedError, NotFoundError, OverloadError
-from headrace.streams import connect
 from headrace.types import FinishReason
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
@@ -19,21 +18,6 @@ from headrace_gateway.policy.admission import AdmissionLimits
 from headrace_gateway.rescue import FRUITLESS_ATTEMPTS_MAX
 from support.fleet import MODEL, ScriptedWorker, a_job, eventually
 from support.valkey import Valkey
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    server = Valkey(aof=True)
-    server.start()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    client = connect(valkey.url)
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

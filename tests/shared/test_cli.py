@@ -6,41 +6,29 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 from typer.testing import CliRunner
 
-from headrace import keys, streams, wire
+from headrace import keys, wire
 from headrace.cli import main, stack, up
 from headrace.cli.common import RunFile, parse_size
 from headrace.errors import SettingsError
 from headrace.types import (
     Board,
-    ModelRecord,
     WorkerRecord,
     WorkerRole,
     WorkerState,
     WorkerStatus,
 )
+from support import fleet
 from support.valkey import Valkey
 
 MODEL = "tiny"
-RECORD = ModelRecord(
-    name=MODEL,
-    fingerprint="f",
-    architecture="llama",
-    context_tokens=100,
-    vocab_size=10,
-    eos_token_ids=(2,),
-    add_bos=False,
-    bos_token_id=None,
-    chat_template="",
-    template_tokens={},
-    tokenizer_json=b"{}",
-)
+RECORD = replace(fleet.MODEL, name=MODEL)
 
 
 @pytest.fixture(autouse=True)
@@ -49,21 +37,6 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
         if name != "HEADRACE_CACHE_DIR":
             monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    server = Valkey()
-    server.start()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    client = streams.connect(valkey.url)
-    yield client
-    await client.aclose()
 
 
 def worker_record(worker_id: str, pid: int) -> bytes:

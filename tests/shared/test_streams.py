@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
 
 import pytest
 
 from headrace import scripts
 from headrace.streams import Scripts, Tail, connect, read_range
 from support.valkey import Valkey
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    server = Valkey(aof=True)
-    server.start()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize("kind", ["command", "script", "pipeline"])

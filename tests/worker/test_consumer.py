@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
@@ -14,7 +14,6 @@ from redis.asyncio import Redis
 from headrace import keys
 from headrace.clock import SystemClock
 from headrace.errors import JobFailedError
-from headrace.streams import connect
 from headrace.types import FinishReason, Job
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
@@ -30,21 +29,6 @@ from support.valkey import Valkey
 from worker.builders import make_job, random_tokens
 
 KV_TOKENS = 4_096
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    server = Valkey(aof=True)
-    server.start()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
-    client = connect(valkey.url)
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

@@ -1,0 +1,27 @@
+"""What many tests start from: a real Valkey of their own, and a client of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from redis.asyncio import Redis
+
+from headrace.streams import connect
+from support.valkey import Valkey
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    """With its append-only file on, so that a test may kill it and start it again."""
+    server = Valkey(aof=True)
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
+    client = connect(valkey.url)
+    yield client
+    await client.aclose()
