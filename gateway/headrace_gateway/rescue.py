@@ -140,7 +140,7 @@ class Rescuer:
         start = f"{since.partition('-')[0]}-0"
         async for page in read_range(self._redis, stream, start, fence_id):
             for entry in page:
-                for delta in wire.decode_deltas(entry.data):
+                for delta in _deltas_of(entry):
                     if delta.job == job.id:
                         reply_log.accept(delta)
         return reply_log
@@ -151,3 +151,12 @@ class Rescuer:
             await self._redis.hset(key, "fruitless", 0)
             return 0
         return int(await self._redis.hincrby(key, "fruitless", 1))
+
+
+def _deltas_of(entry: Entry) -> list[Delta]:
+    """The entry's deltas; none of an unreadable one, which the gateway skips as well."""
+    try:
+        return wire.decode_deltas(entry.data)
+    except WireError as error:
+        log.error("reply entry unreadable, skipped", entry=entry.id, error=error.message)
+        return []

@@ -61,8 +61,7 @@ class Roster:
                 dead.append(record.id)
                 continue
             load = WorkerLoad(int(held[0] or 0), int(held[1] or 0))
-            status = wire.decode_status(raw_status) if raw_status else None
-            live[record.id] = WorkerView(record, load, status)
+            live[record.id] = WorkerView(record, load, self._decode_status(raw_status))
         self.live, self.dead = live, dead
 
     def _decode(self, raw: bytes) -> WorkerRecord | None:
@@ -70,6 +69,14 @@ class Roster:
             return wire.decode_worker(raw)
         except WireError as error:
             log.warning("worker record unreadable", model=self._model, error=error.message)
+            return None
+
+    def _decode_status(self, raw: bytes | None) -> WorkerStatus | None:
+        """None, which means no jobs for it, where the status is missing or unreadable."""
+        try:
+            return wire.decode_status(raw) if raw else None
+        except WireError as error:
+            log.warning("worker status unreadable", model=self._model, error=error.message)
             return None
 
     async def refresh_load(self, worker: str) -> None:

@@ -1,4 +1,4 @@
-"""Many streams while workers are killed, paused and drained and the cache service comes and goes."""
+"""Many streams while workers are killed, paused and drained and the cache comes and goes."""
 
 from __future__ import annotations
 

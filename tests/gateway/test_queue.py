@@ -305,12 +305,23 @@ async def test_unreadable_entries_are_dropped_and_harm_nobody(
     await redis.xadd(keys.intake(m), {"cancel": b"nobody"})
     await redis.xadd(keys.replies(m, "g1"), {"d": b"\xc1"})
     await redis.xadd(keys.events(m), {"e": b"x"})
+    await redis.hset(keys.workers(m), "w0", b"\xc1")
+    await redis.set(keys.status(m, "w0"), b"\xc1")
     generation = await fleet.submit(a_job("j", "g1"), INVALID_SPAN)
     await eventually(worker.jobs)
-    [(entry, job)] = await worker.jobs()
-    await worker.finish(entry, job, 0, 1)
-    assert await everything(generation) == ([1], FinishReason.LENGTH)
-    await eventually(lambda: idle(redis, worker))
+    [(_, job)] = await worker.jobs()
+    await worker.write(job, 0, 1)
+    await redis.xadd(keys.replies(m, "g1"), {"d": b"\xc1"})
+    await redis.xadd(keys.jobs(m, "w1"), {"job": b"\xc1"})
+    heir = ScriptedWorker(redis, "w2")
+    await heir.join()
+    await worker.die()
+    await eventually(heir.jobs)
+    [(entry, job)] = await heir.jobs()
+    assert list(job.logged) == [1]
+    await heir.finish(entry, job, 1, 2)
+    assert await everything(generation) == ([1, 2], FinishReason.LENGTH)
+    await eventually(lambda: idle(redis, heir))
 
 
 async def test_a_log_that_lost_entries_ends_the_stream_with_an_error(
