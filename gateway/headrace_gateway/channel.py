@@ -28,7 +28,7 @@ from headrace_gateway.replies import Replies
 
 log = structlog.get_logger()
 
-BOARD_EVERY_MS = 100
+BOARD_EVERY_MS = 200
 TRIM_EVERY_MS = 2_000
 ACCEPT_TRIES = 3
 CANCEL_TRIES = 5

@@ -66,7 +66,7 @@ class ScriptedWorker:
         )
 
     async def join(self) -> None:
-        await self.member.join(WorkerStatus(WorkerState.READY, 0, 0, 1_000, 0))
+        assert await self.member.join(WorkerStatus(WorkerState.READY, 0, 0, 1_000, 0))
 
     async def entries(self, kind: str = "job") -> list[tuple[str, bytes]]:
         rows = await self.redis.xrange(keys.jobs(MODEL.name, self.name))

@@ -127,6 +127,25 @@ async def _renamed(redis: Redis, before: bytes) -> bool:
     return len(names) == 1 and before not in names
 
 
+async def test_a_restarted_process_does_not_take_over_its_own_id(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """Killed and started again within its lease, with the same id from its environment."""
+    first = Running(tiny, valkey, worker_id="pinned", lease_ms=2_000)
+    await a_ready(fleet)
+    calm = await everything(await fleet.submit(a_job("calm", tokens=450), INVALID_SPAN))
+    generation = await fleet.submit(a_job("cut", tokens=450), INVALID_SPAN)
+    start = await generation.next()
+    first.task.cancel()  # as good as kill -9: it never says goodbye
+    await asyncio.gather(first.task, return_exceptions=True)
+    second = Running(tiny, valkey, worker_id="pinned")
+    tokens, reason = await everything(generation)
+    assert ([*start.tokens, *tokens], reason) == calm
+    assert generation.attempt == 2
+    await eventually(lambda: _renamed(redis, b"pinned"))
+    await second.stop()
+
+
 async def test_redis_away_for_a_moment_loses_no_token(
     tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
 ) -> None:

@@ -117,16 +117,8 @@ class Consumer:
 
     async def _live_once(self) -> None:
         """One incarnation: join, serve until drained or the lease is lost, leave."""
-        member = Membership(
-            self._redis,
-            self._record,
-            self._next_id,
-            self._capacity,
-            self._settings.lease_ms,
-            self._clock,
-        )
-        self._next_id = new_worker_id()
-        if not await self._join(member):
+        member = await self._join()
+        if member is None:
             return
         log.info("worker joined", worker=member.id, model=self._record.name)
         tail = Tail(self._settings.redis_url, keys.jobs(self._record.name, member.id))
@@ -147,15 +139,27 @@ class Consumer:
             log.warning("lease lost, starting over under a new id", worker=member.id)
             await self._forget_everything()
 
-    async def _join(self, member: Membership) -> bool:
+    async def _join(self) -> Membership | None:
+        """Join under an id that nobody had; None when told to stop meanwhile."""
         while not self._stop.is_set():
+            member = Membership(
+                self._redis,
+                self._record,
+                self._next_id,
+                self._capacity,
+                self._settings.lease_ms,
+                self._clock,
+            )
             try:
-                await member.join(self.status())
-                return True
+                if await member.join(self.status()):
+                    self._next_id = new_worker_id()
+                    return member
+                log.info("this worker id was used before, taking another", worker=member.id)
+                self._next_id = new_worker_id()
             except REDIS_DOWN as error:
                 log.warning("cannot join, redis is away", error=str(error))
                 await asyncio.sleep(JOIN_RETRY_S)
-        return False
+        return None
 
     async def _beat_until_over(self, member: Membership) -> bool:
         """Heartbeats; True when drained, False when the lease is lost."""

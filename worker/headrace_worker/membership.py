@@ -59,12 +59,17 @@ class Membership:
             started_ms=clock.wall_ms(),
         )
 
-    async def join(self, status: WorkerStatus) -> None:
-        """Announce the model and this worker, in one transaction. Raises what redis-py raises."""
+    async def join(self, status: WorkerStatus) -> bool:
+        """Announce the model and this worker, in one transaction; False when the id was used.
+
+        A process that was started again with the id it was given before must not take over what
+        its predecessor had: those jobs are handed on behind a fence. Raises what redis-py raises.
+        """
         m, w = self._model.name, self.id
+        if await self._redis.exists(keys.lease(m, w), keys.jobs(m, w), keys.load(m, w)):
+            return False
         pipe = self._redis.pipeline(transaction=True)
         pipe.set(keys.record(m), wire.encode_model(self._model))
-        pipe.delete(keys.load(m, w))
         pipe.hset(keys.workers(m), w, as_bytes(wire.encode_worker(self.card)))
         pipe.set(keys.status(m, w), wire.encode_status(status), px=self._lease_ms * 3)
         pipe.set(keys.lease(m, w), self.card.pid, px=self._lease_ms)
@@ -77,6 +82,7 @@ class Membership:
         await pipe.execute()
         # the list of models lies outside the model's hash slot
         await self._redis.hset(keys.MODELS, m, self._model.fingerprint)
+        return True
 
     async def beat(self, status: WorkerStatus) -> bool:
         """Renew the lease; False when it had run out and may not be renewed."""
