@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from dataclasses import replace
 
 import structlog
 import torch
@@ -60,7 +61,9 @@ def build(settings: WorkerSettings) -> Consumer:
     log.info("model loaded", model=name, dtype=str(loaded.dtype), kv_tokens=kv_tokens)
     capacity = Capacity(kv_tokens, settings.max_jobs)
     engine = Engine(loaded, config, clock)
-    return Consumer(settings, engine, loaded.record, capacity, clock, cache, threads=threads)
+    # gateways refuse what would not fit here, with both numbers, instead of letting it fail
+    record = replace(loaded.record, context_tokens=engine.limit_tokens)
+    return Consumer(settings, engine, record, capacity, clock, cache, threads=threads)
 
 
 async def serve(settings: WorkerSettings) -> None:
