@@ -35,6 +35,8 @@ log = structlog.get_logger()
 REFRESH_MS = 250
 STAND_BY_MS = 400
 RATE_HALF_LIFE_MS = 5_000
+QUEUE_WAIT_MS_MAX = 600_000
+"""A job that found no room for this long ends with an error: nobody waits for ever."""
 
 
 class Dispatcher:
@@ -169,6 +171,7 @@ class Term:
             await self.roster.refresh()
             for worker in self.roster.dead:
                 await self._rescue(worker)
+            await self._expire()
             await self._publish()
             if not len(self.queue):
                 self.queue.check_integrity()
@@ -186,6 +189,13 @@ class Term:
                 self.queue.push(item)
         if await self._rescuer.bury(worker):
             log.info("worker buried", model=self._model, worker=worker)
+
+    async def _expire(self) -> None:
+        limit_ns = QUEUE_WAIT_MS_MAX * 1_000_000
+        for item in self.queue.queued_before(self._clock.wall_ns() - limit_ns):
+            self.queue.remove(item.job.id)
+            reason = f"no worker had room for this job within {QUEUE_WAIT_MS_MAX / 1000:.0f} s"
+            await self._end(item, Finish(FinishReason.ERROR, error=reason))
 
     async def _publish(self) -> None:
         board = Board(

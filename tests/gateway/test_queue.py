@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from headrace import keys
 from headrace.errors import DependencyError, JobFailedError, NotFoundError, OverloadError
 from headrace.types import FinishReason
+from headrace_gateway import dispatcher
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
 from headrace_gateway.policy.admission import AdmissionLimits
@@ -227,6 +228,22 @@ async def test_only_as_many_jobs_as_fit_leave_the_queue(
             await worker.finish(entry, job, 0, 1)
             done += 1
     assert [await everything(g) for g in generations] == [([1], FinishReason.LENGTH)] * 10
+    await eventually(lambda: idle(redis, worker))
+
+
+async def test_no_job_waits_for_ever(
+    fleet: Fleet, worker: ScriptedWorker, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no worker had room for in all that time ends with an error that says so."""
+    running = [await fleet.submit(a_job(f"r{i}", "g1"), INVALID_SPAN) for i in range(4)]
+    await eventually(lambda: _has(worker, 4))
+    monkeypatch.setattr(dispatcher, "QUEUE_WAIT_MS_MAX", 300)
+    late = await fleet.submit(a_job("late", "g1"), INVALID_SPAN)
+    with pytest.raises(JobFailedError, match="no worker had room"):
+        await everything(late)
+    for entry, job in await worker.jobs():
+        await worker.finish(entry, job, 0, 1)
+    assert [await everything(g) for g in running] == [([1], FinishReason.LENGTH)] * 4
     await eventually(lambda: idle(redis, worker))
 
 

@@ -135,6 +135,7 @@ class Consumer:
             with contextlib.suppress(*REDIS_DOWN):
                 await member.leave()
             log.info("worker left", worker=member.id, handed_back=len(self._tickets))
+            self._drop_tickets("handed back")
         else:
             log.warning("lease lost, starting over under a new id", worker=member.id)
             await self._forget_everything()
@@ -225,13 +226,17 @@ class Consumer:
             steps=self._thread.steps if self._thread is not None else 0,
         )
 
-    async def _forget_everything(self) -> None:
+    def _drop_tickets(self, why: str) -> None:
+        """Jobs that are another worker's from now on: their spans end here, and say why."""
         for ticket in self._tickets.values():
             if ticket.preparing is not None:
                 ticket.preparing.cancel()
-            ticket.span.set_attribute("headrace.lease_lost", True)
+            ticket.span.set_attribute("headrace.moved_on", why)
             ticket.span.end()
         self._tickets.clear()
+
+    async def _forget_everything(self) -> None:
+        self._drop_tickets("lease lost")
         assert self._thread is not None, "an incarnation ends while the engine runs"
         done = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -87,6 +87,11 @@ class FairQueue:
         self._tokens -= item.job.cost_tokens
         return item
 
+    def queued_before(self, instant_ns: int) -> list[Queued]:
+        """The jobs that have waited since before `instant_ns`, in order of arrival here."""
+        items = (slot.item for slot in self._slots.values())
+        return [item for item in items if item is not None and item.queued_ns < instant_ns]
+
     def check_integrity(self) -> None:
         live = [slot.item for slot in self._heap if slot.item is not None]
         assert len(live) == len(self._slots), "heap and index hold the same jobs"
