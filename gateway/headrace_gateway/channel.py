@@ -30,6 +30,7 @@ log = structlog.get_logger()
 
 BOARD_EVERY_MS = 200
 TRIM_EVERY_MS = 2_000
+KEEP_EVERY_MS = 3_000
 ACCEPT_TRIES = 3
 CANCEL_TRIES = 5
 RETRY_S = 0.2
@@ -63,7 +64,13 @@ class Channel:
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         """The loops that run as long as the gateway does."""
-        return [self.replies.run(), self.dispatcher.run(), self._poll_board(), self._trim_loop()]
+        return [
+            self.replies.run(),
+            self.dispatcher.run(),
+            self._poll_board(),
+            self._trim_loop(),
+            self._keep_loop(),
+        ]
 
     async def submit(self, job: Job, span: Span) -> Generation:
         """Admit `job` and make it durable. Raises OverloadError (429) or DependencyError (503)."""
@@ -115,11 +122,11 @@ class Channel:
 
     async def _accept_durably(self, job: Job, payload: bytes) -> str:
         names = [keys.job(job.model, job.id), keys.intake(job.model)]
-        for attempt in range(ACCEPT_TRIES):
+        for tried in range(ACCEPT_TRIES):
             try:
-                return await self._lua.accept(names, payload, keys.JOB_TTL_MS)
+                return await self._lua.accept(names, payload, keys.JOB_TTL_MS, job.attempt)
             except REDIS_DOWN as error:
-                if attempt + 1 == ACCEPT_TRIES:
+                if tried + 1 == ACCEPT_TRIES:
                     raise DependencyError(
                         "the queue is out of reach, nothing was accepted", retry_after_ms=1_000
                     ) from error
@@ -166,6 +173,34 @@ class Channel:
         if board is None or self.board is None or board.published_ms != self.board.published_ms:
             self._recent_jobs = self._recent_tokens = 0
         self.board = board
+
+    async def _keep_loop(self) -> None:
+        """Accept again what Redis has lost: its last second, after a crash (appendfsync everysec).
+
+        A job is lost when its record is missing twice in a row; a finished one's lingers much
+        longer than its finish takes to arrive here.
+        """
+        missing: set[str] = set()
+        while True:
+            await asyncio.sleep(KEEP_EVERY_MS / 1000)
+            with contextlib.suppress(*REDIS_DOWN, DependencyError):
+                missing = await self._keep(missing)
+
+    async def _keep(self, missing_before: set[str]) -> set[str]:
+        live = [g for g in self.replies.live.values() if g.accepted_id]
+        pipe = self._redis.pipeline(transaction=False)
+        for generation in live:
+            pipe.exists(keys.job(generation.job.model, generation.job.id))
+        there = await pipe.execute() if live else []
+        missing = {g.job.id for g, found in zip(live, there, strict=True) if not found}
+        for generation in live:
+            if generation.job.id in missing & missing_before and not generation.ended:
+                job = generation.next_attempt()
+                log.warning("redis lost a job, accepting it again", job=job.id)
+                payload = wire.encode_job(job)
+                generation.accepted_id = await self._accept_durably(job, payload)
+                missing.discard(job.id)
+        return missing
 
     async def _trim_loop(self) -> None:
         while True:

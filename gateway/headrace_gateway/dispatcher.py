@@ -47,7 +47,7 @@ class Dispatcher:
         self._redis = redis
         self._lua = Scripts(redis)
         self._model = model
-        self._lease = Lease(self._lua, model, gateway_id)
+        self._lease = Lease(redis, self._lua, model, gateway_id)
         self._clock = clock
         self.term: Term | None = None
 
@@ -56,7 +56,7 @@ class Dispatcher:
         try:
             while True:
                 try:
-                    if await self._lease.hold():
+                    if await self._lease.take():
                         await self._lead()
                 except REDIS_DOWN as error:
                     log.warning("dispatcher lost redis", model=self._model, error=str(error))
@@ -67,25 +67,35 @@ class Dispatcher:
 
     async def _lead(self) -> None:
         log.info("dispatcher leads", model=self._model)
-        term = Term(self._url, self._redis, self._lua, self._model, self._lease.token, self._clock)
-        self.term = term
+        self.term = Term(
+            self._url, self._redis, self._lua, self._model, self._lease.token, self._clock
+        )
+        # a task of its own: a cancel that arrives as a task group fails would be lost with it
+        leading = asyncio.create_task(self._run_term(self.term))
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._renew())
-                for part in term.parts():
-                    tasks.create_task(part)
+            await asyncio.wait({leading})
+        finally:
+            leading.cancel()
+            await asyncio.wait({leading})
+            await self.term.close()
+            self.term = None
+        try:
+            leading.result()
         except* Deposed:
             log.info("dispatcher deposed", model=self._model)
         except* REDIS_DOWN as group:
             log.warning("dispatcher steps down", model=self._model, error=str(group.exceptions[0]))
-        finally:
-            self.term = None
-            await term.close()
+
+    async def _run_term(self, term: Term) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._renew())
+            for part in term.parts():
+                tasks.create_task(part)
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(keys.LEADER_LEASE_MS / 4000)
-            if not await self._lease.hold():
+            if not await self._lease.renew():
                 raise Deposed
 
 

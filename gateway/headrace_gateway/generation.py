@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.errors import DependencyError, HeadraceError, JobFailedError
 from headrace.policy.reply_log import ReplyLog
-from headrace.types import Delta, Finish, FinishReason, Job
+from headrace.types import Delta, Finish, FinishReason, Job, pack_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,15 @@ class Generation:
         fresh = self._log.accept(delta)
         if fresh or self._log.finish is not None:
             self._news.set()
+
+    def next_attempt(self) -> Job:
+        """The job as it has to be accepted again when Redis has lost it.
+
+        It continues after what has arrived here; from now on nothing counts that an earlier
+        attempt still writes.
+        """
+        self._log.attempt += 1
+        return replace(self.job, attempt=self._log.attempt, logged=pack_tokens(self._log.tokens))
 
     def fail(self, error: HeadraceError) -> None:
         """End with `error`; the tokens received so far are still handed out first."""

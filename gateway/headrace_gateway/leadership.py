@@ -1,32 +1,45 @@
 """The lease by which one gateway leads a model's dispatching.
 
-Invariant: holding the lease is only a hint to the holder; each script that changes anything checks
-the lease itself, so a leader that was paused finds out before it does harm.
+Invariant: each term has a token of its own, and a lease that ran out is never renewed: what a
+paused leader remembers may be long untrue. Holding the lease is only a hint to the holder; each
+script that changes anything checks the token itself.
 """
 
 from __future__ import annotations
 
 import secrets
 
+from redis.asyncio import Redis
+
 from headrace import keys, scripts
 from headrace.streams import Scripts
 
 
 class Deposed(Exception):
-    """Somebody else leads; this term is over."""
+    """Somebody else leads, or may have led; this term is over."""
 
 
 class Lease:
-    """One gateway's claim to lead `model`. `token` is unique to this claimant."""
+    """One gateway's claim to lead `model`. `token` is the present term's."""
 
-    def __init__(self, lua: Scripts, model: str, gateway_id: str) -> None:
+    def __init__(self, redis: Redis, lua: Scripts, model: str, gateway_id: str) -> None:
+        self._redis = redis
         self._lua = lua
+        self._gateway_id = gateway_id
         self._key, self._board = keys.leader(model), keys.board(model)
-        self.token = f"{gateway_id}:{secrets.token_hex(4)}"
+        self.token = ""
 
-    async def hold(self) -> bool:
-        """Take the lease when it is free, renew it when it is ours; False when another has it."""
-        answer = await self._lua.call(scripts.HOLD, [self._key], [self.token, keys.LEADER_LEASE_MS])
+    async def take(self) -> bool:
+        """Begin a term if nobody leads."""
+        self.token = f"{self._gateway_id}:{secrets.token_hex(4)}"
+        taken = await self._redis.set(self._key, self.token, nx=True, px=keys.LEADER_LEASE_MS)
+        return bool(taken)
+
+    async def renew(self) -> bool:
+        """False when the term is over."""
+        answer = await self._lua.call(
+            scripts.RENEW, [self._key], [self.token, keys.LEADER_LEASE_MS]
+        )
         return bool(answer == 1)
 
     async def release(self) -> None:

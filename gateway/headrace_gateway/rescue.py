@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from headrace import keys, scripts, wire
 from headrace.errors import WireError
 from headrace.policy.reply_log import ReplyLog
-from headrace.streams import Entry, Scripts, read_range
+from headrace.streams import Entry, Scripts, as_bytes, read_range
 from headrace.types import Delta, Job, pack_tokens
 from headrace_gateway.leadership import Deposed
 
@@ -89,55 +89,60 @@ class Rescuer:
             # a cancel nudge has no reader any more; the flag in the job's record still stands
             await self._redis.xdel(stream, entry.id)
             return None
-        fence = await self._fence(job)
-        if fence is None:
+        facts = await self._redis.hmget(keys.job(self._model, job.id), "attempt", "intake")
+        if facts[0] is None or facts[1] is None:
             await self._redis.xdel(stream, entry.id)
             return None
-        attempt, fence_id = fence
-        reply_log = await self._read_log(job, entry.id, fence_id)
+        seen, accepted_id = int(facts[0]), as_bytes(facts[1]).decode()
+        fence_id = await self._fence(job, seen, stream, entry.id)
+        if fence_id is None:
+            await self._redis.xdel(stream, entry.id)
+            return None
+        attempt = seen + 1
+        reply_log = await self._read_log(job, accepted_id, fence_id)
         fresh = replace(job, attempt=attempt, logged=pack_tokens(reply_log.tokens))
-        fruitless = await self._count_fruitless(job, len(reply_log.tokens) > len(job.logged))
+        # an attempt that was fenced before had no worker yet: nobody died of it
+        died = seen == job.attempt
+        progress = len(reply_log.tokens) > len(job.logged)
+        fruitless = await self._count_fruitless(job, progress) if died else 0
         failure = ""
         if fruitless >= FRUITLESS_ATTEMPTS_MAX:
             failure = f"{fruitless} workers in a row died without producing a token of this job"
         log.info("job moves on", job=job.id, attempt=attempt, logged=len(reply_log.tokens))
         return Rescued(fresh, stream, entry.id, failure)
 
-    async def _fence(self, job: Job) -> tuple[int, str] | None:
-        """Raise the job's attempt; (new attempt, id of the fence), None if the job is over."""
-        seen = await self._redis.hget(keys.job(self._model, job.id), "attempt")
-        if seen is None:
-            return None
-        attempt = int(seen) + 1
+    async def _fence(self, job: Job, seen: int, stream: str, entry: str) -> str | None:
+        """End attempt `seen`; the id of the fence, None if the job is over or elsewhere."""
         answer = await self._lua.call(
             scripts.FENCE,
             [
                 keys.leader(self._model),
                 keys.job(self._model, job.id),
                 keys.replies(self._model, job.gateway),
+                stream,
             ],
             [
                 self._token,
-                int(seen),
-                wire.encode_deltas([Delta(job.id, attempt, 0)]),
+                seen,
+                wire.encode_deltas([Delta(job.id, seen + 1, 0)]),
                 keys.REPLIES_TTL_MS,
+                entry,
             ],
         )
         if answer == b"deposed":
             raise Deposed
         if answer == b"stale":
             return None
-        return attempt, answer.decode()
+        return str(answer.decode())
 
-    async def _read_log(self, job: Job, since: str, fence_id: str) -> ReplyLog:
-        """What clients have of `job`, up to the fence.
+    async def _read_log(self, job: Job, accepted_id: str, fence_id: str) -> ReplyLog:
+        """What clients have of `job`, from its acceptance up to the fence.
 
-        Tokens of earlier attempts travel in the job, so reading starts where it was handed off:
-        stream ids are Redis' own clock, the same for both streams.
+        Stream ids are Redis' own clock, the same for both streams.
         """
         reply_log = ReplyLog(job.attempt, job.logged)
         stream = keys.replies(self._model, job.gateway)
-        start = f"{since.partition('-')[0]}-0"
+        start = f"{accepted_id.partition('-')[0]}-0"
         async for page in read_range(self._redis, stream, start, fence_id):
             for entry in page:
                 for delta in _deltas_of(entry):

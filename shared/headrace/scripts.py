@@ -11,11 +11,11 @@ from __future__ import annotations
 from headrace.keys import EVENTS_MAX
 
 ACCEPT = """
--- KEYS job, intake; ARGV payload, ttl_ms. Idempotent: a repeated call changes nothing.
+-- KEYS job, intake; ARGV payload, ttl_ms, attempt. Idempotent: a repeated call changes nothing.
 local seen = redis.call('HGET', KEYS[1], 'intake')
 if seen then return seen end
 local id = redis.call('XADD', KEYS[2], '*', 'job', ARGV[1])
-redis.call('HSET', KEYS[1], 'attempt', 1, 'intake', id)
+redis.call('HSET', KEYS[1], 'attempt', ARGV[3], 'intake', id)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return id
 """
@@ -51,11 +51,13 @@ return 'ok'
 """
 
 FENCE = """
--- KEYS leader, job, replies; ARGV leader token, attempt seen, fence payload, replies ttl
+-- KEYS leader, job, replies, source stream
+-- ARGV leader token, attempt seen, fence payload, replies ttl, source entry
 -- Ends an attempt: what it still writes stands behind the fence and does not count.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'deposed' end
 local facts = redis.call('HMGET', KEYS[2], 'attempt', 'done')
 if facts[2] or facts[1] ~= ARGV[2] then return 'stale' end
+if #redis.call('XRANGE', KEYS[4], ARGV[5], ARGV[5]) == 0 then return 'stale' end
 redis.call('HINCRBY', KEYS[2], 'attempt', 1)
 redis.call('HDEL', KEYS[2], 'stream', 'entry')
 local id = redis.call('XADD', KEYS[3], '*', 'd', ARGV[3])
@@ -67,29 +69,29 @@ FINISH = f"""
 -- KEYS job, source stream, load, replies, events, lease
 -- ARGV attempt, source entry, payload, cost, linger_ms, replies_ttl_ms, event
 -- The last tokens, the end, the release of the room and the entry's removal, in one step.
-local fresh = redis.call('HGET', KEYS[1], 'attempt') == ARGV[1]
-  and not redis.call('HGET', KEYS[1], 'done')
-if fresh then
-  redis.call('XADD', KEYS[4], '*', 'd', ARGV[3])
-  redis.call('PEXPIRE', KEYS[4], ARGV[6], 'NX')
-  redis.call('HSET', KEYS[1], 'done', 1)
-  redis.call('PEXPIRE', KEYS[1], ARGV[5])
-end
-local removed = redis.call('XDEL', KEYS[2], ARGV[2])
-if removed == 1 and tonumber(ARGV[4]) > 0 and redis.call('EXISTS', KEYS[6]) == 1 then
+-- A fenced attempt touches nothing: the entry may be all that is left of the job. Nor does an
+-- entry count that stands here no more: the job is somebody else's.
+local attempt = redis.call('HGET', KEYS[1], 'attempt')
+if attempt and attempt ~= ARGV[1] then return 0 end
+if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then return 0 end
+if tonumber(ARGV[4]) > 0 and redis.call('EXISTS', KEYS[6]) == 1 then
   redis.call('HINCRBY', KEYS[3], 'tokens', -ARGV[4])
   redis.call('HINCRBY', KEYS[3], 'jobs', -1)
 end
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', {EVENTS_MAX}, '*', 'e', ARGV[7])
-return fresh and 1 or 0
+if not attempt or redis.call('HGET', KEYS[1], 'done') then return 0 end
+redis.call('XADD', KEYS[4], '*', 'd', ARGV[3])
+redis.call('PEXPIRE', KEYS[4], ARGV[6], 'NX')
+redis.call('HSET', KEYS[1], 'done', 1)
+redis.call('PEXPIRE', KEYS[1], ARGV[5])
+return 1
 """
 
-HOLD = """
--- KEYS leader; ARGV token, ttl_ms: take the lease when free, renew it when ours.
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
+RENEW = """
+-- KEYS leader; ARGV token, ttl_ms. A lease that ran out is not renewed, even when it is free:
+-- somebody may have led in between.
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
 
 RELEASE = """

@@ -207,6 +207,8 @@ class Scripts:
             script = self._scripts[source] = Script(self._redis, source)  # type: ignore[arg-type]
         return str(script.sha)
 
-    async def accept(self, keys: Sequence[str], payload: bytes, ttl_ms: int) -> str:
-        answer: bytes = await self.call(scripts.ACCEPT, keys, (payload, ttl_ms))
+    async def accept(
+        self, keys: Sequence[str], payload: bytes, ttl_ms: int, attempt: int = 1
+    ) -> str:
+        answer: bytes = await self.call(scripts.ACCEPT, keys, (payload, ttl_ms, attempt))
         return answer.decode()

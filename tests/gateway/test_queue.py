@@ -10,11 +10,14 @@ from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
 
 from headrace import keys
+from headrace.clock import SystemClock
 from headrace.errors import DependencyError, JobFailedError, NotFoundError, OverloadError
+from headrace.streams import Scripts
 from headrace.types import FinishReason
 from headrace_gateway import dispatcher
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
+from headrace_gateway.leadership import Lease
 from headrace_gateway.policy.admission import AdmissionLimits
 from headrace_gateway.rescue import FRUITLESS_ATTEMPTS_MAX
 from support.fleet import MODEL, ScriptedWorker, a_job, eventually
@@ -128,6 +131,130 @@ async def test_a_dead_workers_job_goes_on_after_what_the_client_has(
     await eventually(lambda: idle(redis, heir))
     await eventually(lambda: _buried(redis, "w1"))
     assert await redis.exists(keys.jobs(MODEL.name, "w1"), keys.load(MODEL.name, "w1")) == 0
+
+
+async def test_a_late_finish_of_a_fenced_attempt_takes_nothing_away(
+    fleet: Fleet, worker: ScriptedWorker, redis: Redis
+) -> None:
+    """The dead worker's entry may be all that is left of the job while it waits for room."""
+    generation = await fleet.submit(a_job("j", "g1"), INVALID_SPAN)
+    await eventually(worker.jobs)
+    [(old_entry, old)] = await worker.jobs()
+    await worker.write(old, 0, 10, 11)
+    await worker.die()
+    await eventually(lambda: _attempt_is(redis, "j", b"2"))
+    assert not await worker.finish(old_entry, old, 2, 66)
+    heir = ScriptedWorker(redis, "w2")
+    await heir.join()
+    await eventually(heir.jobs)
+    [(entry, job)] = await heir.jobs()
+    assert list(job.logged) == [10, 11]
+    assert await heir.finish(entry, job, 2, 12)
+    assert await everything(generation) == ([10, 11, 12], FinishReason.LENGTH)
+    await eventually(lambda: idle(redis, heir))
+
+
+async def _attempt_is(redis: Redis, job: str, attempt: bytes) -> bool:
+    return await redis.hget(keys.job(MODEL.name, job), "attempt") == attempt
+
+
+async def test_who_has_no_entry_of_a_job_cannot_end_it(
+    fleet: Fleet, worker: ScriptedWorker, redis: Redis
+) -> None:
+    """A stale leader or worker may know the attempt, but not where the job stands now."""
+    generation = await fleet.submit(a_job("j", "g1"), INVALID_SPAN)
+    await eventually(worker.jobs)
+    [(entry, job)] = await worker.jobs()
+    assert not await worker.finish("1-1", job, 0, 66)
+    assert await worker.finish(entry, job, 0, 5)
+    assert await everything(generation) == ([5], FinishReason.LENGTH)
+    await eventually(lambda: idle(redis, worker))
+
+
+async def test_a_lapsed_lease_ends_the_term_even_when_nobody_leads(redis: Redis) -> None:
+    """Somebody may have led in between: what the old term remembers may be untrue."""
+    lua = Scripts(redis)
+    paused, other = Lease(redis, lua, "m", "g1"), Lease(redis, lua, "m", "g2")
+    assert await paused.take()
+    assert await paused.renew()
+    assert not await other.take()
+    await redis.delete(keys.leader("m"))  # it ran out
+    assert await other.take()
+    await paused.release()
+    assert await other.renew(), "only the holder can give a lease back"
+    await other.release()
+    assert not await paused.renew()
+
+
+async def test_a_job_that_redis_lost_is_accepted_again(
+    fleet: Fleet, worker: ScriptedWorker, redis: Redis
+) -> None:
+    """Redis comes back empty; the gateway still knows the job and what its client has."""
+    generation = await fleet.submit(a_job("j", "g1"), INVALID_SPAN)
+    await eventually(worker.jobs)
+    [(_, old)] = await worker.jobs()
+    await worker.write(old, 0, 10, 11)
+    first = await generation.next()
+    await redis.flushall()
+    heir = ScriptedWorker(redis, "w2")
+    await heir.join()
+    await eventually(heir.jobs, limit_s=20)
+    [(entry, job)] = await heir.jobs()
+    assert (job.attempt, list(job.logged)) == (2, [10, 11])
+    await worker.write(old, 2, 66)
+    await heir.finish(entry, job, 2, 12)
+    tokens, reason = await everything(generation)
+    assert ([*first.tokens, *tokens], reason) == ([10, 11, 12], FinishReason.LENGTH)
+    await eventually(lambda: idle(redis, heir))
+
+
+async def test_changes_of_leaders_are_no_deaths_of_workers(
+    valkey: Valkey, worker: ScriptedWorker, redis: Redis
+) -> None:
+    """One worker died; the job waits for room through many terms, and is not blamed for them."""
+    owner = await a_fleet(valkey, "g0")
+    generation = await owner.submit(a_job("j", "g0"), INVALID_SPAN)
+    await eventually(worker.jobs)
+    await worker.die()
+    for term in range(FRUITLESS_ATTEMPTS_MAX + 1):
+        await eventually(lambda n=term: _attempt_at_least(redis, "j", n + 2))
+        await redis.set(keys.leader(MODEL.name), "nobody", px=600)
+    heir = ScriptedWorker(redis, "w2")
+    await heir.join()
+    await eventually(heir.jobs)
+    [(entry, job)] = await heir.jobs()
+    await heir.finish(entry, job, 0, 3)
+    assert await everything(generation) == ([3], FinishReason.LENGTH)
+    await owner.stop()
+
+
+async def _attempt_at_least(redis: Redis, job: str, attempt: int) -> bool:
+    return int(await redis.hget(keys.job(MODEL.name, job), "attempt") or 0) >= attempt
+
+
+@pytest.mark.parametrize("ticks", range(6))
+async def test_a_stop_is_heard_while_a_term_falls_apart(
+    valkey: Valkey, worker: ScriptedWorker, redis: Redis, ticks: int
+) -> None:
+    """A cancel that meets the failure of a loop of the term is not lost with it."""
+    lead = dispatcher.Dispatcher(valkey.url, redis, MODEL.name, "g1", SystemClock())
+    running = asyncio.create_task(lead.run())
+    await eventually(lambda: lead.term is not None)
+    failed = asyncio.Event()
+
+    async def fail(*_: object) -> None:
+        failed.set()
+        raise ConnectionError("redis is away")
+
+    assert lead.term is not None
+    lead.term.roster.refresh = fail  # type: ignore[method-assign]  # the failure of one loop
+    await failed.wait()
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    running.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.gather(running, return_exceptions=True)
+    assert running.cancelled()
 
 
 async def test_a_job_may_outlive_several_workers(

@@ -23,7 +23,7 @@ async def test_no_cancel_is_lost(valkey: Valkey, kind: str) -> None:
         if kind == "command":
             await redis.get("x")
         elif kind == "script":
-            await lua.call(scripts.HOLD, ["k"], ["t", 1000])
+            await lua.call(scripts.RENEW, ["k"], ["t", 1000])
         else:
             await redis.pipeline(transaction=False).get("x").execute()
 

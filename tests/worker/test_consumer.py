@@ -146,6 +146,30 @@ async def test_a_restarted_process_does_not_take_over_its_own_id(
     await second.stop()
 
 
+async def test_a_job_that_comes_twice_is_run_once(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """Redis forgot the hand-off of its last second, and the job came back to where it runs."""
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    calm = await everything(await fleet.submit(a_job("calm", tokens=450), INVALID_SPAN))
+    generation = await fleet.submit(a_job("twice", tokens=450), INVALID_SPAN)
+    first = await generation.next()
+    [name] = await workers(redis)
+    stream = keys.jobs("test", name.decode())
+    [(entry, fields)] = await redis.xrange(stream)
+    await redis.xadd(stream, fields)
+    await redis.xdel(stream, entry)
+    tokens, reason = await everything(generation)
+    assert ([*first.tokens, *tokens], reason) == calm
+    await eventually(lambda: _nothing_stands(redis, stream))
+    await worker.stop()
+
+
+async def _nothing_stands(redis: Redis, stream: str) -> bool:
+    return await redis.xlen(stream) == 0
+
+
 async def test_redis_away_for_a_moment_loses_no_token(
     tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
 ) -> None:

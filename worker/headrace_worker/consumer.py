@@ -267,6 +267,8 @@ class Consumer:
                 await self._redis.xdel(stream, entry.id)
             return
         to = Delivery(job.id, worker, entry.id, job.gateway, job.attempt, job.cost_tokens)
+        if not self._make_way(job, to):
+            return
         span = open_span(job, stream, entry.id, worker, self._clock.wall_ns())
         ticket = Ticket(job, to, span)
         self._tickets[job.id] = ticket
@@ -279,6 +281,24 @@ class Consumer:
             ticket.preparing = asyncio.create_task(self._fetch_then_add(ticket, hashes))
         else:
             self._add(ticket, [])
+
+    def _make_way(self, job: Job, to: Delivery) -> bool:
+        """Whether `job` has to be started; it may be here, when Redis forgot its last second."""
+        ticket = self._tickets.get(job.id)
+        if ticket is None:
+            return True
+        if ticket.to.attempt >= job.attempt:
+            if ticket.to.attempt == job.attempt:
+                ticket.to = to  # it goes on, and its end is written where it stands now
+            return False
+        if ticket.preparing is not None:
+            ticket.preparing.cancel()
+        if ticket.added:
+            assert self._thread is not None, "jobs are read while the engine runs"
+            self._thread.send(partial(_cancel_in_engine, job.id))
+        ticket.span.set_attribute("headrace.moved_on", "a later attempt")
+        ticket.span.end()
+        return True
 
     async def _fetch_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
         job = ticket.job
