@@ -200,6 +200,8 @@ class Channel:
                 payload = wire.encode_job(job)
                 generation.accepted_id = await self._accept_durably(job, payload)
                 missing.discard(job.id)
+                if job.id not in self.replies.live:  # its client left meanwhile
+                    self._start_chore(self._cancel_durably(job))
         return missing
 
     async def _trim_loop(self) -> None:

@@ -29,7 +29,6 @@ from typing import TypeVar
 
 from headrace.errors import ModelError
 
-DEFAULT_MODEL = "smollm2"
 POLL_S = 0.1
 COPY_BYTES = 1 << 20
 SPARE_BYTES = 64 << 20

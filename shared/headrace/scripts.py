@@ -45,8 +45,8 @@ end
 if redis.call('XDEL', KEYS[3], ARGV[2]) == 0 then return 'taken' end
 redis.call('HINCRBY', KEYS[5], 'tokens', ARGV[5])
 redis.call('HINCRBY', KEYS[5], 'jobs', 1)
-local id = redis.call('XADD', KEYS[4], '*', 'job', ARGV[3])
-redis.call('HSET', KEYS[2], 'stream', KEYS[4], 'entry', id)
+redis.call('XADD', KEYS[4], '*', 'job', ARGV[3])
+redis.call('HSET', KEYS[2], 'stream', KEYS[4])
 return 'ok'
 """
 
@@ -59,7 +59,7 @@ local facts = redis.call('HMGET', KEYS[2], 'attempt', 'done')
 if facts[2] or facts[1] ~= ARGV[2] then return 'stale' end
 if #redis.call('XRANGE', KEYS[4], ARGV[5], ARGV[5]) == 0 then return 'stale' end
 redis.call('HINCRBY', KEYS[2], 'attempt', 1)
-redis.call('HDEL', KEYS[2], 'stream', 'entry')
+redis.call('HDEL', KEYS[2], 'stream')
 local id = redis.call('XADD', KEYS[3], '*', 'd', ARGV[3])
 redis.call('PEXPIRE', KEYS[3], ARGV[4], 'NX')
 return id

@@ -223,13 +223,14 @@ async def test_metrics_tell_what_the_worker_does(
     worker = Running(tiny, valkey)
     await a_ready(fleet)
     port = free_port()
-    stop = metrics.serve(port, "test", worker.consumer.status)
+    stop = metrics.serve(port, "test", worker.consumer.status, worker.consumer.unwritten_blocks)
     await everything(await fleet.submit(a_job("j"), INVALID_SPAN))
     url = f"http://127.0.0.1:{port}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         lines = (await answer.text()).splitlines()
     assert f'headrace_worker_free_kv_tokens{{model="test"}} {KV_TOKENS}.0' in lines
     assert 'headrace_worker_ready{model="test"} 1.0' in lines
+    assert 'headrace_worker_unwritten_blocks_total{model="test"} 0.0' in lines
     assert any(
         line.startswith("headrace_worker_steps_total") and float(line.split()[-1]) >= 40
         for line in lines

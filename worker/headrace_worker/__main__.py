@@ -73,7 +73,9 @@ async def serve(settings: WorkerSettings) -> None:
         loop.add_signal_handler(number, consumer.drain)
     stop_metrics = None
     if settings.metrics_port:
-        stop_metrics = metrics.serve(settings.metrics_port, consumer.model, consumer.status)
+        stop_metrics = metrics.serve(
+            settings.metrics_port, consumer.model, consumer.status, consumer.unwritten_blocks
+        )
     try:
         await consumer.run()
     finally:

@@ -213,6 +213,10 @@ class Consumer:
     def model(self) -> str:
         return self._record.name
 
+    def unwritten_blocks(self) -> int:
+        """KV blocks that the queue to the cache service had no room for."""
+        return self._cache.dropped if self._cache is not None else 0
+
     def status(self) -> WorkerStatus:
         """What the fleet is told of this worker."""
         running, waiting, free_tokens = (

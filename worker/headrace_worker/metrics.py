@@ -17,9 +17,12 @@ from headrace.types import WorkerState, WorkerStatus
 class WorkerCollector(Collector):
     """Turns a worker's own status into metrics."""
 
-    def __init__(self, model: str, status: Callable[[], WorkerStatus]) -> None:
+    def __init__(
+        self, model: str, status: Callable[[], WorkerStatus], unwritten_blocks: Callable[[], int]
+    ) -> None:
         self._model = model
         self._status = status
+        self._unwritten_blocks = unwritten_blocks
 
     def collect(self) -> Iterable[Metric]:
         status = self._status()
@@ -36,15 +39,28 @@ class WorkerCollector(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             gauge.add_metric([self._model], value)
             yield gauge
-        steps = CounterMetricFamily("headrace_worker_steps", "Engine steps", labels=["model"])
-        steps.add_metric([self._model], status.steps)
-        yield steps
+        counters = {
+            "headrace_worker_steps": ("Engine steps", status.steps),
+            "headrace_worker_unwritten_blocks": (
+                "KV blocks not written to the cache service, its queue being full",
+                self._unwritten_blocks(),
+            ),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(name, text, labels=["model"])
+            counter.add_metric([self._model], value)
+            yield counter
 
 
-def serve(port: int, model: str, status: Callable[[], WorkerStatus]) -> Callable[[], None]:
+def serve(
+    port: int,
+    model: str,
+    status: Callable[[], WorkerStatus],
+    unwritten_blocks: Callable[[], int],
+) -> Callable[[], None]:
     """Answer on loopback at `port`; returns what stops it."""
     registry = CollectorRegistry()
-    registry.register(WorkerCollector(model, status))
+    registry.register(WorkerCollector(model, status, unwritten_blocks))
     server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
 
     def stop() -> None:

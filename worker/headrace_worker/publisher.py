@@ -58,7 +58,6 @@ class Publisher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._finish_sha = ""
-        self.commands = 0
 
     def put(self, deltas: Iterable[Addressed], steps: int) -> None:
         """Queue deltas that `steps` engine steps made (0: made without the engine).
@@ -116,7 +115,6 @@ class Publisher:
             pipe.xadd(keys.replies(self._model, gateway), fields)
         for item in endings:
             self._add_finish(pipe, item)
-        self.commands += len(running) + len(endings)
         try:
             await pipe.execute()
         except NoScriptError:

@@ -58,10 +58,6 @@ class Lanes:
         self._queue_max = queue_max
         self._lanes: dict[str | None, _Lane] = {}
 
-    @property
-    def busy(self) -> int:
-        return len(self._lanes)
-
     def add(self, work: Work) -> None:
         """Queue `work` in its lane. Raises OverloadError when there are too many."""
         lane = self._lanes.get(work.lane)

@@ -53,7 +53,6 @@ class Linear:
     """y [N, out] = x [N, in] @ weight [out, in] transposed."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.out_features, self.in_features = weight.shape
         bfloat16 = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
         self._packing = _PACKING if bfloat16 else None
         if self._packing is not None:
