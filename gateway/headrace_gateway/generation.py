@@ -13,19 +13,22 @@ from dataclasses import dataclass, replace
 
 from headrace.errors import DependencyError, HeadraceError, JobFailedError
 from headrace.policy.reply_log import ReplyLog
-from headrace.types import Delta, Finish, FinishReason, Job, pack_tokens
+from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs, pack_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """New output tokens, and the finish once the job has ended.
 
-    `cached_tokens`: prompt tokens that came from a cache.
+    `cached_tokens`: prompt tokens that came from a cache. `logprobs`: one for each of `tokens`
+    where the job asked for them, else none. `prompt_logprobs` as in Delta, with the first chunk.
     """
 
     tokens: tuple[int, ...]
     finish: Finish | None
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Generation:
@@ -88,19 +91,30 @@ class Generation:
         Raises JobFailedError when the job ended in an error, DependencyError when the log was lost.
         """
         while True:
-            tokens = tuple(self._log.tokens[self._cursor :])
-            self._cursor += len(tokens)
-            finish = self._log.finish
-            if finish is not None and finish.reason is FinishReason.ERROR and not tokens:
+            chunk, finish = self._unread(), self._log.finish
+            if finish is not None and finish.reason is FinishReason.ERROR and not chunk.tokens:
                 raise JobFailedError(finish.error or "the worker could not run this job")
-            if finish is not None and finish.reason is FinishReason.ERROR:
-                return Chunk(tokens, None, self._log.cached_tokens)
-            if tokens or finish is not None:
-                return Chunk(tokens, finish, self._log.cached_tokens)
+            if finish is not None and finish.reason is not FinishReason.ERROR:
+                return replace(chunk, finish=finish)
+            if chunk.tokens:
+                return chunk
             if self._failure is not None:
                 raise self._failure
             self._news.clear()
             await self._news.wait()
+
+    def _unread(self) -> Chunk:
+        """What has come since the last call; from now on it counts as read."""
+        log, first = self._log, self._cursor
+        self._cursor = len(log.tokens)
+        logprobs = [log.logprobs.pop(at) for at in range(first, self._cursor) if at in log.logprobs]
+        return Chunk(
+            tuple(log.tokens[first:]),
+            None,
+            log.cached_tokens,
+            tuple(logprobs),
+            () if first else log.prompt_logprobs,
+        )
 
     async def cancel(self) -> None:
         """Stop the job wherever it is; harmless when it has ended. Never raises."""

@@ -54,11 +54,22 @@ def pack_tokens(tokens: Iterable[int]) -> array[int]:
     return array("I", tokens)
 
 
+NO_LOGPROBS = -1
+LOGPROBS_MAX = 20
+"""Most probable tokens that can be reported at one position, as in OpenAI's API."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to choose tokens. Randomness depends on (seed, output position) alone.
 
-    `temperature` 0 means greedy. `top_k` 0 means no limit.
+    `temperature` 0 means greedy; `top_k` 0, `min_p` 0, `top_p` 1 and `typical_p` 1 mean no limit.
+    Presence and frequency penalties look at the output, the repetition penalty at prompt and
+    output. `logit_bias`: (token id, added to its logit). No end before `min_tokens`. `bad_words`
+    are token sequences that never come out whole. `logprobs` and `prompt_logprobs`: how many most
+    probable tokens to report beside the one at each position, NO_LOGPROBS for nothing at all;
+    `max_tokens` may be 0 only with `prompt_logprobs`. `grammar` is what the output has to match, in
+    llguidance's serialized form; '' for anything.
     """
 
     max_tokens: int
@@ -68,6 +79,17 @@ class Sampling:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int = NO_LOGPROBS
+    prompt_logprobs: int = NO_LOGPROBS
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +138,26 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position.
+
+    They are taken before temperature, penalties and filters. `logprob` is that of the token which
+    stands there, `top` the most probable ones as (token id, logprob), the most probable first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of one job in one engine step, as they stand in a reply stream.
 
     `first` is the output position of `tokens[0]`. `cached_tokens` are the prompt tokens that this
-    attempt took from a cache instead of computing them. A Delta without tokens and finish is a
-    fence: it raises the attempt, and what an older attempt writes after it does not count.
+    attempt took from a cache instead of computing them. `logprobs`: one for each of `tokens`, or
+    none. `prompt_logprobs`: one for each prompt token but the first; they come with output position
+    0. A Delta without tokens and finish is a fence: it raises the attempt, and what an older
+    attempt writes after it does not count.
     """
 
     job: str
@@ -130,6 +166,8 @@ class Delta:
     tokens: tuple[int, ...] = ()
     finish: Finish | None = None
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

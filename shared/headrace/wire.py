@@ -8,6 +8,7 @@ package and at 50 µs a job the codec is not what costs).
 
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from headrace.types import (
     Job,
     ModelRecord,
     Sampling,
+    TokenLogprobs,
     WorkerRecord,
     WorkerRole,
     WorkerState,
@@ -95,6 +97,18 @@ class Fields:
             raise WireError(f"{self._what}.{key}: expected a number, got {type(value).__name__}")
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        value = self.get(key, list)
+        if not all(type(item) in (int, float) for item in value):
+            raise WireError(f"{self._what}.{key}: expected a list of numbers")
+        return tuple(float(item) for item in value)
+
+    def token_lists(self, key: str) -> tuple[tuple[int, ...], ...]:
+        value = self.get(key, list)
+        if not all(isinstance(item, bytes) and len(item) % 4 == 0 for item in value):
+            raise WireError(f"{self._what}.{key}: expected a list of 32-bit token ids")
+        return tuple(tuple(tokens_from_bytes(item)) for item in value)
+
     def tokens(self, key: str) -> array[int]:
         raw = self.get(key, bytes)
         if len(raw) % 4:
@@ -161,6 +175,18 @@ def encode_job(job: Job) -> bytes:
             "seed": s.seed,
             "stop": list(s.stop_token_ids),
             "no_eos": s.ignore_eos,
+            "min_p": s.min_p,
+            "typical": s.typical_p,
+            "presence": s.presence_penalty,
+            "frequency": s.frequency_penalty,
+            "repetition": s.repetition_penalty,
+            "bias_ids": tokens_to_bytes(token for token, _ in s.logit_bias),
+            "bias": [bias for _, bias in s.logit_bias],
+            "min": s.min_tokens,
+            "bad": [tokens_to_bytes(word) for word in s.bad_words],
+            "logprobs": s.logprobs,
+            "prompt_logprobs": s.prompt_logprobs,
+            "grammar": s.grammar,
         }
     )
 
@@ -180,25 +206,46 @@ def decode_job(data: bytes) -> Job:
         attempt=f.get("attempt", int),
         logged=f.tokens("logged"),
         trace=f.texts("trace"),
-        sampling=Sampling(
-            max_tokens=f.get("max", int),
-            temperature=f.number("temp"),
-            top_p=f.number("top_p"),
-            top_k=f.get("top_k", int),
-            seed=f.get("seed", int),
-            stop_token_ids=f.integers("stop"),
-            ignore_eos=f.get("no_eos", bool),
-        ),
+        sampling=_decode_sampling(f),
+    )
+
+
+def _decode_sampling(f: Fields) -> Sampling:
+    bias_ids, biases = f.tokens("bias_ids"), f.numbers("bias")
+    if len(bias_ids) != len(biases):
+        raise WireError(f"job.bias: {len(biases)} numbers for {len(bias_ids)} tokens")
+    return Sampling(
+        max_tokens=f.get("max", int),
+        temperature=f.number("temp"),
+        top_p=f.number("top_p"),
+        top_k=f.get("top_k", int),
+        seed=f.get("seed", int),
+        stop_token_ids=f.integers("stop"),
+        ignore_eos=f.get("no_eos", bool),
+        min_p=f.number("min_p"),
+        typical_p=f.number("typical"),
+        presence_penalty=f.number("presence"),
+        frequency_penalty=f.number("frequency"),
+        repetition_penalty=f.number("repetition"),
+        logit_bias=tuple(zip(bias_ids, biases, strict=True)),
+        min_tokens=f.get("min", int),
+        bad_words=f.token_lists("bad"),
+        logprobs=f.get("logprobs", int),
+        prompt_logprobs=f.get("prompt_logprobs", int),
+        grammar=f.get("grammar", str),
     )
 
 
 def encode_deltas(deltas: Iterable[Delta]) -> bytes:
-    """The token frame of one engine step: one row a job."""
+    """The token frame of one engine step: one row a job; trailing empty columns are left out."""
     rows: list[list[Any]] = []
     for d in deltas:
+        finish = None if d.finish is None else [d.finish.reason.value, d.finish.error]
         row: list[Any] = [d.job, d.attempt, d.first, tokens_to_bytes(d.tokens), d.cached_tokens]
-        if d.finish is not None:
-            row.append([d.finish.reason.value, d.finish.error])
+        if finish is not None or d.logprobs or d.prompt_logprobs:
+            row.append(finish)
+        if d.logprobs or d.prompt_logprobs:
+            row += [_pack_logprobs(d.logprobs), _pack_logprobs(d.prompt_logprobs)]
         rows.append(row)
     return pack(rows)
 
@@ -213,16 +260,58 @@ def decode_deltas(data: bytes) -> list[Delta]:
 def _decode_delta(row: Any) -> Delta:
     try:
         job, attempt, first, tokens, cached, *rest = row
+        ending = rest[0] if rest else None
+        logprobs, prompt_logprobs = rest[1:] if len(rest) > 1 else (b"", b"")
         finish = None
-        if rest:
-            reason, error = rest[0]
+        if ending is not None:
+            reason, error = ending
             finish = Finish(FinishReason(reason), str(error))
         if not (isinstance(job, str) and isinstance(tokens, bytes)):
             raise ValueError("job or tokens of a wrong type")
-        fresh = tuple(tokens_from_bytes(tokens))
-        return Delta(job, int(attempt), int(first), fresh, finish, int(cached))
-    except (ValueError, TypeError) as error:
+        delta = Delta(
+            job,
+            int(attempt),
+            int(first),
+            tuple(tokens_from_bytes(tokens)),
+            finish,
+            int(cached),
+            _unpack_logprobs(logprobs),
+            _unpack_logprobs(prompt_logprobs),
+        )
+        if delta.logprobs and len(delta.logprobs) != len(delta.tokens):
+            raise ValueError(f"{len(delta.logprobs)} logprobs for {len(delta.tokens)} tokens")
+        return delta
+    except (ValueError, TypeError, struct.error) as error:
         raise WireError(f"delta: {error}") from error
+
+
+_LOGPROB = struct.Struct("<Hd")
+_ALTERNATIVE = struct.Struct("<Id")
+
+
+def _pack_logprobs(items: Iterable[TokenLogprobs]) -> bytes:
+    """For each position: how many alternatives, its own logprob, then (token id, logprob) pairs."""
+    packed = bytearray()
+    for item in items:
+        packed += _LOGPROB.pack(len(item.top), item.logprob)
+        for alternative in item.top:
+            packed += _ALTERNATIVE.pack(*alternative)
+    return bytes(packed)
+
+
+def _unpack_logprobs(data: bytes) -> tuple[TokenLogprobs, ...]:
+    items: list[TokenLogprobs] = []
+    at = 0
+    while at < len(data):
+        count, logprob = _LOGPROB.unpack_from(data, at)
+        at += _LOGPROB.size
+        stop = at + count * _ALTERNATIVE.size
+        if stop > len(data):
+            raise ValueError("logprobs end within a position")
+        top = tuple((int(t), float(p)) for t, p in _ALTERNATIVE.iter_unpack(data[at:stop]))
+        items.append(TokenLogprobs(float(logprob), top))
+        at = stop
+    return tuple(items)
 
 
 def encode_model(record: ModelRecord) -> bytes:

@@ -19,6 +19,7 @@ from headrace.types import (
     FinishReason,
     Job,
     Sampling,
+    TokenLogprobs,
     WorkerState,
     WorkerStatus,
     pack_tokens,
@@ -43,6 +44,19 @@ jobs = st.builds(
         seed=st.integers(-(2**63), 2**63 - 1),
         stop_token_ids=st.lists(st.integers(0, 2**31), max_size=4).map(tuple),
         ignore_eos=st.booleans(),
+        min_p=st.floats(0, 1),
+        typical_p=st.floats(0, 1),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        repetition_penalty=st.floats(0.1, 2),
+        logit_bias=st.lists(
+            st.tuples(st.integers(0, 2**32 - 1), st.floats(-100, 100)), max_size=3
+        ).map(tuple),
+        min_tokens=st.integers(0, 2**31),
+        bad_words=st.lists(tokens.map(tuple), max_size=3).map(tuple),
+        logprobs=st.integers(-1, 20),
+        prompt_logprobs=st.integers(-1, 20),
+        grammar=st.text(max_size=40),
     ),
     salt=st.binary(max_size=40),
     affinity=st.binary(max_size=40),
@@ -51,7 +65,28 @@ jobs = st.builds(
     trace=st.dictionaries(st.text(max_size=10), st.text(max_size=60), max_size=2),
 )
 finishes = st.builds(Finish, st.sampled_from(FinishReason), st.text(max_size=30))
-deltas = st.builds(
+token_logprobs = st.builds(
+    TokenLogprobs,
+    st.floats(-100, 0),
+    st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(-100, 0)), max_size=3).map(tuple),
+)
+
+
+@st.composite
+def made_deltas(draw: st.DrawFn) -> Delta:
+    made = draw(st.lists(st.tuples(st.integers(0, 2**32 - 1), token_logprobs), max_size=8))
+    return Delta(
+        draw(st.text(max_size=20)),
+        draw(st.integers(1, 2**31)),
+        draw(st.integers(0, 2**31)),
+        tuple(token for token, _ in made),
+        draw(st.none() | finishes),
+        logprobs=tuple(item for _, item in made) if draw(st.booleans()) else (),
+        prompt_logprobs=tuple(draw(st.lists(token_logprobs, max_size=3))),
+    )
+
+
+deltas = made_deltas() | st.builds(
     Delta,
     st.text(max_size=20),
     st.integers(1, 2**31),

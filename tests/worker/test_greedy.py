@@ -36,7 +36,7 @@ def logits_of(loaded: LoadedModel, prompt: list[int]) -> torch.Tensor:
         slots=torch.arange(len(prompt)),
     )
     with torch.inference_mode():
-        attend = SdpaBackend(pool).prepare(batch)
+        attend = SdpaBackend(pool, loaded.config).prepare(batch)
         positions = torch.arange(len(prompt))
         return loaded.model(torch.tensor(prompt), positions, None, attend)
 

@@ -133,7 +133,7 @@ class Engine:
         self._clock = clock
         self._pool = BlockPool(blocks)
         self._kv = KvPool(loaded.config, blocks, loaded.dtype)
-        self._runner = Runner(loaded.model, SdpaBackend(self._kv))
+        self._runner = Runner(loaded.model, SdpaBackend(self._kv, loaded.config))
         self._scheduler = Scheduler(
             self._pool, running_max=config.max_running, step_tokens_max=config.step_tokens_max
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from headrace.types import Delta, Finish
+from headrace.types import Delta, Finish, TokenLogprobs
 
 
 class ReplyLog:
@@ -22,6 +22,9 @@ class ReplyLog:
         self.tokens: list[int] = list(logged)
         self.finish: Finish | None = None
         self.cached_tokens = 0
+        self.logprobs: dict[int, TokenLogprobs] = {}
+        """By output position, for jobs that asked."""
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def is_gap(self, delta: Delta) -> bool:
         """Whether tokens before `delta` are missing: Redis lost entries that it had taken."""
@@ -43,7 +46,10 @@ class ReplyLog:
         if position == 0:
             # the attempt that a client first heard of; later ones do not change its usage
             self.cached_tokens = delta.cached_tokens
-        fresh = delta.tokens[position - delta.first :]
+            self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        skipped = position - delta.first
+        self.logprobs.update(enumerate(delta.logprobs[skipped:], position))
+        fresh = delta.tokens[skipped:]
         self.tokens.extend(fresh)
         if delta.finish is not None:
             self.finish = delta.finish

@@ -3,7 +3,8 @@
 Decoding sequences go through one padded call per size class (the power of two that holds their
 blocks), so that one long sequence does not make all short ones pay its length. The heads that
 share a KV head are folded into the query axis: they see the same keys, so nothing is repeated.
-Prefill chunks go one call each, causal; a chunk from position 0 needs neither mask nor gather.
+Prefill chunks go one call each, causal; a chunk from position 0 needs neither mask nor gather
+where its layer's window holds it. Layers of one window share a mask.
 
 Rejected: one padded call for all decodes (pays longest times count), a call per sequence (Python
 time grows with the batch), block-sparse masks (no CPU kernel).
@@ -21,6 +22,7 @@ from torch.nn import functional
 from headrace.types import BLOCK_TOKENS
 from headrace_worker.attention.interface import Attend, AttentionBatch
 from headrace_worker.kv.pool import KvPool
+from headrace_worker.model.config import ModelConfig
 
 SIZE_CLASS_BLOCKS_MIN = 16
 """Sequences up to this many blocks share a size class: below, a call costs more than padding."""
@@ -41,7 +43,7 @@ class _Decodes:
     rows: Tensor | None  # [B]; None: the step's rows are exactly these
     count: int
     gather: _Gather
-    mask: Tensor  # [B, 1, 1, T], 0 or -inf
+    masks: dict[int, Tensor]  # by window, [B, 1, 1, T], 0 or -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +54,16 @@ class _Chunk:
     stop: int
     length: int
     gather: _Gather | None  # None: the chunk is the whole sequence so far
-    mask: Tensor | None  # [n, length], 0 or -inf
+    masks: dict[int, Tensor | None]  # by window, [n, length], 0 or -inf; None: plain causal
 
 
 class SdpaBackend:
-    """AttentionBackend over a KvPool in CPU memory."""
+    """AttentionBackend over a KvPool in CPU memory, for one model's windows and scale."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool, config: ModelConfig) -> None:
         self._pool = pool
+        self._config = config
+        self._windows = sorted({config.window_of(layer) for layer in range(config.layers)})
         self._dtype = pool.tensor.dtype
         # chunk (block, layer, key) has number block * layers * 2 + layer * 2
         self._layer_offsets = torch.arange(pool.layers)[:, None] * 2
@@ -72,7 +76,7 @@ class SdpaBackend:
             self._chunk(starts[s], starts[s + 1], lengths[s], list(batch.block_tables[s]))
             for s in range(single, len(lengths))
         ]
-        return _Step(self._pool, self._slots(batch.slots), decodes, chunks)
+        return _Step(self._pool, self._config, self._slots(batch.slots), decodes, chunks)
 
     def _slots(self, slots: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Rows of the pool that take this step's keys and values: layers × [N] each."""
@@ -102,22 +106,40 @@ class SdpaBackend:
         for members in classes.values():
             gather = self._gather([tables[i] for i in members])
             lengths = torch.tensor([batch.lengths[i] for i in members])
-            hidden = torch.arange(gather.tokens)[None, :] >= lengths[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self._dtype)
-            mask.masked_fill_(hidden, -torch.inf)
+            places = torch.arange(gather.tokens)[None, :]
+            masks = {}
+            for window in self._windows:
+                hidden = places >= lengths[:, None]
+                if window:
+                    hidden |= places < lengths[:, None] - window
+                masks[window] = self._mask(hidden)[:, None, None, :]
             every = len(members) == len(batch.slots)
             rows = None if every else torch.tensor(members)
-            groups.append(_Decodes(rows, len(members), gather, mask[:, None, None, :]))
+            groups.append(_Decodes(rows, len(members), gather, masks))
         return groups
 
+    def _mask(self, hidden: Tensor) -> Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self._dtype)
+        return mask.masked_fill_(hidden, -torch.inf)
+
     def _chunk(self, start: int, stop: int, length: int, table: list[int]) -> _Chunk:
-        count = stop - start
-        if count == length:
-            return _Chunk(start, stop, length, None, None)
-        mask = torch.full((count, length), -torch.inf, dtype=self._dtype)
-        mask.triu_(length - count + 1)
+        whole = stop - start == length
+        masks: dict[int, Tensor | None] = {}
+        for window in self._windows:
+            seen_by_all = not window or window >= length
+            if whole and seen_by_all:
+                masks[window] = None
+                continue
+            row = torch.arange(length - (stop - start), length)[:, None]
+            place = torch.arange(length)[None, :]
+            hidden = place > row
+            if not seen_by_all:
+                hidden |= place <= row - window
+            masks[window] = self._mask(hidden)
+        if whole:
+            return _Chunk(start, stop, length, None, masks)
         blocks = -(-length // BLOCK_TOKENS)
-        return _Chunk(start, stop, length, self._gather([table[:blocks]]), mask)
+        return _Chunk(start, stop, length, self._gather([table[:blocks]]), masks)
 
 
 class _Step:
@@ -126,12 +148,14 @@ class _Step:
     def __init__(
         self,
         pool: KvPool,
+        config: ModelConfig,
         slots: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
         decodes: list[_Decodes],
         chunks: list[_Chunk],
     ) -> None:
         self._rows, self._pool_chunks = pool.rows, pool.chunks
         self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
+        self._scale, self._window_of = config.scale, config.window_of
         self._key_slots, self._value_slots = slots
         self._decodes = decodes
         self._chunks = chunks
@@ -161,7 +185,10 @@ class _Step:
         keys, values = self._kv(layer, group.gather, group.count)
         # query head h belongs to KV head h // group size, so the heads fold without moving
         folded = q.reshape(group.count, self._kv_heads, -1, self._head_dim)
-        mixed = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+        mask = group.masks[self._window_of(layer)]
+        mixed = functional.scaled_dot_product_attention(
+            folded, keys, values, attn_mask=mask, scale=self._scale
+        )
         return mixed.reshape(group.count, -1)
 
     def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, chunk: _Chunk) -> Tensor:
@@ -172,12 +199,14 @@ class _Step:
         else:
             keys, values = self._kv(layer, chunk.gather, 1)
             keys, values = keys[:, :, : chunk.length], values[:, :, : chunk.length]
+        mask = chunk.masks[self._window_of(layer)]
         mixed = functional.scaled_dot_product_attention(
             query,
             keys,
             values,
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
             enable_gqa=True,
         )
         return mixed[0].transpose(0, 1).reshape(chunk.stop - chunk.start, -1)

@@ -23,6 +23,7 @@ from headrace.errors import ModelError
 from headrace_worker.loading import tokenizer
 from headrace_worker.loading.source import TokenizerFacts, need
 from headrace_worker.model import ModelConfig, architecture, rope
+from headrace_worker.model.config import Rope
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -121,8 +122,10 @@ class GgufSource:
             norm_eps=need(facts, f"{kind}.attention.layer_norm_rms_epsilon", float, where),
             context_tokens=integer("context_length"),
             tied="lm_head.weight" not in self._tensors,
-            rope_frequencies=self._frequencies(
-                rotated, float(facts.get(f"{kind}.rope.freq_base", 10_000.0))
+            ropes=(
+                Rope(
+                    self._frequencies(rotated, float(facts.get(f"{kind}.rope.freq_base", 10_000.0)))
+                ),
             ),
         )
 

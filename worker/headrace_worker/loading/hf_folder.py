@@ -18,6 +18,7 @@ from torch import Tensor
 from headrace.errors import ModelError
 from headrace_worker.loading.source import TokenizerFacts, need
 from headrace_worker.model import ModelConfig, architecture, rope
+from headrace_worker.model.config import Rope
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -102,7 +103,7 @@ class HfSource:
             norm_eps=need(facts, "rms_norm_eps", float, "config.json"),
             context_tokens=integer("max_position_embeddings"),
             tied=bool(facts.get("tie_word_embeddings", False)),
-            rope_frequencies=_frequencies(facts, head_dim),
+            ropes=(Rope(_frequencies(facts, head_dim)),),
         )
 
     def index(self) -> list[str]:

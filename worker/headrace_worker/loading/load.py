@@ -7,6 +7,7 @@ one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from headrace_worker.loading.gguf_file import GgufSource
 from headrace_worker.loading.hf_folder import HfSource
 from headrace_worker.loading.source import Source
 from headrace_worker.model import Llama, ModelConfig, architecture
+from headrace_worker.model.linear import DenseLinear, Linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CPUINFO = Path("/proc/cpuinfo")
@@ -124,6 +126,23 @@ class _Weights:
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
         return tensor.to(self._dtype)
+
+    def linear(
+        self, names: Sequence[str], outs: Sequence[int], columns: int, *, bias: bool = False
+    ) -> Linear:
+        parts = [
+            self.take(f"{name}.weight", (rows, columns))
+            for name, rows in zip(names, outs, strict=True)
+        ]
+        biases = [
+            self.take(f"{name}.bias", (rows,))
+            for name, rows in zip(names, outs, strict=True)
+            if bias
+        ]
+        return DenseLinear(torch.cat(parts), torch.cat(biases) if bias else None)
+
+    def tied_head(self, embedding: Tensor) -> Linear:
+        return DenseLinear(embedding)
 
     def check_all_taken(self) -> None:
         """A weight that nobody asked for means another model than the one that was built."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from headrace.errors import ModelError
 from headrace_worker.model.config import ModelConfig
-from headrace_worker.model.llama import Llama, Weights
+from headrace_worker.model.llama import Llama
+from headrace_worker.model.weights import Weights
 
 ARCHITECTURES: dict[str, type[Llama]] = {"llama": Llama}
 

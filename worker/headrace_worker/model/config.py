@@ -1,18 +1,59 @@
-"""What a model's shape is, whatever file it was read from."""
+"""What a model's shape is, whatever file it was read from.
+
+Invariant: a value here says what is computed, never how: two files with equal configurations and
+weights give equal logits. Families differ in values where they can and in code where they must.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from headrace.errors import ModelError
+
+NO_ROPE = -1
+"""In `layer_ropes`: this layer's queries and keys carry no position."""
+
+
+class Activation(StrEnum):
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """One rotary table: inverse frequencies in radians per position, scaling applied.
+
+    It rotates the first 2 * len(frequencies) dimensions of a head. `factor` multiplies cosines
+    and sines (the attention factor of YaRN and LongRoPE).
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts: which layers have one, how many, how many a token goes to.
+
+    `normalized`: the weights of a token's chosen experts are made to sum to 1.
+    """
+
+    layers: tuple[int, ...]
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalized: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention.
 
-    `rope_frequencies` are the head_dim / 2 inverse frequencies in radians per position, scaling
-    applied. `tied`: the output head is the embedding matrix.
+    `architecture` is Hugging Face's `model_type`. `ropes` are its rotary tables, `layer_ropes` says
+    which of them each layer uses (empty: all the first). `windows`: how many tokens a layer's rows
+    see, themselves included, 0 for all (empty: all layers see all). `tied`: the output head is the
+    embedding matrix.
     """
 
     architecture: str
@@ -26,25 +67,61 @@ class ModelConfig:
     norm_eps: float
     context_tokens: int
     tied: bool
-    rope_frequencies: tuple[float, ...]
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+    attention_scale: float = 0.0
+    """What q · k is multiplied with; 0 stands for 1 / sqrt(head_dim)."""
+    activation: Activation = Activation.SILU
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    embedding_scale: float = 1.0
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ModelError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
-        if len(self.rope_frequencies) * 2 != self.head_dim:
-            raise ModelError(
-                f"rotary embedding over {len(self.rope_frequencies) * 2} of {self.head_dim} head "
-                "dimensions is not supported: all of them only"
-            )
+        for rope in self.ropes:
+            if not 0 < 2 * len(rope.frequencies) <= self.head_dim:
+                raise ModelError(
+                    f"a rotary embedding over {2 * len(rope.frequencies)} dimensions does not fit "
+                    f"heads of {self.head_dim}"
+                )
+        for name, values in (("layer_ropes", self.layer_ropes), ("windows", self.windows)):
+            if values and len(values) != self.layers:
+                raise ModelError(f"{len(values)} {name} for {self.layers} layers")
+        if any(not NO_ROPE <= which < len(self.ropes) for which in self.layer_ropes):
+            raise ModelError(f"layer_ropes names one of {len(self.ropes)} tables that is not there")
+
+    @property
+    def scale(self) -> float:
+        """What q · k is multiplied with."""
+        return self.attention_scale or float(self.head_dim**-0.5)
+
+    def rope_of(self, layer: int) -> int:
+        """The index of the layer's rotary table, or NO_ROPE."""
+        return self.layer_ropes[layer] if self.layer_ropes else 0
+
+    def window_of(self, layer: int) -> int:
+        """How many tokens the layer's rows see; 0 for all."""
+        return self.windows[layer] if self.windows else 0
 
     @property
     def parameters(self) -> int:
-        """How many weights the model has."""
+        """How many weights the model has, biases and the norms within attention left out."""
         kv_size = self.kv_heads * self.head_dim
         attention = 2 * self.hidden_size * (self.heads * self.head_dim + kv_size)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        dense = 3 * self.hidden_size * self.intermediate_size
+        mlps = self.layers * dense
+        if self.experts is not None:
+            e = self.experts
+            sparse = e.count * self.hidden_size * (3 * e.intermediate_size + 1)
+            mlps += len(e.layers) * (sparse - dense)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return self.layers * layer + embeddings + self.hidden_size
+        norms = (2 * self.layers + 1) * self.hidden_size
+        return self.layers * attention + mlps + embeddings + norms
 
     @property
     def kv_values_per_token(self) -> int:

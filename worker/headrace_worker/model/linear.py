@@ -1,4 +1,4 @@
-"""A linear layer without bias, in the form its machine multiplies fastest.
+"""Linear layers: what models call, and the plain one, in the form its machine multiplies fastest.
 
 Invariant: packing changes where the weights stand in memory, not what is multiplied. In bfloat16
 oneDNN otherwise re-orders the whole weight matrix at every call; packed once, the multiplications
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,24 +50,36 @@ def _packing() -> _Packing | None:
 _PACKING = _packing()
 
 
-class Linear:
-    """y [N, out] = x [N, in] @ weight [out, in] transposed."""
+class Linear(Protocol):
+    """y [N, out] = x [N, in] @ weight [out, in] transposed, plus a bias if it has one."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, in] → [N, out]."""
+        ...
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [N, out] plus the product, rounded once where the machine can."""
+        ...
+
+
+class DenseLinear:
+    """A Linear whose weights stay in the model's dtype."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight [out, in], bias [out]."""
         bfloat16 = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
         self._packing = _PACKING if bfloat16 else None
         if self._packing is not None:
             weight = self._packing.pack(weight.contiguous(), None)
         self._weight = weight
+        self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [N, in] → [N, out]."""
         if self._packing is None:
-            return functional.linear(x, self._weight)
-        return self._packing.multiply(x, self._weight, None, "none", [], "")
+            return functional.linear(x, self._weight, self._bias)
+        return self._packing.multiply(x, self._weight, self._bias, "none", [], "")
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual [N, out] plus the product, rounded once where the machine can."""
         if self._packing is None:
-            return residual + functional.linear(x, self._weight)
-        return self._packing.multiply_add(x, residual, self._weight, None, "add")
+            return residual + functional.linear(x, self._weight, self._bias)
+        return self._packing.multiply_add(x, residual, self._weight, self._bias, "add")

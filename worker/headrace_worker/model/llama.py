@@ -11,24 +11,13 @@ gate, up are fused into one multiplication each at load.
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from headrace_worker.attention.interface import Attend
 from headrace_worker.model import rope
 from headrace_worker.model.config import ModelConfig
-from headrace_worker.model.linear import Linear
-
-
-class Weights(Protocol):
-    """Where a model takes its weights from, under Hugging Face's names, each once."""
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in the model's dtype. Raises ModelError when missing or of another shape."""
-        ...
+from headrace_worker.model.weights import Weights
 
 
 class Layer:
@@ -44,25 +33,20 @@ class Layer:
         self.hidden_size, self.eps = config.hidden_size, config.norm_eps
         prefix, hidden = f"model.layers.{index}", config.hidden_size
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
-
-        def take(name: str, *shape: int) -> Tensor:
-            return weights.take(f"{prefix}.{name}.weight", shape)
-
-        qkv = [
-            take("self_attn.q_proj", q_size, hidden),
-            take("self_attn.k_proj", kv_size, hidden),
-            take("self_attn.v_proj", kv_size, hidden),
-        ]
-        gate_up = [
-            take("mlp.gate_proj", config.intermediate_size, hidden),
-            take("mlp.up_proj", config.intermediate_size, hidden),
-        ]
-        self.qkv = Linear(torch.cat(qkv))
-        self.out = Linear(take("self_attn.o_proj", hidden, q_size))
-        self.gate_up = Linear(torch.cat(gate_up))
-        self.down = Linear(take("mlp.down_proj", hidden, config.intermediate_size))
-        self.attention_norm = take("input_layernorm", hidden)
-        self.mlp_norm = take("post_attention_layernorm", hidden)
+        self.qkv = weights.linear(
+            [f"{prefix}.self_attn.{name}_proj" for name in "qkv"],
+            [q_size, kv_size, kv_size],
+            hidden,
+        )
+        self.out = weights.linear([f"{prefix}.self_attn.o_proj"], [hidden], q_size)
+        self.gate_up = weights.linear(
+            [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
+            [config.intermediate_size] * 2,
+            hidden,
+        )
+        self.down = weights.linear([f"{prefix}.mlp.down_proj"], [hidden], config.intermediate_size)
+        self.attention_norm = weights.take(f"{prefix}.input_layernorm.weight", (hidden,))
+        self.mlp_norm = weights.take(f"{prefix}.post_attention_layernorm.weight", (hidden,))
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [N, hidden] → [N, hidden]."""
@@ -95,13 +79,14 @@ class Llama(nn.Module):
         self.embedding = embedding
         self.layers = [Layer(config, weights, i) for i in range(config.layers)]
         self.norm = weights.take("model.norm.weight", (config.hidden_size,))
-        head = (
-            embedding
+        self.head = (
+            weights.tied_head(embedding)
             if config.tied
-            else weights.take("lm_head.weight", (config.vocab_size, config.hidden_size))
+            else weights.linear(["lm_head"], [config.vocab_size], config.hidden_size)
         )
-        self.head = Linear(head)
-        self.cos, self.sin = rope.tables(config.rope_frequencies, config.context_tokens, self.dtype)
+        self.cos, self.sin = rope.tables(
+            config.ropes[0].frequencies, config.context_tokens, self.dtype
+        )
 
     def forward(
         self, tokens: Tensor, positions: Tensor, rows: Tensor | None, attend: Attend

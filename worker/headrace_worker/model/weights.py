@@ -1,0 +1,36 @@
+"""The seam between model code and whatever holds and transforms its weights.
+
+Invariant: a model asks for each tensor once, by Hugging Face's name, and for its matrices as
+linear layers; quantization, packing and splitting over devices happen behind this seam, so that
+no family knows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from headrace_worker.model.linear import Linear
+
+
+class Weights(Protocol):
+    """Where a model takes its weights from. Raises ModelError for what is missing or misshapen."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor in the model's dtype."""
+        ...
+
+    def linear(
+        self, names: Sequence[str], outs: Sequence[int], columns: int, *, bias: bool = False
+    ) -> Linear:
+        """One layer over the matrices `names` (without `.weight`), stacked in this order.
+
+        Matrix i has shape [outs[i], columns]; with `bias` each has one of [outs[i]] under `.bias`.
+        """
+        ...
+
+    def tied_head(self, embedding: Tensor) -> Linear:
+        """The output head that is the embedding matrix [vocab, hidden]."""
+        ...
