@@ -18,9 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from headrace.clock import ManualClock
 from headrace.policy.hashing import root_hash
 from headrace.types import Band, Delta, Finish, Job, Sampling, pack_tokens
-from headrace_worker.engine import BlockPayload, Engine, EngineConfig, JobStory
+from headrace_worker.attention.interface import AttentionBatch
+from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.sequence import Sequence
+from headrace_worker.results import BlockPayload, JobStory
 
 STEPS_MAX = 20_000
 
@@ -28,7 +32,7 @@ STEPS_MAX = 20_000
 def make_job(id: str, prompt: Iterable[int], *, max_tokens: int = 8, **changes: Any) -> Job:
     """A greedy job for the model named `test`; sampling fields and job fields by name."""
     sampling = {"temperature": 0.0, "ignore_eos": True}
-    for name in ("temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos"):
+    for name in Sampling.__dataclass_fields__:
         if name in changes:
             sampling[name] = changes.pop(name)
     if "logged" in changes:
@@ -98,6 +102,21 @@ def finish_all(
         if after_step is not None:
             after_step(out)
     return out
+
+
+def logits_of(loaded: LoadedModel, prompt: list[int]) -> torch.Tensor:
+    """Logits of all rows of one prompt in one chunk, float32 [N, vocab]."""
+    pool = KvPool(loaded.config, -(-len(prompt) // 16), loaded.dtype)
+    batch = AttentionBatch(
+        block_tables=[list(range(pool.blocks))],
+        lengths=[len(prompt)],
+        query_starts=[0, len(prompt)],
+        slots=torch.arange(len(prompt)),
+    )
+    with torch.inference_mode():
+        attend = SdpaBackend(pool, loaded.config).prepare(batch)
+        positions = torch.arange(len(prompt))
+        return loaded.model(torch.tensor(prompt), positions, None, attend)
 
 
 TINY: dict[str, Any] = {

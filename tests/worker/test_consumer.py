@@ -223,7 +223,7 @@ async def test_metrics_tell_what_the_worker_does(
     worker = Running(tiny, valkey)
     await a_ready(fleet)
     port = free_port()
-    stop = metrics.serve(port, "test", worker.consumer.status, worker.consumer.unwritten_blocks)
+    stop = metrics.serve(port, "test", worker.consumer.status, worker.consumer.counts)
     await everything(await fleet.submit(a_job("j"), INVALID_SPAN))
     url = f"http://127.0.0.1:{port}/metrics"
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
@@ -231,8 +231,14 @@ async def test_metrics_tell_what_the_worker_does(
     assert f'headrace_worker_free_kv_tokens{{model="test"}} {KV_TOKENS}.0' in lines
     assert 'headrace_worker_ready{model="test"} 1.0' in lines
     assert 'headrace_worker_unwritten_blocks_total{model="test"} 0.0' in lines
+    assert 'headrace_worker_forced_tokens_total{model="test"} 0.0' in lines
+    told = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "guessed" in line}
+    right, guessed = (
+        told[f"headrace_worker_guessed_{name}tokens_total"] for name in ("right_", "")
+    )
+    assert 0 <= right <= guessed
     assert any(
-        line.startswith("headrace_worker_steps_total") and float(line.split()[-1]) >= 40
+        line.startswith("headrace_worker_steps_total") and float(line.split()[-1]) >= 2
         for line in lines
     )
     stop()

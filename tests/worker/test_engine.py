@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from headrace.clock import ManualClock
 from headrace.errors import CallerError, ModelError, SettingsError
 from headrace.types import Band, FinishReason
-from headrace_worker.engine import BlockPayload, Engine, EngineConfig
+from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
+from headrace_worker.results import BlockPayload
 from headrace_worker.runner import Runner
-from worker.builders import finish_all, make_engine, make_job, random_tokens
+from worker.builders import finish_all, logits_of, make_engine, make_job, random_tokens
 
 
 def test_a_job_gets_its_tokens_in_order(tiny: LoadedModel) -> None:
@@ -373,3 +374,85 @@ def test_missing_blocks_counts_earlier_output(tiny: LoadedModel) -> None:
     job = make_job("a", random_tokens(30, 1), max_tokens=40, logged=random_tokens(20, 2))
     assert len(make_engine(tiny).missing_blocks(job)) == 3
     assert isinstance(job.prompt, array)
+
+
+def test_logprobs_are_those_of_the_model(tiny: LoadedModel) -> None:
+    """One for each token, whatever the temperature; in a batch, resumed, with guesses."""
+    prompt = random_tokens(4, 6, 9) * 6
+    asking = {"max_tokens": 24, "logprobs": 3}
+    calm = finish_all(make_engine(tiny), [make_job("a", prompt, **asking)])
+    tokens = calm.tokens["a"]
+    with torch.inference_mode():
+        logits = logits_of(tiny, prompt + tokens)[len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits.double(), -1)
+    got = [item for delta in calm.deltas for item in delta.logprobs]
+    assert len(got) == len(tokens)
+    for row, token, item in zip(expected, tokens, got, strict=True):
+        assert item.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [t for t, _ in item.top] == row.topk(3).indices.tolist()
+    warm = make_job("a", prompt, temperature=2.0, seed=3, **asking)
+    crowd = [make_job(f"o{i}", random_tokens(20, i), temperature=1.0) for i in range(3)]
+    alone = finish_all(make_engine(tiny), [warm])
+    among = finish_all(make_engine(tiny), [*crowd, warm])
+    said = {
+        name: [i.logprob for d in out.deltas if d.job == "a" for i in d.logprobs]
+        for name, out in (("alone", alone), ("among", among))
+    }
+    assert said["among"] == pytest.approx(said["alone"], abs=1e-4)
+    cut = make_job("a", prompt, logged=tokens[:9], **asking)
+    resumed = finish_all(make_engine(tiny), [cut])
+    again = [item.logprob for delta in resumed.deltas for item in delta.logprobs]
+    assert again == pytest.approx([item.logprob for item in got[9:]], abs=1e-4)
+
+
+@pytest.mark.parametrize("limits", [{}, {"step_tokens_max": 16, "max_running": 4}])
+def test_a_prompt_is_scored(tiny: LoadedModel, limits: dict[str, int]) -> None:
+    """Whole or in chunks, cold or cached, with output or without: the model's own logprobs."""
+    prompt = random_tokens(50, 8)
+    engine = make_engine(tiny, **limits)
+    finish_all(engine, [make_job("warm", prompt, max_tokens=2)])
+    out = finish_all(
+        engine,
+        [
+            make_job("only", prompt, max_tokens=0, prompt_logprobs=0),
+            make_job("more", prompt, max_tokens=3, prompt_logprobs=2),
+            make_job("not", prompt, max_tokens=3),
+        ],
+    )
+    with torch.inference_mode():
+        expected = torch.log_softmax(logits_of(tiny, prompt).double(), -1)
+    wanted = [float(expected[at, token]) for at, token in enumerate(prompt[1:])]
+    told = {d.job: d for d in out.deltas if d.prompt_logprobs}
+    assert told.keys() == {"only", "more"}
+    for delta in told.values():
+        assert delta.first == 0
+        assert [i.logprob for i in delta.prompt_logprobs] == pytest.approx(wanted, abs=1e-4)
+    assert told["only"].tokens == () and told["only"].finish is not None
+    assert told["only"].finish.reason is FinishReason.LENGTH
+    tops = [[t for t, _ in i.top] for i in told["more"].prompt_logprobs]
+    assert tops == [row.topk(2).indices.tolist() for row in expected[:-1]]
+    assert out.tokens["more"] == out.tokens["not"] and len(out.tokens["more"]) == 3
+
+
+def test_a_scored_prompt_survives_preemption(tiny: LoadedModel) -> None:
+    """Each position is told once, whatever had to be computed again."""
+    prompt = random_tokens(60, 8)
+    engine = make_engine(tiny, 112, step_tokens_max=16, max_running=4)
+    scored = make_job("s", prompt, max_tokens=4, prompt_logprobs=0, band=Band.BATCH)
+    out = finish_all(
+        engine,
+        [scored],
+        after_step=lambda out: (
+            engine.add(make_job("vip", random_tokens(80, 3), band=Band.INTERACTIVE))
+            if out.steps == 2
+            else None
+        ),
+    )
+    assert out.stories["s"].preemptions > 0
+    calm = finish_all(make_engine(tiny), [scored])
+    told, expected = (
+        [i.logprob for d in o.deltas if d.job == "s" for i in d.prompt_logprobs]
+        for o in (out, calm)
+    )
+    assert len(told) == 59 and told == pytest.approx(expected, abs=1e-4)
+    assert out.tokens["s"] == calm.tokens["s"]

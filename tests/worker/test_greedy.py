@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from headrace.types import Band, FinishReason
-from headrace_worker.attention.interface import AttentionBatch
-from headrace_worker.attention.sdpa import SdpaBackend
-from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
-from worker.builders import Output, finish_all, make_engine, make_job, random_tokens
+from worker.builders import Output, finish_all, logits_of, make_engine, make_job, random_tokens
 from worker.conftest import NEW_TOKENS, Reference
 
 
@@ -24,21 +21,6 @@ def assert_equal(out: Output, reference: Reference, prefix: str = "p") -> None:
     for i, expected in enumerate(reference.outputs):
         assert out.tokens[f"{prefix}{i}"] == expected, f"prompt {i}"
         assert out.finishes[f"{prefix}{i}"].reason is FinishReason.LENGTH
-
-
-def logits_of(loaded: LoadedModel, prompt: list[int]) -> torch.Tensor:
-    """Logits of all rows of one prompt in one chunk, float32 [N, vocab]."""
-    pool = KvPool(loaded.config, -(-len(prompt) // 16), loaded.dtype)
-    batch = AttentionBatch(
-        block_tables=[list(range(pool.blocks))],
-        lengths=[len(prompt)],
-        query_starts=[0, len(prompt)],
-        slots=torch.arange(len(prompt)),
-    )
-    with torch.inference_mode():
-        attend = SdpaBackend(pool, loaded.config).prepare(batch)
-        positions = torch.arange(len(prompt))
-        return loaded.model(torch.tensor(prompt), positions, None, attend)
 
 
 def test_the_prompts_are_of_mixed_length(reference: Reference) -> None:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.types import BLOCK_TOKENS, Band, FinishReason
+from headrace.types import Band, FinishReason
 from headrace_worker.policy.blocks import BlockPool
 from headrace_worker.policy.scheduler import PROMOTE_MS, Outcome, Plan, Scheduler
 from headrace_worker.policy.sequence import TRANSITIONS, Sequence, Status, blocks_for
-from worker.builders import make_sequence, random_tokens
+from worker.builders import make_sequence
 
 
 def make_scheduler(blocks: int, *, running_max: int = 8, step_tokens_max: int = 64) -> Scheduler:
@@ -23,11 +23,11 @@ def step(scheduler: Scheduler, now: int = 0) -> tuple[Plan, list[Outcome]]:
     """One step with made-up tokens; the plan is checked."""
     plan = scheduler.schedule(now)
     check_plan(plan)
-    tokens = [
-        (item.sequence.known * 7 + item.sequence.order) % 50 if item.samples else None
+    drawn = [
+        [(item.sequence.known * 7 + item.sequence.order) % 50] if item.samples else []
         for item in plan.items
     ]
-    outcomes = scheduler.apply(plan, tokens)
+    outcomes = scheduler.apply(plan, drawn)
     scheduler.check_integrity()
     return plan, outcomes
 
@@ -39,7 +39,8 @@ def check_plan(plan: Plan) -> None:
         assert sequence.status is Status.RUNNING
         assert item.count > 0 and item.start == sequence.computed
         assert len(sequence.blocks) >= blocks_for(item.start + item.count)
-        assert item.samples == (item.start + item.count == sequence.known)
+        finished = sequence.known == sequence.tokens_max
+        assert item.samples == (item.start + item.count == sequence.known and not finished)
 
 
 def finish(scheduler: Scheduler, steps_max: int = 5000) -> list[str]:
@@ -51,72 +52,6 @@ def finish(scheduler: Scheduler, steps_max: int = 5000) -> list[str]:
         _, outcomes = step(scheduler)
         ended += [outcome.sequence.id for outcome in outcomes if outcome.ending]
     raise AssertionError(f"still here after {steps_max} steps: {scheduler.running}")
-
-
-ARRIVAL = st.fixed_dictionaries(
-    {
-        "at": st.integers(0, 40),
-        "prompt": st.integers(1, 90),
-        "shared": st.integers(0, 4),
-        "output": st.integers(1, 60),
-        "band": st.sampled_from(Band),
-        "aborts_after": st.none() | st.integers(0, 20),
-    }
-)
-
-
-@given(
-    arrivals=st.lists(ARRIVAL, min_size=1, max_size=25),
-    blocks=st.integers(10, 40),
-    running_max=st.integers(1, 6),
-    budget=st.integers(6, 80),
-)
-@settings(max_examples=150, deadline=None)
-def test_random_traffic_ends_and_leaks_nothing(
-    arrivals: list[dict], blocks: int, running_max: int, budget: int
-) -> None:
-    """Whatever arrives, shares prefixes, is aborted or has to give way: each ends."""
-    scheduler = make_scheduler(blocks, running_max=running_max, step_tokens_max=budget)
-    pending = sorted(enumerate(arrivals), key=lambda pair: pair[1]["at"])
-    aborts: dict[str, int] = {}
-    live: dict[str, Sequence] = {}
-    now = 0
-    while pending or live:
-        assert now < 6000, "no progress"
-        while pending and pending[0][1]["at"] <= now:
-            order, facts = pending.pop(0)
-            head = random_tokens(facts["shared"] * BLOCK_TOKENS, 99, 50)
-            prompt = head + random_tokens(facts["prompt"], order, 50)
-            room = blocks * BLOCK_TOKENS - len(prompt)
-            if room < 1:
-                assert scheduler.refuse(len(prompt) + 1) is not None
-                continue
-            sequence = make_sequence(
-                f"s{order}",
-                prompt,
-                output=min(facts["output"], room),
-                band=facts["band"],
-                arrived_ms=facts["at"],
-                order=order,
-            )
-            scheduler.add(sequence)
-            live[sequence.id] = sequence
-            if facts["aborts_after"] is not None:
-                aborts[sequence.id] = now + facts["aborts_after"]
-        for id in [id for id, at in aborts.items() if at <= now and id in live]:
-            scheduler.remove(live.pop(id))
-            scheduler.check_integrity()
-        plan, outcomes = step(scheduler, now)
-        assert plan.tokens <= budget
-        assert len(scheduler.running) <= running_max
-        assert bool(plan.items) == bool(live), "work is there, so work is done"
-        for outcome in outcomes:
-            if outcome.ending:
-                ended = live.pop(outcome.sequence.id)
-                assert ended.known == ended.tokens_max
-        now += 1
-    scheduler.pool.check_integrity([])
-    assert scheduler.pool.free_count == blocks
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=60))
@@ -279,3 +214,88 @@ def test_what_can_never_fit_is_refused() -> None:
     scheduler = make_scheduler(4)
     assert scheduler.refuse(64) is None
     assert scheduler.refuse(65) == "65 tokens do not fit into this worker's KV cache of 64 tokens"
+
+
+def test_a_guess_stands_as_far_as_it_is_drawn() -> None:
+    """Rows after the first wrong guess do not count, and their KV is written over."""
+    scheduler = make_scheduler(10)
+    sequence = make_sequence("a", [1] * 14, output=20)
+    scheduler.add(sequence)
+    step(scheduler)
+    plan = scheduler.schedule(0, {"a": (5, 6, 7, 8)})
+    [item] = plan.items
+    assert (item.count, item.guess, item.rows, plan.tokens) == (1, (5, 6, 7, 8), 5, 5)
+    [outcome] = scheduler.apply(plan, [[5, 6, 9, 8, 1]])
+    assert outcome.tokens == (5, 6, 9) and sequence.tokens[-3:] == [5, 6, 9]
+    assert (sequence.pending, sequence.computed) == (1, 17)
+    assert sequence.registered == 1, "the block that right guesses filled can be found"
+    scheduler.check_integrity()
+
+
+def test_a_guess_ends_with_its_sequence() -> None:
+    """A stop token or the limit among right guesses ends the output there."""
+    scheduler = make_scheduler(10)
+    scheduler.add(make_sequence("stops", [1] * 4, output=20, stop_ids=frozenset({6})))
+    scheduler.add(make_sequence("long", [2] * 4, output=4, order=1))
+    step(scheduler)
+    plan = scheduler.schedule(0, {"stops": (5, 6, 7), "long": (5, 6, 7, 8)})
+    assert [item.guess for item in plan.items] == [(5, 6, 7), (5, 6)], "no row past the limit"
+    stops, long = scheduler.apply(plan, [[5, 6, 7, 8], [5, 6, 7]])
+    assert (stops.tokens, stops.ending) == ((5, 6), FinishReason.STOP)
+    assert (long.tokens, long.ending) == ((5, 6, 7), FinishReason.LENGTH)
+    assert not scheduler.running and scheduler.pool.free_count == 10
+
+
+def test_guesses_take_only_what_is_left() -> None:
+    """Neither a prompt's chunk nor the blocks set aside for others shrink for a guess."""
+    scheduler = make_scheduler(5, step_tokens_max=20)
+    stream = make_sequence("stream", [1] * 15, output=40)
+    scheduler.add(stream)
+    step(scheduler)
+    scheduler.add(make_sequence("prompt", [2] * 40, output=2, order=1))
+    plan = scheduler.schedule(0, {"stream": (3, 4, 5)})
+    assert [(i.count, i.guess) for i in plan.items] == [(1, ()), (19, ())]
+    scheduler.apply(plan, [[9], []])
+    plan = scheduler.schedule(0, {"stream": tuple(range(30))})
+    assert [(i.count, len(i.guess)) for i in plan.items] == [(1, 0), (19, 0)]
+    scheduler.apply(plan, [[9], []])
+    plan = scheduler.schedule(0, {"stream": tuple(range(30))})
+    assert [(i.count, len(i.guess)) for i in plan.items] == [(1, 14), (2, 0)], "to the block's end"
+    scheduler.apply(plan, [[9] * 15, [8]])
+    scheduler.check_integrity()
+
+
+def test_forced_output_is_computed_before_prompts() -> None:
+    """Tokens that a grammar forced are caught up with in one chunk, ahead of everybody's prompt."""
+    scheduler = make_scheduler(20, step_tokens_max=20)
+    sequence = make_sequence("json", [1] * 4, output=20)
+    scheduler.add(sequence)
+    step(scheduler)
+    assert [scheduler.extend(sequence, 7) for _ in range(3)] == [None] * 3
+    scheduler.add(make_sequence("vip", [2] * 60, output=2, band=Band.INTERACTIVE, order=1))
+    plan, _ = step(scheduler)
+    assert [(i.sequence.id, i.count, i.samples) for i in plan.items] == [
+        ("json", 4, True),
+        ("vip", 16, False),
+    ]
+    left = sequence.tokens_max - sequence.known
+    endings = [scheduler.extend(sequence, 8) for _ in range(left)]
+    assert endings == [None] * (left - 1) + [FinishReason.LENGTH]
+
+
+def test_scored_rows_are_computed_whatever_is_cached() -> None:
+    """A prompt whose probabilities are wanted passes by the prefix cache until they are known."""
+    scheduler = make_scheduler(20, step_tokens_max=24)
+    scheduler.add(make_sequence("a", [3] * 40, output=1))
+    finish(scheduler)
+    scored = make_sequence("b", [3] * 40, output=0, scoring=39)
+    scheduler.add(scored)
+    plan = scheduler.schedule(0)
+    [item] = plan.items
+    assert (item.start, item.count, item.scored_rows) == (0, 24, range(24))
+    assert scheduler.apply(plan, [[]]) == []
+    plan = scheduler.schedule(0)
+    [item] = plan.items
+    assert (item.count, item.samples, item.scored_rows) == (16, False, range(24, 39))
+    [outcome] = scheduler.apply(plan, [[]])
+    assert (outcome.tokens, outcome.ending) == ((), FinishReason.LENGTH)

@@ -16,10 +16,12 @@ from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError
 from headrace.models import resolve
+from headrace.types import BLOCK_TOKENS
 from headrace_worker import metrics
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model, memory
 from headrace_worker.membership import Capacity
 from headrace_worker.settings import WorkerSettings
@@ -28,16 +30,44 @@ log = structlog.get_logger()
 
 KV_SHARE_OF_FREE_MEMORY = 0.2
 KV_BYTES_MAX = 4 * 2**30
+KV_TOKENS_MIN = 2_048
+PROGRESS_PERCENT = 10
+"""Loading is told of in steps of this size."""
 
 
 def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
-    """Size of the KV pool: as told, or a share of the memory that is free now."""
+    """Size of the KV pool: as told, or a share of the memory that is free now.
+
+    A context that does not fit into that share is served as far as it does.
+    """
     if settings.kv_tokens:
         return settings.kv_tokens
-    token_bytes = loaded.config.kv_values_per_token * loaded.dtype.itemsize
+    block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype)
     free_bytes = memory.available_bytes() or KV_BYTES_MAX
     budget_bytes = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
-    return max(loaded.record.context_tokens, budget_bytes // token_bytes)
+    least = min(loaded.record.context_tokens, KV_TOKENS_MIN)
+    return max(least, budget_bytes // block_bytes * BLOCK_TOKENS)
+
+
+def _load(settings: WorkerSettings, name: str) -> LoadedModel:
+    """Raises ModelError."""
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        percent = 100 * done // max(1, total)
+        if percent >= told + PROGRESS_PERCENT:
+            told = percent
+            log.info("loading weights", model=name, percent=percent)
+
+    return load_model(
+        resolve(settings.model),
+        name,
+        settings.dtype,
+        settings.quantization,
+        context_tokens=settings.context_tokens,
+        progress=progress,
+    )
 
 
 def build(settings: WorkerSettings) -> Consumer:
@@ -46,19 +76,27 @@ def build(settings: WorkerSettings) -> Consumer:
     torch.set_num_threads(1)  # this thread's; the engine's has its own, see engine_thread.py
     clock = SystemClock()
     name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
-    loaded = load_model(resolve(settings.model), name, settings.dtype)
+    loaded = _load(settings, name)
     kv_tokens = kv_tokens_for(settings, loaded)
     config = EngineConfig(
         kv_tokens=kv_tokens,
         max_running=settings.max_jobs,
         step_tokens_max=settings.step_tokens,
         offer_blocks=bool(settings.cache_url),
+        speculation=settings.speculation == "ngram",
+        kv_dtype=settings.kv_dtype,
     )
     cache = None
     if settings.cache_url:
         client = CacheClient(settings.cache_url, timeout_s=settings.cache_timeout_ms / 1000)
         cache = CacheLink(client)
-    log.info("model loaded", model=name, dtype=str(loaded.dtype), kv_tokens=kv_tokens)
+    log.info(
+        "model loaded",
+        model=name,
+        dtype=str(loaded.dtype),
+        quantization=settings.quantization,
+        kv_tokens=kv_tokens,
+    )
     capacity = Capacity(kv_tokens, settings.max_jobs)
     engine = Engine(loaded, config, clock)
     # gateways refuse what would not fit here, with both numbers, instead of letting it fail
@@ -74,7 +112,7 @@ async def serve(settings: WorkerSettings) -> None:
     stop_metrics = None
     if settings.metrics_port:
         stop_metrics = metrics.serve(
-            settings.metrics_port, consumer.model, consumer.status, consumer.unwritten_blocks
+            settings.metrics_port, consumer.model, consumer.status, consumer.counts
         )
     try:
         await consumer.run()

@@ -14,7 +14,7 @@ from opentelemetry.trace import Span, SpanKind
 from headrace import telemetry
 from headrace.cache_client import CacheClient, PutEntry
 from headrace.types import BLOCK_TOKENS, Band
-from headrace_worker.engine import BlockPayload
+from headrace_worker.results import BlockPayload
 
 PUT_BLOCKS_MAX = 512
 PUT_BATCH = 32

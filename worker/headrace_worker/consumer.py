@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
@@ -17,7 +17,8 @@ from redis.asyncio import Redis
 
 from headrace import keys, wire
 from headrace.clock import Clock
-from headrace.errors import WireError
+from headrace.errors import CallerError, WireError
+from headrace.grammars import Grammars, Matcher
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.streams import REDIS_DOWN, Entry, Tail, connect
 from headrace.types import (
@@ -30,10 +31,12 @@ from headrace.types import (
     WorkerStatus,
 )
 from headrace_worker.cache_link import CacheLink
-from headrace_worker.engine import BlockPayload, Engine, StepResult
+from headrace_worker.engine import Engine
 from headrace_worker.engine_thread import EngineThread
 from headrace_worker.membership import Capacity, Membership, new_worker_id
+from headrace_worker.metrics import Counts
 from headrace_worker.publisher import Addressed, Delivery, Publisher
+from headrace_worker.results import BlockPayload, StepResult
 from headrace_worker.settings import WorkerSettings
 from headrace_worker.story import close_span, open_span
 
@@ -76,6 +79,8 @@ class Consumer:
         self._cache = cache
         self._threads = threads
         self._redis: Redis = connect(settings.redis_url)
+        self._grammars = Grammars(record)
+        self._counts = Counts()
         self._tickets: dict[str, Ticket] = {}
         self._state = WorkerState.READY
         self._stop = asyncio.Event()
@@ -213,9 +218,10 @@ class Consumer:
     def model(self) -> str:
         return self._record.name
 
-    def unwritten_blocks(self) -> int:
-        """KV blocks that the queue to the cache service had no room for."""
-        return self._cache.dropped if self._cache is not None else 0
+    def counts(self) -> Counts:
+        """For `/metrics`."""
+        dropped = self._cache.dropped if self._cache is not None else 0
+        return replace(self._counts, unwritten_blocks=dropped)
 
     def status(self) -> WorkerStatus:
         """What the fleet is told of this worker."""
@@ -281,10 +287,10 @@ class Consumer:
             self._end(ticket, Finish(FinishReason.ERROR, error=reason))
             return
         hashes = self._engine.missing_blocks(job) if self._cache is not None else []
-        if hashes:
-            ticket.preparing = asyncio.create_task(self._fetch_then_add(ticket, hashes))
+        if hashes or job.sampling.grammar:
+            ticket.preparing = asyncio.create_task(self._prepare_then_add(ticket, hashes))
         else:
-            self._add(ticket, [])
+            self._add(ticket, [], None)
 
     def _make_way(self, job: Job, to: Delivery) -> bool:
         """Whether `job` has to be started; it may be here, when Redis forgot its last second."""
@@ -304,16 +310,37 @@ class Consumer:
         ticket.span.end()
         return True
 
-    async def _fetch_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
+    async def _prepare_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
         job = ticket.job
+        try:
+            matcher = await self._compile(job, ticket.span)
+        except CallerError as error:
+            # gateways have compiled it before, so this is rare; nobody else may notice
+            self._end(ticket, Finish(FinishReason.ERROR, error=error.message))
+            return
+        except Exception as error:
+            log.error("grammar not compiled", job=job.id, error=repr(error), exc_info=error)
+            self._end(ticket, Finish(FinishReason.ERROR, error="the grammar could not be compiled"))
+            return
         blocks: list[BlockPayload] = []
         try:
-            blocks = await self._fetch(job, hashes, ticket.span)
+            if hashes:
+                blocks = await self._fetch(job, hashes, ticket.span)
         except Exception as error:
             # our bug, but not this job's: it is computed as if nothing were cached
             log.error("cache lookup failed", job=job.id, error=repr(error), exc_info=error)
         if job.id in self._tickets:
-            self._add(ticket, blocks)
+            self._add(ticket, blocks, matcher)
+
+    async def _compile(self, job: Job, span: Span) -> Matcher | None:
+        """The job's grammar, compiled off the event loop and the engine's thread."""
+        if not job.sampling.grammar:
+            return None
+        start_ns = self._clock.wall_ns()
+        matcher = await asyncio.to_thread(self._grammars.compile, job.sampling.grammar)
+        took_ms = (self._clock.wall_ns() - start_ns) / 1e6
+        span.add_event("grammar compiled", {"duration_ms": took_ms})
+        return matcher
 
     async def _fetch(self, job: Job, hashes: list[bytes], span: Span) -> list[BlockPayload]:
         assert self._cache is not None, "only asked for with a cache"
@@ -322,11 +349,11 @@ class Consumer:
         first = chain.index(hashes[0]) - 1
         return await self._cache.fetch(hashes, chain[first], first, job.band, span)
 
-    def _add(self, ticket: Ticket, blocks: list[BlockPayload]) -> None:
+    def _add(self, ticket: Ticket, blocks: list[BlockPayload], matcher: Matcher | None) -> None:
         assert self._thread is not None, "jobs are read while the engine runs"
         ticket.preparing = None
         ticket.added = True
-        self._thread.send(lambda engine: engine.add(ticket.job, blocks))
+        self._thread.send(lambda engine: engine.add(ticket.job, blocks, matcher))
 
     def _cancel(self, job_id: str) -> None:
         ticket = self._tickets.get(job_id)
@@ -343,6 +370,8 @@ class Consumer:
     def _end(self, ticket: Ticket, finish: Finish) -> None:
         """End a job that never reached the engine."""
         job = ticket.job
+        if job.id not in self._tickets:
+            return  # it moved on while it was prepared
         delta = Delta(job.id, job.attempt, len(job.logged), (), finish)
         del self._tickets[job.id]
         close_span(ticket.span, None, finish, self._clock.wall_ns())
@@ -351,6 +380,10 @@ class Consumer:
     def _on_result(self, result: StepResult) -> None:
         """In the event loop, after each step."""
         stories = {story.job: story for story in result.stories}
+        for story in result.stories:
+            self._counts.guessed += story.guessed
+            self._counts.guessed_right += story.guessed_right
+            self._counts.forced += story.forced
         step = []
         for delta in result.deltas:
             ticket = self._tickets.get(delta.job)

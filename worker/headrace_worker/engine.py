@@ -9,30 +9,32 @@ usable.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
 
+import numpy as np
 import structlog
 
 from headrace.clock import Clock
 from headrace.errors import CallerError, SettingsError
+from headrace.grammars import Matcher
 from headrace.policy.hashing import block_hashes, root_hash
-from headrace.types import BLOCK_TOKENS, Delta, Finish, FinishReason, Job, Sampling
+from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Finish, FinishReason, Job
 from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.entry import Entry
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
-from headrace_worker.policy.scheduler import Outcome, Plan, Scheduler
+from headrace_worker.policy.scheduler import Outcome, Plan, PlanItem, Scheduler
 from headrace_worker.policy.sequence import Sequence as TokenSequence
-from headrace_worker.runner import NonFiniteLogits, Runner, Sampled
+from headrace_worker.policy.speculation import Economy
+from headrace_worker.results import BlockPayload, StepResult
+from headrace_worker.runner import Ask, Mask, Ran, Runner
+from headrace_worker.sampling.limits import refuse as refuse_sampling
 
 OFFERED_BLOCKS_PER_STEP_MAX = 64
 """Blocks of finished sequences copied out in one step; the rest is offered when evicted."""
-
-CHUNKS_RECORDED_MAX = 256
-"""Prefill chunks remembered for one job's trace."""
-
-TEMPERATURE_MAX = 100.0
-"""Far above what any API allows; beyond, tokens are noise."""
 
 _log = structlog.get_logger()
 
@@ -43,13 +45,16 @@ class EngineConfig:
 
     `kv_tokens`: tokens of KV kept in memory. `max_running`: sequences computed at a time.
     `step_tokens_max`: tokens computed in one step. `offer_blocks`: copy KV blocks out for a cache
-    service.
+    service. `speculation`: guess tokens where that is faster. `kv_dtype`: how keys and values are
+    kept, "auto" as the model computes.
     """
 
     kv_tokens: int
     max_running: int = 64
     step_tokens_max: int = 512
     offer_blocks: bool = True
+    speculation: bool = True
+    kv_dtype: Literal["auto", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_tokens < 2 * BLOCK_TOKENS:
@@ -61,59 +66,8 @@ class EngineConfig:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPayload:
-    """One KV block as it travels to and from the cache service. `depth` counts from 0."""
-
-    hash: bytes
-    parent: bytes
-    depth: int
-    data: bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class JobStory:
-    """What a trace tells of one finished job. Times are wall-clock nanoseconds, 0 = never.
-
-    `chunks`: (tokens, start_ns, end_ns) of each prefill step, recomputation after a preemption
-    included. `cached_local`, `cached_imported`: tokens found in the pool at first admission, those
-    imported for this job apart. `output_tokens`: tokens made by this attempt.
-    """
-
-    job: str
-    attempt: int
-    reason: FinishReason
-    added_ns: int
-    scheduled_ns: int
-    first_token_ns: int
-    finished_ns: int
-    chunks: tuple[tuple[int, int, int], ...]
-    preemptions: int
-    cached_local: int
-    cached_imported: int
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step gave: at most one delta a job, KV worth caching, stories of ended jobs."""
-
-    deltas: list[Delta]
-    blocks: list[BlockPayload]
-    stories: list[JobStory]
-
-
-@dataclass(slots=True)
-class _Entry:
-    """A job in the engine, with what its story needs."""
-
-    job: Job
-    sequence: TokenSequence
-    added_ns: int
-    imported: frozenset[bytes] = frozenset()
-    scheduled_ns: int = 0
-    first_token_ns: int = 0
-    chunks: list[tuple[int, int, int]] = field(default_factory=list)
+class GrammarFailure(Exception):
+    """A job's grammar cannot say what comes next."""
 
 
 class Engine:
@@ -137,7 +91,9 @@ class Engine:
         self._scheduler = Scheduler(
             self._pool, running_max=config.max_running, step_tokens_max=config.step_tokens_max
         )
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
+        self._economy = Economy()
+        self._masks: dict[str, list[Mask]] = {}
         self._arrivals = 0
         self._result = StepResult([], [], [])
 
@@ -161,7 +117,7 @@ class Engine:
             return f"this worker serves {self._record.name!r}, not {job.model!r}"
         if not job.prompt:
             return "the prompt is empty"
-        if len(job.prompt) + 1 > self.limit_tokens:
+        if len(job.prompt) + min(1, job.sampling.max_tokens) > self.limit_tokens:
             return (
                 f"the prompt has {len(job.prompt)} tokens, this worker takes at most "
                 f"{self.limit_tokens - 1} and one of output"
@@ -169,7 +125,7 @@ class Engine:
         largest = max(max(job.prompt), max(job.logged, default=0))
         if largest >= self._record.vocab_size:
             return f"token id {largest} is outside the vocabulary of {self._record.vocab_size}"
-        return _refuse_sampling(job.sampling)
+        return refuse_sampling(job.sampling, self._record.vocab_size)
 
     def missing_blocks(self, job: Job) -> list[bytes]:
         """Hashes of the job's leading full blocks from the first one that is not in the pool.
@@ -184,18 +140,42 @@ class Engine:
                 return hashes[index:]
         return []
 
-    def add(self, job: Job, imported: Iterable[BlockPayload] = ()) -> None:
-        """Takes the job in. `imported`: KV from the cache service, of any usefulness.
+    def add(
+        self, job: Job, imported: Iterable[BlockPayload] = (), matcher: Matcher | None = None
+    ) -> None:
+        """Takes the job in.
 
-        Raises CallerError for a job that `refuse` refuses.
+        `imported`: KV from the cache service, of any usefulness. `matcher`: its compiled grammar,
+        at the start, for a job that has one. Raises CallerError for a job that `refuse` refuses.
         """
         reason = self.refuse(job)
         if reason is not None:
             raise CallerError(reason)
         assert job.id not in self._entries, "a job is added once"
+        assert bool(job.sampling.grammar) == (matcher is not None), "a grammar comes compiled"
+        sequence = self._make_sequence(job)
+        entry = Entry(job, sequence, matcher, self._record.vocab_size, self._clock.wall_ns())
+        self._entries[job.id] = entry
+        ending = sequence.ending()
+        if ending is not None and not sequence.scoring:
+            self._end(entry, ending)  # an earlier attempt made the last token, its end got lost
+            return
+        entry.imported = self._import(sequence, imported)
+        self._scheduler.add(sequence)
+        try:
+            ending = self._follow_grammar(entry, job.logged)
+        except GrammarFailure as failure:
+            self._fail(sequence, [], str(failure))
+            return
+        if ending is not None:
+            self._scheduler.remove(sequence)
+            self._end(entry, ending)
+
+    def _make_sequence(self, job: Job) -> TokenSequence:
         s = job.sampling
         self._arrivals += 1
-        sequence = TokenSequence(
+        scored = s.prompt_logprobs != NO_LOGPROBS and not job.logged
+        return TokenSequence(
             job.id,
             job.prompt,
             root=root_hash(self._record.fingerprint, job.salt),
@@ -208,15 +188,8 @@ class Engine:
             arrived_ms=job.arrived_ms,
             added_ms=self._clock.now_ms(),
             order=self._arrivals,
+            scoring=len(job.prompt) - 1 if scored else 0,
         )
-        entry = _Entry(job, sequence, self._clock.wall_ns())
-        self._entries[job.id] = entry
-        ending = sequence.ending()
-        if ending is not None:  # an earlier attempt made the last token, its end got lost
-            self._end(entry, ending)
-            return
-        entry.imported = self._import(sequence, imported)
-        self._scheduler.add(sequence)
 
     def cancel(self, job_id: str) -> bool:
         """Ends a job before the next step, whose result reports it. False when it is not here."""
@@ -236,13 +209,14 @@ class Engine:
 
     def step(self) -> StepResult:
         """Computes one step for who is here, and reports what ended since the last one."""
-        plan = self._scheduler.schedule(self._clock.now_ms())
+        plan = self._scheduler.schedule(self._clock.now_ms(), self._guesses())
         self._offer(plan.evicted)  # before the step overwrites them
         if plan.items:
             start_ns = self._clock.wall_ns()
-            sampled = self._run(plan)
-            if sampled is not None:
-                self._apply(plan, sampled, start_ns, self._clock.wall_ns())
+            ran = self._run(plan)
+            if ran is not None:
+                self._apply(plan, ran, start_ns, self._clock.wall_ns())
+        self._masks.clear()
         result, self._result = self._result, StepResult([], [], [])
         return result
 
@@ -254,58 +228,131 @@ class Engine:
         if not sequences:
             assert self._pool.free_count == self._pool.total, "blocks held without a job"
 
-    def _run(self, plan: Plan) -> list[Sampled] | None:
+    def _guesses(self) -> dict[str, tuple[int, ...]]:
+        """What may follow, for each sequence where trying is expected to pay.
+
+        Only when all here are decoding: beside a prompt's chunk there is no time to win.
+        """
+        running = self._scheduler.running
+        if not self._config.speculation or not running or self._scheduler.waiting:
+            return {}
+        if any(sequence.pending > 1 for sequence in running):
+            return {}
+        price = self._economy.price(len(running))
+        if price is None:
+            return {}
+        guesses = {}
+        for sequence in running:
+            entry = self._entries[sequence.id]
+            limit = sequence.tokens_max - sequence.known - 1
+            guess = entry.guesser.guess(sequence.tokens, price, limit)
+            if guess and entry.matcher is not None:
+                masks = [_mask(bits) for bits in entry.matcher.masks(guess)]
+                self._masks[sequence.id] = masks
+                guess = guess[: len(masks) - 1]
+            if guess:
+                guesses[sequence.id] = guess
+        return guesses
+
+    def _ask(self, item: PlanItem) -> Ask:
+        entry = self._entries[item.sequence.id]
+        masks: Sequence[Mask] = ()
+        if entry.matcher is not None and item.samples:
+            masks = self._masks.get(item.sequence.id) or [_mask(entry.matcher.mask())]
+        return Ask(entry.choosing, masks, max(0, entry.job.sampling.prompt_logprobs))
+
+    def _run(self, plan: Plan) -> list[Ran] | None:
         """What the runner says; None when it raised, and the plan's jobs have been failed."""
-        samplings = {i.sequence.id: self._entries[i.sequence.id].job.sampling for i in plan.items}
         try:
-            return self._runner.run(plan.items, samplings)
+            asks = {item.sequence.id: self._ask(item) for item in plan.items}
+            return self._runner.run(plan.items, asks)
         except Exception as error:  # whatever it is, it must not end jobs outside the plan
-            _log.exception("step failed", jobs=list(samplings))
+            _log.exception("step failed", jobs=[item.sequence.id for item in plan.items])
             for item in plan.items:
                 sequence = item.sequence
                 suspects = sequence.blocks[sequence.registered :]
                 self._fail(sequence, suspects, f"the step failed: {type(error).__name__}: {error}")
             return None
 
-    def _apply(self, plan: Plan, sampled: list[Sampled], start_ns: int, end_ns: int) -> None:
-        for item in plan.items:
-            self._note_step(self._entries[item.sequence.id], item.count, start_ns, end_ns)
-        for item, token in zip(plan.items, sampled, strict=True):
-            if isinstance(token, NonFiniteLogits):
-                blocks = list(item.sequence.blocks)
-                self._fail(item.sequence, blocks, "the model's output is not a finite number")
-        tokens = [None if isinstance(token, NonFiniteLogits) else token for token in sampled]
-        for outcome in self._scheduler.apply(plan, tokens):
+    def _apply(self, plan: Plan, ran: list[Ran], start_ns: int, end_ns: int) -> None:
+        if all(item.count == 1 for item in plan.items):
+            guessed = sum(len(item.guess) for item in plan.items)
+            self._economy.note(len(plan.items), guessed, (end_ns - start_ns) / 1e6)
+        drawn: list[list[int]] = []
+        for item, got in zip(plan.items, ran, strict=True):
+            entry = self._entries[item.sequence.id]
+            entry.note_step(item.count, start_ns, end_ns)
+            scored = [logprobs for logprobs in got.scored if logprobs is not None]
+            entry.prompt_logprobs += scored
+            chosen = list(takewhile(lambda choice: choice is not None, got.chosen))
+            drawn.append([choice.token for choice in chosen if choice is not None])
+            if (item.samples and not chosen) or len(scored) < len(got.scored):
+                self._fail_choice(entry)
+        items = {item.sequence.id: (item, got) for item, got in zip(plan.items, ran, strict=True)}
+        for outcome in self._scheduler.apply(plan, drawn):
+            item, got = items[outcome.sequence.id]
+            self._note_outcome(outcome, item, got)
             self._report(outcome, end_ns)
 
-    def _note_step(self, entry: _Entry, count: int, start_ns: int, end_ns: int) -> None:
-        if not entry.scheduled_ns:
-            entry.scheduled_ns = start_ns
-        prefill = count > 1 or not entry.first_token_ns
-        if prefill and len(entry.chunks) < CHUNKS_RECORDED_MAX:
-            entry.chunks.append((count, start_ns, end_ns))
+    def _fail_choice(self, entry: Entry) -> None:
+        """Ends a job for which no token could be chosen."""
+        if entry.matcher is not None and entry.matcher.failure:
+            self._fail(entry.sequence, [], f"the grammar gave up: {entry.matcher.failure}")
+        else:
+            blocks = list(entry.sequence.blocks)
+            self._fail(entry.sequence, blocks, "the model's output is not a finite number")
+
+    def _note_outcome(self, outcome: Outcome, item: PlanItem, got: Ran) -> None:
+        entry, said = self._entries[outcome.sequence.id], len(outcome.tokens)
+        if entry.wants_logprobs:
+            chosen = got.chosen[:said]
+            entry.logprobs += [c.logprobs for c in chosen if c is not None and c.logprobs]
+        if item.guess:
+            right = max(0, said - 1)
+            entry.guesser.note(len(item.guess), right)
+            entry.guessed += len(item.guess)
+            entry.guessed_right += right
 
     def _report(self, outcome: Outcome, now_ns: int) -> None:
         entry = self._entries[outcome.sequence.id]
         if not entry.first_token_ns:
             entry.first_token_ns = now_ns
-        if outcome.ending is None:
-            first = outcome.sequence.output_tokens - 1
-            cached = self._cached_tokens(entry)
-            self._result.deltas.append(
-                Delta(
-                    entry.job.id,
-                    entry.job.attempt,
-                    first,
-                    (outcome.token,),
-                    cached_tokens=cached,
-                )
-            )
+        ending, blocks = outcome.ending, outcome.blocks
+        if ending is None:
+            try:
+                ending = self._follow_grammar(entry, outcome.tokens)
+            except GrammarFailure as failure:
+                self._fail(entry.sequence, [], str(failure))
+                return
+            if ending is not None:
+                blocks = self._scheduler.remove(entry.sequence)
+        if ending is None:
+            self._result.deltas.append(entry.delta())
             return
-        held = [self._pool.cached(block) for block in outcome.blocks]
+        held = [self._pool.cached(block) for block in blocks]
         fresh = [c for c in held if c is not None and not c.offered]
         self._offer(fresh[: max(0, OFFERED_BLOCKS_PER_STEP_MAX - len(self._result.blocks))])
-        self._end(entry, outcome.ending, (outcome.token,))
+        self._end(entry, ending)
+
+    def _follow_grammar(self, entry: Entry, tokens: Iterable[int]) -> FinishReason | None:
+        """Tells the grammar of `tokens`, and adds those that it leaves no choice about.
+
+        Why the job is complete, if it is. With logprobs each token is chosen, so that it has one.
+        Raises GrammarFailure.
+        """
+        matcher = entry.matcher
+        if matcher is None:
+            return None
+        for token in tokens:
+            _accept(matcher, token)
+        forced = [] if entry.wants_logprobs or matcher.ended else matcher.forced()
+        for token in forced:
+            _accept(matcher, token)
+            entry.forced += 1
+            ending = self._scheduler.extend(entry.sequence, token)
+            if ending is not None:
+                return ending
+        return FinishReason.STOP if matcher.ended else None
 
     def _fail(self, sequence: TokenSequence, suspects: list[int], error: str) -> None:
         """Ends a job in an error; nobody finds or reads what `suspects` hold again."""
@@ -314,43 +361,11 @@ class Engine:
         self._kv.zero_blocks(block for block in suspects if self._pool.is_free(block))
         self._end(self._entries[sequence.id], FinishReason.ERROR, error=error)
 
-    def _end(
-        self, entry: _Entry, reason: FinishReason, tokens: tuple[int, ...] = (), error: str = ""
-    ) -> None:
+    def _end(self, entry: Entry, reason: FinishReason, error: str = "") -> None:
         """Reports the end of a job whose sequence has left the scheduler."""
-        job, sequence = entry.job, entry.sequence
-        del self._entries[job.id]
-        story = self._story(entry, reason)
-        first = sequence.output_tokens - len(tokens)
-        finish, cached = Finish(reason, error), self._cached_tokens(entry)
-        self._result.deltas.append(
-            Delta(job.id, job.attempt, first, tokens, finish, cached_tokens=cached)
-        )
-        self._result.stories.append(story)
-
-    def _cached_tokens(self, entry: _Entry) -> int:
-        """Prompt tokens found in the pool, wherever they had come from."""
-        found = len(entry.sequence.cached_blocks or ()) * BLOCK_TOKENS
-        return min(found, len(entry.job.prompt))
-
-    def _story(self, entry: _Entry, reason: FinishReason) -> JobStory:
-        sequence = entry.sequence
-        found = sequence.hashes[: len(sequence.cached_blocks or ())]
-        imported = sum(block_hash in entry.imported for block_hash in found)
-        return JobStory(
-            job=entry.job.id,
-            attempt=entry.job.attempt,
-            reason=reason,
-            added_ns=entry.added_ns,
-            scheduled_ns=entry.scheduled_ns,
-            first_token_ns=entry.first_token_ns,
-            finished_ns=self._clock.wall_ns(),
-            chunks=tuple(entry.chunks),
-            preemptions=sequence.preemptions,
-            cached_local=(len(found) - imported) * BLOCK_TOKENS,
-            cached_imported=imported * BLOCK_TOKENS,
-            output_tokens=sequence.output_tokens - len(entry.job.logged),
-        )
+        del self._entries[entry.job.id]
+        self._result.deltas.append(entry.delta(Finish(reason, error)))
+        self._result.stories.append(entry.story(reason, self._clock.wall_ns()))
 
     def _offer(self, cached: Sequence[CachedBlock]) -> None:
         """Copies out those not offered before, while their KV stands."""
@@ -395,15 +410,12 @@ class Engine:
         return frozenset(taken)
 
 
-def _refuse_sampling(sampling: Sampling) -> str | None:
-    # NaN fails every comparison, so each is written to hold for good values
-    checks = [
-        (sampling.max_tokens >= 1, f"max_tokens = {sampling.max_tokens} is below 1"),
-        (
-            0 <= sampling.temperature <= TEMPERATURE_MAX,
-            f"temperature = {sampling.temperature} is not from 0 to {TEMPERATURE_MAX}",
-        ),
-        (0 < sampling.top_p <= 1, f"top_p = {sampling.top_p} is not above 0 and at most 1"),
-        (sampling.top_k >= 0, f"top_k = {sampling.top_k} is negative"),
-    ]
-    return next((problem for good, problem in checks if not good), None)
+def _accept(matcher: Matcher, token: int) -> None:
+    if not matcher.accept(token):
+        raise GrammarFailure(
+            f"the grammar gave up: {matcher.failure or f'token {token} does not match'}"
+        )
+
+
+def _mask(bits: bytearray) -> Mask:
+    return np.frombuffer(bits, np.int32)

@@ -21,7 +21,8 @@ import structlog
 import torch
 
 from headrace.clock import Clock
-from headrace_worker.engine import Engine, StepResult
+from headrace_worker.engine import Engine
+from headrace_worker.results import StepResult
 
 log = structlog.get_logger()
 

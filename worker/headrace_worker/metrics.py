@@ -6,6 +6,7 @@ Invariant: names and units follow Prometheus' rules; a gauge is what the last st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,15 +15,25 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from headrace.types import WorkerState, WorkerStatus
 
 
+@dataclass(slots=True)
+class Counts:
+    """What a worker has done since it started, counted as jobs end."""
+
+    unwritten_blocks: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
+    forced: int = 0
+
+
 class WorkerCollector(Collector):
     """Turns a worker's own status into metrics."""
 
     def __init__(
-        self, model: str, status: Callable[[], WorkerStatus], unwritten_blocks: Callable[[], int]
+        self, model: str, status: Callable[[], WorkerStatus], counts: Callable[[], Counts]
     ) -> None:
         self._model = model
         self._status = status
-        self._unwritten_blocks = unwritten_blocks
+        self._counts = counts
 
     def collect(self) -> Iterable[Metric]:
         status = self._status()
@@ -39,11 +50,21 @@ class WorkerCollector(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             gauge.add_metric([self._model], value)
             yield gauge
+        counts = self._counts()
         counters = {
             "headrace_worker_steps": ("Engine steps", status.steps),
             "headrace_worker_unwritten_blocks": (
                 "KV blocks not written to the cache service, its queue being full",
-                self._unwritten_blocks(),
+                counts.unwritten_blocks,
+            ),
+            "headrace_worker_guessed_tokens": ("Tokens guessed by speculation", counts.guessed),
+            "headrace_worker_guessed_right_tokens": (
+                "Guessed tokens that came true",
+                counts.guessed_right,
+            ),
+            "headrace_worker_forced_tokens": (
+                "Tokens that a grammar left no choice about",
+                counts.forced,
             ),
         }
         for name, (text, value) in counters.items():
@@ -56,11 +77,11 @@ def serve(
     port: int,
     model: str,
     status: Callable[[], WorkerStatus],
-    unwritten_blocks: Callable[[], int],
+    counts: Callable[[], Counts],
 ) -> Callable[[], None]:
     """Answer on loopback at `port`; returns what stops it."""
     registry = CollectorRegistry()
-    registry.register(WorkerCollector(model, status, unwritten_blocks))
+    registry.register(WorkerCollector(model, status, counts))
     server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
 
     def stop() -> None:

@@ -2,94 +2,141 @@
 
 Invariant: the runner keeps no state between steps but the KV pool, so a step that failed half way
 leaves nothing to repair: what it wrote lies in blocks that no hash names yet. Only rows that
-sample go through the output head.
+somebody wants to see go through the output head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from headrace.types import BLOCK_TOKENS, Sampling
+from headrace.types import BLOCK_TOKENS, TokenLogprobs
 from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
-from headrace_worker.model import Llama
+from headrace_worker.model import Decoder
 from headrace_worker.policy.scheduler import PlanItem
-from headrace_worker.sampling.sampler import SamplingRow, sample
+from headrace_worker.sampling.choosing import Choosing
+from headrace_worker.sampling.logprobs import position_logprobs
+from headrace_worker.sampling.sampler import Chosen, Row, sample
+
+Mask = NDArray[np.int32]
+"""Which tokens a grammar allows: a bit for each, [ceil(vocab / 32)]."""
 
 
-class NonFiniteLogits:
-    """The result of a row whose logits have no finite maximum: there is nothing to choose."""
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """How one sequence of a plan wants its rows to be read.
+
+    `masks`: for the rows that sample, none where all tokens are allowed. `prompt_top`: how many
+    most probable tokens to report for prompt positions that are scored.
+    """
+
+    choosing: Choosing
+    masks: Sequence[Mask] = ()
+    prompt_top: int = 0
 
 
-NON_FINITE = NonFiniteLogits()
-Sampled = int | None | NonFiniteLogits
-"""A plan item's result: its token, None where it does not sample, or NON_FINITE."""
+@dataclass(slots=True)
+class Ran:
+    """What a step gave one plan item.
+
+    `chosen`: for its last known token and each guessed one, None where no logit is a finite
+    number; empty where it does not sample. `scored`: for its `scored_rows`, None likewise.
+    """
+
+    chosen: list[Chosen | None] = field(default_factory=list)
+    scored: list[TokenLogprobs | None] = field(default_factory=list)
 
 
 class Runner:
     """One model over one attention backend."""
 
-    def __init__(self, model: Llama, backend: AttentionBackend) -> None:
+    def __init__(self, model: Decoder, backend: AttentionBackend) -> None:
         self._model = model
         self._backend = backend
 
-    def run(self, items: Sequence[PlanItem], samplings: Mapping[str, Sampling]) -> list[Sampled]:
+    def run(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> list[Ran]:
         """Computes `items`; the result has one entry for each, in their order.
 
-        `samplings` by sequence id.
+        `asks` by sequence id.
         """
         # the attention interface wants single rows first
-        order = sorted(range(len(items)), key=lambda i: items[i].count > 1)
+        order = sorted(range(len(items)), key=lambda i: items[i].rows > 1)
         ordered = [items[i] for i in order]
-        sampling = [(i, item) for i, item in zip(order, ordered, strict=True) if item.samples]
-        rows = [self._row(item, samplings[item.sequence.id]) for _, item in sampling]
+        ran = [Ran() for _ in items]
         with torch.inference_mode():
             logits = self._forward(ordered)
-            tokens = sample(logits, rows) if logits is not None else []
-        results: list[Sampled] = [None] * len(items)
-        for (i, _), token in zip(sampling, tokens, strict=True):
-            results[i] = NON_FINITE if token is None else token
-        return results
+            if logits is None:
+                return ran
+            at, sampled, rows = 0, [], []
+            for i, item in zip(order, ordered, strict=True):
+                ask, scored = asks[item.sequence.id], len(item.scored_rows)
+                if scored:
+                    ran[i].scored = self._score(item, logits[at : at + scored], ask)
+                at += scored
+                if item.samples:
+                    made = _rows(item, ask)
+                    rows += made
+                    sampled += [(i, at + place) for place in range(len(made))]
+                    at += len(made)
+            if len(rows) < len(logits):
+                logits = logits[[place for _, place in sampled]]
+            for (i, _), chosen in zip(sampled, sample(logits, rows) if rows else [], strict=True):
+                ran[i].chosen.append(chosen)
+        return ran
 
     @staticmethod
-    def _row(item: PlanItem, sampling: Sampling) -> SamplingRow:
-        return SamplingRow(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            position=item.sequence.output_tokens,
-        )
+    def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
+        span = item.scored_rows
+        following = item.sequence.tokens[span.start + 1 : span.stop + 1]
+        return position_logprobs(logits, following, ask.prompt_top)
 
     def _forward(self, items: Sequence[PlanItem]) -> torch.Tensor | None:
-        """Logits of the rows that sample, [M, vocab]; None when there are none."""
+        """Logits of the rows that are scored or sample, [M, vocab]; None when there are none.
+
+        For each item first those that are scored, then those that sample.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         starts, rows = [0], []
         for item in items:
             sequence, stop = item.sequence, item.start + item.count
-            span = range(item.start, stop)
+            first = len(tokens)
+            span = range(item.start, item.start + item.rows)
             tokens += sequence.tokens[item.start : stop]
+            tokens += item.guess
             positions += span
             blocks = sequence.blocks
             slots += [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in span]
             starts.append(len(tokens))
+            rows += [first + position - item.start for position in item.scored_rows]
             if item.samples:
-                rows.append(len(tokens) - 1)
+                rows += range(first + item.count - 1, len(tokens))
         attend = self._backend.prepare(
             AttentionBatch(
                 block_tables=[item.sequence.blocks for item in items],
-                lengths=[item.start + item.count for item in items],
+                lengths=[item.start + item.rows for item in items],
                 query_starts=starts,
                 slots=torch.tensor(slots),
             )
         )
+        every = rows == list(range(len(tokens)))
         logits: torch.Tensor = self._model(
             torch.tensor(tokens),
             torch.tensor(positions),
-            None if len(rows) == len(tokens) else torch.tensor(rows, dtype=torch.int64),
+            None if every else torch.tensor(rows, dtype=torch.int64),
             attend,
         )
         return logits if rows else None
+
+
+def _rows(item: PlanItem, ask: Ask) -> list[Row]:
+    """The rows of an item that samples: after its known tokens, and after each guessed one."""
+    return [
+        Row(ask.choosing, item.guess[:place], ask.masks[place] if ask.masks else None)
+        for place in range(1 + len(item.guess))
+    ]

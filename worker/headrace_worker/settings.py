@@ -15,6 +15,14 @@ class WorkerSettings(ServiceSettings):
     model: str = Field(default="smollm2", description="alias, Hugging Face repo id or path")
     model_name: str = Field(default="", description="name clients use; empty: the alias")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Literal["none", "int8", "int4"] = "none"
+    kv_dtype: Literal["auto", "int8"] = Field(
+        default="auto", description="int8 halves the KV cache; auto: as the model computes"
+    )
+    context_tokens: int = Field(
+        default=0, ge=0, description="longest context to serve; 0: all that the model was made for"
+    )
+    speculation: Literal["ngram", "off"] = "ngram"
     threads: int = Field(default=0, ge=0, le=1024, description="0: as many as torch chooses")
     kv_tokens: int = Field(
         default=0, ge=0, description="size of the KV pool in tokens; 0: from free memory"

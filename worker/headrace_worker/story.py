@@ -10,7 +10,7 @@ from opentelemetry.trace import Span, Status, StatusCode
 
 from headrace import telemetry
 from headrace.types import Finish, FinishReason, Job
-from headrace_worker.engine import JobStory
+from headrace_worker.results import JobStory
 
 
 def open_span(job: Job, stream: str, entry: str, worker: str, now_ns: int) -> Span:
@@ -51,6 +51,9 @@ def _tell(span: Span, story: JobStory) -> None:
             "headrace.cache.local_tokens": story.cached_local,
             "headrace.cache.imported_tokens": story.cached_imported,
             "headrace.preemptions": story.preemptions,
+            "headrace.speculation.guessed": story.guessed,
+            "headrace.speculation.guessed_right": story.guessed_right,
+            "headrace.grammar.forced": story.forced,
         }
     )
     tracer, parent = telemetry.tracer(), telemetry.under(span)

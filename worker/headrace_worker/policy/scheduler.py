@@ -2,7 +2,9 @@
 
 Invariant: there is no prefill or decode mode. Each step, under one token budget, computed tokens
 catch up with known tokens: first the sequences that lack one (so that no stream stalls behind
-somebody's prompt), then larger gaps in chunks, in order of rank.
+somebody's prompt), then those whose output ran ahead a little (a grammar forced some tokens), then
+larger gaps in chunks, in order of rank. Guesses (policy/speculation.py) get what is left of the
+budget and of the blocks: nobody waits and nothing is preempted for them.
 
 One rank, `(effective band, arrival time, arrival number)`, orders batch, admission and
 preemption. A sequence's band improves by one for every `PROMOTE_MS` it has been here, so that
@@ -18,24 +20,44 @@ swapping KV out on preemption, which the prefix cache mostly makes unnecessary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from headrace.types import BLOCK_TOKENS, FinishReason
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
 from headrace_worker.policy.sequence import Sequence, Status, blocks_for
 
 PROMOTE_MS = 30_000
+CATCH_UP_TOKENS = 32
+"""A started sequence that lacks no more than this goes before everybody's prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanItem:
-    """Compute KV for `count` tokens of `sequence` from `start`; `samples`: then choose the next."""
+    """Compute KV for `count` tokens of `sequence` from `start`; `samples`: then choose the next.
+
+    `guess` are tokens that may follow the known ones: they are computed as if they did, and a
+    token is chosen after each of them as well.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    guess: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.guess)
+
+    @property
+    def scored_rows(self) -> range:
+        """Positions in this item whose probabilities are wanted and not known yet."""
+        sequence = self.sequence
+        first = max(self.start, sequence.scored)
+        return range(first, max(first, min(self.start + self.count, sequence.scoring)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +71,19 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return sum(item.count for item in self.items)
+        return sum(item.rows for item in self.items)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step gave one sequence. `blocks`: its full blocks, head first, when it ended."""
+    """What a step gave one sequence.
+
+    `tokens`: new output, of which all but the last had been guessed. `blocks`: its full blocks,
+    head first, when it ended.
+    """
 
     sequence: Sequence
-    token: int
+    tokens: tuple[int, ...]
     ending: FinishReason | None
     blocks: tuple[int, ...] = ()
 
@@ -73,14 +99,14 @@ class _Draft:
         self.preempted: dict[str, Sequence] = {}
 
     def add(self, sequence: Sequence, count: int) -> None:
-        samples = count == sequence.pending
+        samples = count == sequence.pending and sequence.known < sequence.tokens_max
         self.items[sequence.id] = PlanItem(sequence, sequence.computed, count, samples)
         self.budget -= count
 
     def drop(self, sequence: Sequence) -> None:
         item = self.items.pop(sequence.id, None)
         if item is not None:
-            self.budget += item.count
+            self.budget += item.rows
         if self.admitted.pop(sequence.id, None) is None:
             self.preempted[sequence.id] = sequence
 
@@ -127,14 +153,20 @@ class Scheduler:
         sequence.become(Status.FINISHED)
         return full
 
-    def schedule(self, now: int) -> Plan:
-        """The next step's plan; `now` in monotonic milliseconds. Allocates what it plans."""
+    def schedule(
+        self, now: int, guesses: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> Plan:
+        """The next step's plan; `now` in monotonic milliseconds. Allocates what it plans.
+
+        `guesses` by sequence id, for sequences that lack one token.
+        """
         draft = _Draft(now, self._step_tokens_max)
         decoding = [s for s in self._running.values() if s.pending == 1]
-        for sequence in self._ranked(decoding, now):
+        ahead = [s for s in self._running.values() if _runs_ahead(s)]
+        for sequence in (*self._ranked(decoding, now), *self._ranked(ahead, now)):
             if draft.budget and sequence.status is Status.RUNNING:
                 self._extend(draft, sequence)
-        behind = [s for s in self._running.values() if s.pending > 1]
+        behind = [s for s in self._running.values() if s.pending > 1 and s.id not in draft.items]
         blocked = False
         for sequence in self._ranked([*behind, *self._waiting.values()], now):
             if not draft.budget:
@@ -144,6 +176,9 @@ class Scheduler:
             elif not blocked:
                 # one preempted a moment ago waits for the next step, or the two would trade places
                 blocked = sequence.id in draft.preempted or not self._admit(draft, sequence)
+        for sequence in decoding:
+            if guesses.get(sequence.id) and sequence.id in draft.items:
+                self._guess(draft, sequence, guesses[sequence.id])
         return Plan(
             tuple(draft.items.values()),
             tuple(draft.admitted.values()),
@@ -151,22 +186,34 @@ class Scheduler:
             self.pool.take_evicted(),
         )
 
-    def apply(self, plan: Plan, tokens: Sequences[int | None]) -> list[Outcome]:
-        """Takes in what the step computed: `tokens[i]` is item i's new token, None if unsampled."""
+    def apply(self, plan: Plan, drawn: Sequences[Sequences[int]]) -> list[Outcome]:
+        """Takes in what the step computed.
+
+        `drawn[i]` are the tokens chosen for item i: one for its last known token and one for each
+        guessed one, or fewer where a choice was not possible; none if it does not sample.
+        """
         outcomes: list[Outcome] = []
-        for item, token in zip(plan.items, tokens, strict=True):
+        for item, tokens in zip(plan.items, drawn, strict=True):
             sequence = item.sequence
             if sequence.status is not Status.RUNNING:
                 continue  # it was failed for what the run said of it
-            assert item.samples == (token is not None), "a token for each item that samples"
+            assert item.samples == bool(tokens), "a token for each item that samples"
             sequence.computed = item.start + item.count
+            sequence.scored = max(sequence.scored, min(sequence.computed, sequence.scoring))
+            said, ending = self._say(item, tokens)
             self._register(sequence)
-            if token is not None:
-                sequence.tokens.append(token)
-                ending = sequence.ending()
+            if said or ending is not None:
                 full = self.remove(sequence) if ending else ()
-                outcomes.append(Outcome(sequence, token, ending, full))
+                outcomes.append(Outcome(sequence, said, ending, full))
         return outcomes
+
+    def extend(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Adds output that needed no choice; why the sequence is complete, if it is.
+
+        Then the caller ends it.
+        """
+        sequence.tokens.append(token)
+        return sequence.ending()
 
     def check_integrity(self) -> None:
         self.pool.check_integrity([s.blocks for s in self._running.values()])
@@ -183,6 +230,21 @@ class Scheduler:
 
     def _ranked(self, sequences: list[Sequence], now: int) -> list[Sequence]:
         return sorted(sequences, key=lambda s: (self._band(s, now), s.arrived_ms, s.order))
+
+    @staticmethod
+    def _say(item: PlanItem, drawn: Sequences[int]) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Adds those of `drawn` that stand: up to the first that had been guessed differently."""
+        sequence = item.sequence
+        if not drawn:
+            finished = sequence.pending == 0
+            return (), sequence.ending() if finished else None
+        for place, token in enumerate(drawn):
+            sequence.tokens.append(token)
+            ending = sequence.ending()
+            if ending or item.guess[place : place + 1] != (token,):
+                break
+        sequence.computed += place  # the guesses before this token were right and have KV
+        return tuple(drawn[: place + 1]), ending
 
     def _register(self, sequence: Sequence) -> None:
         full = sequence.computed // BLOCK_TOKENS
@@ -208,6 +270,18 @@ class Scheduler:
             self._preempt(draft, victim)
             if victim is sequence:
                 return
+
+    def _guess(self, draft: _Draft, sequence: Sequence, guess: tuple[int, ...]) -> None:
+        """Adds to the sequence's item as much of `guess` as costs nobody anything."""
+        item = draft.items[sequence.id]
+        spare = self.pool.free_count - sum(self._reserved(s) for s in self._running.values())
+        room = (len(sequence.blocks) + max(0, spare)) * BLOCK_TOKENS - item.start - item.count
+        length = min(draft.budget, room, sequence.tokens_max - sequence.known - 1)
+        if item.samples and length > 0:
+            guess = guess[:length]
+            self._give(sequence, item.count + len(guess))
+            draft.items[sequence.id] = replace(item, guess=guess)
+            draft.budget -= len(guess)
 
     def _give(self, sequence: Sequence, count: int) -> None:
         missing = blocks_for(sequence.computed + count) - len(sequence.blocks)
@@ -284,3 +358,7 @@ class Scheduler:
         sequence.become(Status.PREEMPTED)
         self._waiting[sequence.id] = sequence
         draft.drop(sequence)
+
+
+def _runs_ahead(sequence: Sequence) -> bool:
+    return sequence.output_tokens > 0 and 1 < sequence.pending <= CATCH_UP_TOKENS

@@ -39,7 +39,8 @@ class Sequence:
 
     `tokens_max` is the length, prompt included, at which it ends by `LENGTH`; `stop_ids` end it
     by `STOP`. `order` is its arrival number in this engine, the last tie-breaker.
-    `added_ms` is the local monotonic time it came, which aging counts from.
+    `added_ms` is the local monotonic time it came, which aging counts from. The rows of its first
+    `scoring` tokens are wanted for their probabilities; `scored` of them have been computed.
     """
 
     __slots__ = (
@@ -56,6 +57,8 @@ class Sequence:
         "prompt_tokens",
         "registered",
         "root",
+        "scored",
+        "scoring",
         "status",
         "stop_ids",
         "tokens",
@@ -75,6 +78,7 @@ class Sequence:
         arrived_ms: int = 0,
         added_ms: int = 0,
         order: int = 0,
+        scoring: int = 0,
     ) -> None:
         self.id = id
         self.tokens = list(prompt)
@@ -87,6 +91,8 @@ class Sequence:
         self.arrived_ms = arrived_ms
         self.added_ms = added_ms
         self.order = order
+        self.scoring = scoring
+        self.scored = 0
         self.status = Status.WAITING
         self.computed = 0
         self.preemptions = 0
@@ -127,8 +133,13 @@ class Sequence:
         return self.block_hash(index - 1) if index else self.root
 
     def reusable_hashes(self) -> list[bytes]:
-        """Hashes of the full blocks worth finding: at least one token is left to compute."""
+        """Hashes of the full blocks worth finding: at least one token is left to compute.
+
+        A row that is still to be scored has to be computed, whatever is cached.
+        """
         count = (self.known - 1) // BLOCK_TOKENS
+        if self.scored < self.scoring:
+            count = min(count, self.scored // BLOCK_TOKENS)
         if count:
             self.block_hash(count - 1)
         return self.hashes[:count]
@@ -143,6 +154,7 @@ class Sequence:
 
     def check_integrity(self) -> None:
         assert 0 <= self.computed <= self.known, "computed runs ahead of known"
+        assert 0 <= self.scored <= self.scoring <= self.prompt_tokens, "scored past what was asked"
         assert len(self.blocks) >= blocks_for(self.computed), "computed tokens without a block"
         held = self.status is Status.RUNNING
         assert held or not (self.blocks or self.computed), "only a running sequence owns blocks"

@@ -1,13 +1,19 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p.
+"""From logits to tokens.
 
-Invariant: a row's token depends on that row's logits, its parameters, its seed and its position,
-on nothing else in the batch. Greedy rows are a pure argmax. Sampled rows are drawn by inverse CDF
-from one uniform each; where top-k or top-p ask for an order, it is (probability falling, token
-id rising), so that ties, which bfloat16 has plenty of, fall the same way every time.
+Invariant: a row's token depends on that row's logits, its job's options and text, its seed and its
+position, on nothing else in the batch, bit for bit. Each stage works on one row in one thread, and
+a stage that a row does not ask for costs it nothing: a greedy batch is one argmax.
 
-Order of filters as elsewhere: temperature, then top-k, then top-p over what is left (Holtzman et
-al., "The Curious Case of Neural Text Degeneration", 2020): the smallest set of most probable
-tokens whose probability reaches top-p.
+The stages, each in its module: logprobs of the raw logits (`logprobs`); mask, logit_bias, bans,
+penalties (`edits`), for greedy rows too; then the first highest logit at temperature 0, else
+temperature and filters (`filters`) and one draw (`draw`) by one number from (seed, position)
+(`uniform`), along rising token ids.
+
+Speculation asks for several rows of one job at once, each with a longer draft. A draft token is
+right iff it is the token drawn for its row: the number drawn by does not depend on the draft, so
+the text is the same as without speculation. Rejected: accepting a draft token with its probability
+(Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023), which for a
+draft without probabilities of its own accepts as often, and makes the text depend on the draft.
 """
 
 from __future__ import annotations
@@ -15,100 +21,106 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.types import TokenLogprobs
+from headrace_worker.sampling.choosing import Choosing
+from headrace_worker.sampling.draw import draw
+from headrace_worker.sampling.edits import edit
+from headrace_worker.sampling.filters import keep, weigh
+from headrace_worker.sampling.logprobs import row_logprobs
+from headrace_worker.sampling.ranking import Floats
 from headrace_worker.sampling.uniform import uniforms
-
-CANDIDATES = 1024
-"""Most probable tokens looked at first; a row that needs more has its whole vocabulary sorted."""
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingRow:
-    """How to choose one row's token. `temperature` 0: greedy. `top_k` 0: no limit."""
+class Row:
+    """Whose token to choose, as if `draft` had been said after the job's tokens.
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    position: int = 0
+    `mask`: what the grammar allows, int32 [ceil(vocab / 32)], token t is bit t % 32 of word
+    t // 32; None for everything.
+    """
+
+    choosing: Choosing
+    draft: tuple[int, ...] = ()
+    mask: NDArray[np.int32] | None = None
+
+    @property
+    def edits(self) -> bool:
+        """Whether anything changes this row's logits."""
+        choosing = self.choosing
+        return self.mask is not None or choosing.edits or choosing.holds_ends(self.draft)
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
-    """One token per row of logits, float32 [M, vocab]; None where a row has no finite maximum."""
-    best, tokens = logits.max(dim=-1)
-    chosen: list[int | None] = list(tokens.tolist())
-    finite = torch.isfinite(best).tolist()
-    drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and finite[i]]
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A row's token; `logprobs` where its job asks for them."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
+    """One token per row of logits, float32 [M, vocab], which may be overwritten.
+
+    None where a row has no finite maximum, or where its mask allows nothing that the model does.
+    """
+    values: Floats = np.ascontiguousarray(logits.numpy(force=True))
+    assert values.dtype == np.float32 and len(values) == len(rows), "a float32 row of logits each"
+    tokens = values.argmax(axis=1)
+    peaks = values[np.arange(len(values)), tokens]
+    finite = np.isfinite(peaks).tolist()
+    numbers = _numbers(rows)
+    room = np.empty(values.shape[1], np.float32)
+    chosen: list[Chosen | None] = []
+    with np.errstate(over="ignore", under="ignore"):
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            if not finite[i]:
+                chosen.append(None)
+            elif numbers[i] is None and not row.edits and not row.choosing.wants_logprobs:
+                chosen.append(Chosen(token))
+            else:
+                chosen.append(_choose(values[i], row, peaks[i], token, numbers[i], room))
+    return chosen
+
+
+def _numbers(rows: Sequence[Row]) -> list[float | None]:
+    """The number in [0, 1) that each row draws by; None for the greedy ones."""
+    numbers: list[float | None] = [None] * len(rows)
+    drawn = [i for i, row in enumerate(rows) if row.choosing.sampling.temperature > 0]
     if drawn:
-        for i, token in zip(drawn, _draw(logits, best, rows, drawn), strict=True):
-            chosen[i] = token
-    return [token if ok else None for token, ok in zip(chosen, finite, strict=True)]
+        seeds = [rows[i].choosing.sampling.seed for i in drawn]
+        positions = [rows[i].choosing.position(rows[i].draft) for i in drawn]
+        for i, number in zip(drawn, uniforms(seeds, positions).tolist(), strict=True):
+            numbers[i] = number
+    return numbers
 
 
-def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow], drawn: list[int]) -> list[int]:
-    index = torch.tensor(drawn)
-    temperature = torch.tensor([rows[i].temperature for i in drawn])
-    # the maximum goes first: a tiny temperature must underflow, never overflow
-    weights = ((logits[index] - best[index][:, None]) / temperature[:, None]).exp_()
-    u = torch.from_numpy(uniforms([rows[i].seed for i in drawn], [rows[i].position for i in drawn]))
-    tokens = [0] * len(drawn)
-    plain = [n for n, i in enumerate(drawn) if rows[i].top_k == 0 and rows[i].top_p >= 1]
-    if plain:
-        for n, place in zip(plain, _invert(weights[plain], u[plain]), strict=True):
-            tokens[n] = place
-    plain_rows = set(plain)
-    filtered = [n for n in range(len(drawn)) if n not in plain_rows]
-    if filtered:
-        found = _draw_filtered(weights[filtered], u[filtered], [rows[drawn[n]] for n in filtered])
-        for n, token in zip(filtered, found, strict=True):
-            tokens[n] = token
-    return tokens
+def _choose(
+    raw: Floats, row: Row, peak: np.float32, token: int, number: float | None, room: Floats
+) -> Chosen | None:
+    """Of one row of `raw` logits, float32 [vocab], with its highest logit and that one's token."""
+    choosing, logits, best = row.choosing, raw, peak
+    if row.edits:
+        if choosing.wants_logprobs:
+            logits = raw.copy()
+        edit(logits, choosing, row.draft, row.mask)
+        token = int(logits.argmax())
+        best = logits[token]
+        if not np.isfinite(best):
+            return None
+    if number is not None:
+        token = _draw(logits, best, choosing, number, room)
+    if not choosing.wants_logprobs:
+        return Chosen(token)
+    return Chosen(token, row_logprobs(raw, peak, token, choosing.sampling.logprobs, room))
 
 
-def _invert(weights: Tensor, u: Tensor) -> list[int]:
-    """Index drawn per row of unnormalized weights [M, n], by uniforms, float64 [M]."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    totals = sums[:, -1]
-    # rounding may place a draw on the far end, where there is no weight any more
-    targets = torch.minimum(u * totals, totals.nextafter(torch.zeros_like(totals)))
-    places: list[int] = torch.searchsorted(sums, targets[:, None], right=True)[:, 0].tolist()
-    return places
-
-
-def _draw_filtered(weights: Tensor, u: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    totals = weights.sum(-1, dtype=torch.float64)
-    count = min(CANDIDATES, weights.shape[1])
-    top, ids = weights.topk(count, dim=-1)
-    top, ids = _ordered(top, ids)
-    tokens: list[int] = []
-    for n, row in enumerate(rows):
-        values, names = top[n], ids[n]
-        enough = 0 < row.top_k < count or (
-            row.top_k == 0
-            and float(values.sum(dtype=torch.float64)) >= row.top_p * float(totals[n])
-        )
-        if not enough:
-            values, names = weights[n].sort(descending=True, stable=True)
-        tokens.append(_draw_one(values, names, row, totals[n], u[n : n + 1]))
-    return tokens
-
-
-def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The same [M, n] pairs by falling value, equal ones by rising id."""
-    ids, by_id = ids.sort(dim=-1)
-    values, by_value = values.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, by_value)
-
-
-def _draw_one(values: Tensor, ids: Tensor, row: SamplingRow, total: Tensor, u: Tensor) -> int:
-    """Draws from falling weights [n] of a row that sums to `total`, its filters applied."""
-    if row.top_k:
-        values = values[: row.top_k]
-        total = values.sum(dtype=torch.float64)
-    if row.top_p < 1:
-        before = values.cumsum(0, dtype=torch.float64) - values
-        values = values[: max(1, int((before < row.top_p * total).sum()))]
-    [place] = _invert(values[None], u)
-    return int(ids[place])
+def _draw(logits: Floats, best: np.float32, choosing: Choosing, number: float, room: Floats) -> int:
+    if choosing.unfiltered:
+        return draw(weigh(logits, best, choosing.sampling.temperature, room), number)
+    ids, weights = keep(logits, best, choosing.sampling, room)
+    place = draw(weights, number)
+    return place if ids is None else int(ids[place])

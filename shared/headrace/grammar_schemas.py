@@ -1,0 +1,391 @@
+"""JSON schemas as callers send them, made into ones that the grammar compiler enforces entirely.
+
+Invariant: whatever matches the result is valid under the caller's schema (JSON Schema 2020-12),
+`format` and `pattern` included. A keyword either is enforced, or says nothing about validity and is
+dropped, or is refused by name and place: llguidance on its own passes over keywords that it does
+not know. Where readers disagree (leap seconds, keys that come twice, integers beyond 2^53), the
+narrower reading is taken or the schema refused.
+
+Objects that list `properties` and say nothing about others take no others, unless the schema
+combines schemas (`allOf`, or a reference or alternatives beside other keywords): a small model
+given the freedom invents keys until its tokens are used up, and the narrower text is as valid.
+
+Rejected: llguidance's lenient mode (it drops what it cannot enforce), and validating finished
+outputs (too late: the client has seen them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from headrace.errors import CallerError
+from headrace.grammar_patterns import FORMAT_PATTERNS, FORMATS, portable_pattern
+
+SCHEMA_DEPTH_MAX = 48
+"""Levels of schemas or values within another: the compiler's JSON reader stops at 128 brackets."""
+EXACT_INTEGER_MAX = 2**53
+"""Beyond it the compiler, and most JSON readers, round integers."""
+COUNT_MAX = 1_000_000
+
+Json = Any
+"""What `json.loads` gives."""
+Schema = dict[str, Json] | bool
+
+_TYPES = frozenset({"null", "boolean", "number", "integer", "string", "array", "object"})
+_ANNOTATIONS = frozenset(
+    {
+        "title", "description", "default", "examples", "example", "deprecated", "readOnly",
+        "writeOnly", "$comment", "$schema", "contentMediaType", "contentEncoding",
+        "contentSchema", "discriminator",
+    }
+)  # fmt: skip
+_HINTS = {
+    "nullable": "write type: [..., 'null']",
+    "additionalItems": "write prefixItems and items",
+    "not": "list what is allowed with enum or anyOf",
+    "uniqueItems": "leave it out and check the answer",
+    "$anchor": "refer with '#/$defs/name'",
+    "$dynamicRef": "use $ref",
+    "$id": "only the outermost schema may have one",
+    "dependentRequired": "use anyOf",
+    "dependentSchemas": "use anyOf",
+    "if": "use anyOf",
+}
+_NAMED_ESCAPES = frozenset("\b\f\n\r\t")
+_COMBINING = frozenset({"$ref", "anyOf", "oneOf"})
+_NUMBER_FORMATS: dict[str, tuple[int, int] | None] = {
+    **{f"int{bits}": (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in (8, 16, 32)},
+    **{f"uint{bits}": (0, 2**bits - 1) for bits in (8, 16, 32)},
+    "int64": (-EXACT_INTEGER_MAX, EXACT_INTEGER_MAX),
+    "uint64": (0, EXACT_INTEGER_MAX),
+    "float": None,
+    "double": None,
+}
+"""OpenAPI's formats of numbers, as bounds."""
+
+
+def invalid(message: str) -> CallerError:
+    """The text of a grammar is wrong; `message` says what and where."""
+    return CallerError(message, code="invalid_grammar")
+
+
+def checked_schema(schema: Json) -> dict[str, Json]:
+    """`schema` as the compiler may have it: annotations gone, formats and patterns spelled out.
+
+    Raises CallerError `invalid_grammar` for the first place that is wrong, cannot be enforced or
+    has no finite value.
+    """
+    if not isinstance(schema, Mapping):
+        if schema is True:
+            return {}
+        raise invalid(f"schema: expected an object, got {_kind(schema)}")
+    reader = _Reader()
+    checked = reader.schema(schema, "#", 0)
+    assert isinstance(checked, dict), "an object stays an object"
+    reader.check_references()
+    _check_finite(checked, reader.places)
+    if not reader.combines:
+        reader.close_objects()
+    return checked
+
+
+def _kind(value: Json) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def _step(place: str, key: str | int) -> str:
+    """JSON pointer (RFC 6901) of `key` in `place`."""
+    return f"{place}/{str(key).replace('~', '~0').replace('/', '~1')}"
+
+
+class _Reader:
+    """Walks a schema once. `places`: every schema within it by JSON pointer, as rewritten."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, Schema] = {}
+        self.references: list[tuple[str, str]] = []
+        self.combines = False
+
+    def schema(self, value: Json, place: str, depth: int) -> Schema:
+        if isinstance(value, bool):
+            self.places[place] = value
+            return value
+        if not isinstance(value, Mapping):
+            raise invalid(f"schema at {place}: expected an object or a boolean, got {_kind(value)}")
+        if depth > SCHEMA_DEPTH_MAX:
+            raise invalid(f"schema at {place}: more than {SCHEMA_DEPTH_MAX} levels deep")
+        checked: dict[str, Json] = {}
+        self.places[place] = checked
+        for keyword, argument in value.items():
+            if self._says_nothing(keyword, argument, place):
+                continue
+            read = _KEYWORDS.get(keyword)
+            if read is None:
+                hint = _HINTS.get(keyword)
+                advice = f" ({hint})" if hint else ""
+                raise invalid(f"schema at {place}: {keyword!r} is not supported{advice}")
+            checked[keyword] = read(self, argument, _step(place, keyword), depth + 1)
+        self._settle(checked, place)
+        return checked
+
+    def _says_nothing(self, keyword: Json, argument: Json, place: str) -> bool:
+        if not isinstance(keyword, str):
+            raise invalid(f"schema at {place}: keywords are strings")
+        return (
+            keyword in _ANNOTATIONS
+            or keyword.startswith("x-")
+            or (keyword in ("$id", "id") and place == "#")
+            or (keyword in ("uniqueItems", "nullable") and argument is False)
+        )
+
+    def _settle(self, checked: dict[str, Json], place: str) -> None:
+        """What depends on several keywords of one schema."""
+        constraints = checked.keys() - {"$defs", "definitions"}
+        if "allOf" in checked or (constraints & _COMBINING and len(constraints) > 1):
+            self.combines = True
+        fewest = checked.get("minProperties", 0) - len(set(checked.get("required", ())))
+        if fewest > 1:
+            raise invalid(
+                f"schema at {place}: minProperties beyond the required ones is not supported: "
+                "a key that comes twice would count twice"
+            )
+        name = checked.pop("format", None)
+        if name is not None:
+            self._spell_format(checked, name, place)
+
+    def _spell_format(self, checked: dict[str, Json], name: str, place: str) -> None:
+        types = checked.get("type", [])
+        numeric = {types} if isinstance(types, str) else set(types)
+        if name in _NUMBER_FORMATS and numeric and numeric <= {"integer", "number", "null"}:
+            bounds = _NUMBER_FORMATS[name]
+            if bounds is not None:
+                checked["minimum"] = max(bounds[0], checked.get("minimum", bounds[0]))
+                checked["maximum"] = min(bounds[1], checked.get("maximum", bounds[1]))
+        elif name not in FORMATS:
+            supported = ", ".join(sorted(FORMATS))
+            raise invalid(
+                f"schema at {place}: format {name!r} is not supported; supported: {supported}"
+            )
+        elif name not in FORMAT_PATTERNS:
+            checked["format"] = name
+        elif "pattern" not in checked:
+            checked["pattern"] = FORMAT_PATTERNS[name]
+        else:
+            checked.setdefault("allOf", []).append({"pattern": FORMAT_PATTERNS[name]})
+            self.combines = True
+
+    def schemas(self, value: Json, place: str, depth: int) -> list[Schema]:
+        if not isinstance(value, list) or not value:
+            raise invalid(f"schema at {place}: expected a list of schemas that is not empty")
+        return [self.schema(each, _step(place, at), depth) for at, each in enumerate(value)]
+
+    def named(self, value: Json, place: str, depth: int) -> dict[str, Schema]:
+        if not isinstance(value, Mapping):
+            raise invalid(f"schema at {place}: expected an object, got {_kind(value)}")
+        return {
+            _text(name, place): self.schema(each, _step(place, name), depth)
+            for name, each in value.items()
+        }
+
+    def by_pattern(self, value: Json, place: str, depth: int) -> dict[str, Schema]:
+        named = self.named(value, place, depth)
+        return {portable_pattern(pattern): each for pattern, each in named.items()}
+
+    def items(self, value: Json, place: str, depth: int) -> Schema:
+        if isinstance(value, list):
+            raise invalid(f"schema at {place}: a list of schemas is written prefixItems")
+        return self.schema(value, place, depth)
+
+    def reference(self, value: Json, place: str, depth: int) -> str:
+        if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
+            raise invalid(
+                f"schema at {place}: only references within the schema are supported, such as "
+                f"'#/$defs/name', not {_shown(value)}"
+            )
+        self.references.append((place, value))
+        return value
+
+    def check_references(self) -> None:
+        for place, target in self.references:
+            if unquote(target) not in self.places:
+                raise invalid(f"schema at {place}: there is no schema at {_shown(target)}")
+
+    def close_objects(self) -> None:
+        """No keys beyond the listed ones where nothing says so."""
+        for schema in self.places.values():
+            if (
+                isinstance(schema, dict)
+                and "properties" in schema
+                and not schema.keys() & {"additionalProperties", "patternProperties"}
+                and set(schema.get("required", ())) <= schema["properties"].keys()
+                and schema.get("minProperties", 0) <= len(schema.get("required", ()))
+            ):
+                schema["additionalProperties"] = False
+                schema.setdefault("type", "object")
+
+
+_Read = Callable[[_Reader, Json, str, int], Json]
+
+
+def _shown(value: Json) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
+
+
+def _text(value: Json, place: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"schema at {place}: expected a string, got {_kind(value)}")
+    return value
+
+
+def _types(reader: _Reader, value: Json, place: str, depth: int) -> Json:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) and name in _TYPES for name in names):
+        raise invalid(
+            f"schema at {place}: {_shown(value)} is not one of {', '.join(sorted(_TYPES))}"
+        )
+    return value if isinstance(value, str) else sorted(set(names), key=names.index)
+
+
+def _count(reader: _Reader, value: Json, place: str, depth: int) -> int:
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+    if not whole or not 0 <= value <= COUNT_MAX:
+        raise invalid(f"schema at {place}: expected a count up to {COUNT_MAX}, got {_shown(value)}")
+    return int(value)
+
+
+def _number(reader: _Reader, value: Json, place: str, depth: int) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid(f"schema at {place}: expected a number, got {_kind(value)}")
+    if not math.isfinite(value) or (isinstance(value, int) and abs(value) > EXACT_INTEGER_MAX):
+        raise invalid(f"schema at {place}: {_shown(value)} is beyond ±2^53")
+    return value
+
+
+def _positive(reader: _Reader, value: Json, place: str, depth: int) -> int | float:
+    if _number(reader, value, place, depth) <= 0:
+        raise invalid(f"schema at {place}: expected a number above 0, got {_shown(value)}")
+    number: int | float = value
+    return number
+
+
+def _names(reader: _Reader, value: Json, place: str, depth: int) -> list[str]:
+    if not isinstance(value, list):
+        raise invalid(f"schema at {place}: expected a list of names, got {_kind(value)}")
+    return [_text(name, _step(place, at)) for at, name in enumerate(value)]
+
+
+def _pattern(reader: _Reader, value: Json, place: str, depth: int) -> str:
+    return portable_pattern(_text(value, place))
+
+
+def _format(reader: _Reader, value: Json, place: str, depth: int) -> str:
+    return _text(value, place)
+
+
+def _constants(reader: _Reader, value: Json, place: str, depth: int) -> list[Json]:
+    if not isinstance(value, list) or not value:
+        raise invalid(f"schema at {place}: expected a list of values that is not empty")
+    return [_constant(reader, each, _step(place, at), depth) for at, each in enumerate(value)]
+
+
+def _constant(reader: _Reader, value: Json, place: str, depth: int) -> Json:
+    if depth > SCHEMA_DEPTH_MAX:
+        raise invalid(f"schema at {place}: more than {SCHEMA_DEPTH_MAX} levels deep")
+    if isinstance(value, str):
+        beyond = next((c for c in value if c < " " and c not in _NAMED_ESCAPES), None)
+        if beyond is not None:
+            raise invalid(f"schema at {place}: the character U+{ord(beyond):04X} is not supported")
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _constant(reader, each, _step(place, key), depth + 1)
+    elif isinstance(value, list):
+        for at, each in enumerate(value):
+            _constant(reader, each, _step(place, at), depth + 1)
+    elif value is not None and not isinstance(value, bool):
+        _number(reader, value, place, depth)
+    return value
+
+
+_KEYWORDS: dict[str, _Read] = {
+    "type": _types,
+    "enum": _constants,
+    "const": _constant,
+    "anyOf": _Reader.schemas,
+    "oneOf": _Reader.schemas,
+    "allOf": _Reader.schemas,
+    "$ref": _Reader.reference,
+    "$defs": _Reader.named,
+    "definitions": _Reader.named,
+    "properties": _Reader.named,
+    "patternProperties": _Reader.by_pattern,
+    "additionalProperties": _Reader.schema,
+    "required": _names,
+    "minProperties": _count,
+    "maxProperties": _count,
+    "items": _Reader.items,
+    "prefixItems": _Reader.schemas,
+    "minItems": _count,
+    "maxItems": _count,
+    "minLength": _count,
+    "maxLength": _count,
+    "pattern": _pattern,
+    "format": _format,
+    "minimum": _number,
+    "maximum": _number,
+    "exclusiveMinimum": _number,
+    "exclusiveMaximum": _number,
+    "multipleOf": _positive,
+}
+"""What is enforced, and how its argument is checked."""
+
+
+def _check_finite(root: Schema, places: Mapping[str, Schema]) -> None:
+    """Refuses a schema all of whose values would be infinite, such as a list item without a leaf.
+
+    The least fixed point: a reference has finite values once its target has some.
+    """
+    targets = {
+        schema["$ref"]: places[unquote(schema["$ref"])]
+        for schema in places.values()
+        if isinstance(schema, dict) and "$ref" in schema
+    }
+    finite: set[str] = set()
+    while True:
+        found = {t for t, schema in targets.items() if t not in finite and _ends(schema, finite)}
+        if not found:
+            break
+        finite |= found
+    if not _ends(root, finite):
+        raise invalid("schema: no finite value is valid under it; a recursion needs a way out")
+
+
+def _ends(schema: Schema, finite: set[str]) -> bool:
+    return isinstance(schema, bool) or all(_endings(schema, finite))
+
+
+def _endings(schema: dict[str, Json], finite: set[str]) -> Iterator[bool]:
+    """For each keyword that could force a value to go on for ever: whether it can end."""
+    if "$ref" in schema:
+        yield schema["$ref"] in finite
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            yield any(_ends(each, finite) for each in schema[keyword])
+    yield from (_ends(each, finite) for each in schema.get("allOf", ()))
+    types = schema.get("type", _TYPES)
+    options = {types} if isinstance(types, str) else set(types)
+    if "enum" in schema or "const" in schema or options - {"array", "object"}:
+        return
+    properties = schema.get("properties", {})
+    wide = schema.get("additionalProperties", True)
+    as_object = "object" in options and all(
+        _ends(properties.get(name, wide), finite) for name in schema.get("required", ())
+    )
+    first = schema.get("prefixItems", [])[: schema.get("minItems", 0)]
+    if schema.get("minItems", 0) > len(first):
+        first = [*first, schema.get("items", True)]
+    yield as_object or ("array" in options and all(_ends(each, finite) for each in first))

@@ -1,0 +1,113 @@
+"""A job in the engine: its sequence, how its tokens are chosen, and what has been told of it.
+
+Invariant: `reported` output tokens have been told; each delta tells all of the others, once.
+"""
+
+from __future__ import annotations
+
+from headrace.grammars import Matcher
+from headrace.types import (
+    BLOCK_TOKENS,
+    NO_LOGPROBS,
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    TokenLogprobs,
+)
+from headrace_worker.policy.sequence import Sequence
+from headrace_worker.policy.speculation import Guesser
+from headrace_worker.results import JobStory
+from headrace_worker.sampling.choosing import Choosing
+
+CHUNKS_RECORDED_MAX = 256
+"""Prefill chunks remembered for one job's trace."""
+
+
+class Entry:
+    """One job. `matcher` says what its grammar allows next, None where it has no grammar."""
+
+    def __init__(
+        self, job: Job, sequence: Sequence, matcher: Matcher | None, vocab_size: int, added_ns: int
+    ) -> None:
+        self.job = job
+        self.sequence = sequence
+        self.matcher = matcher
+        self.choosing = Choosing(
+            job.sampling,
+            sequence.tokens,
+            sequence.prompt_tokens,
+            sequence.stop_ids,
+            vocab_size,
+        )
+        self.guesser = Guesser()
+        self.imported: frozenset[bytes] = frozenset()
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.scheduled_ns = 0
+        self.first_token_ns = 0
+        self.guessed = 0
+        self.guessed_right = 0
+        self.forced = 0
+        self._added_ns = added_ns
+        self._chunks: list[tuple[int, int, int]] = []
+        self._reported = sequence.output_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.job.sampling.logprobs != NO_LOGPROBS
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the pool, wherever they had come from."""
+        found = len(self.sequence.cached_blocks or ()) * BLOCK_TOKENS
+        return min(found, len(self.job.prompt))
+
+    def note_step(self, count: int, start_ns: int, end_ns: int) -> None:
+        """A step computed `count` of its known tokens."""
+        if not self.scheduled_ns:
+            self.scheduled_ns = start_ns
+        prefill = count > 1 or not self.first_token_ns
+        if prefill and len(self._chunks) < CHUNKS_RECORDED_MAX:
+            self._chunks.append((count, start_ns, end_ns))
+
+    def delta(self, finish: Finish | None = None) -> Delta:
+        """Everything that has not been told yet."""
+        sequence, first = self.sequence, self._reported
+        self._reported = sequence.output_tokens
+        logprobs, self.logprobs = self.logprobs, []
+        prompt_logprobs: list[TokenLogprobs] = []
+        if sequence.scored == sequence.scoring:
+            prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, []
+        return Delta(
+            self.job.id,
+            self.job.attempt,
+            first,
+            tuple(sequence.tokens[sequence.prompt_tokens + first :]),
+            finish,
+            self.cached_tokens,
+            tuple(logprobs),
+            tuple(prompt_logprobs),
+        )
+
+    def story(self, reason: FinishReason, finished_ns: int) -> JobStory:
+        sequence = self.sequence
+        found = sequence.hashes[: len(sequence.cached_blocks or ())]
+        imported = sum(block_hash in self.imported for block_hash in found)
+        return JobStory(
+            job=self.job.id,
+            attempt=self.job.attempt,
+            reason=reason,
+            added_ns=self._added_ns,
+            scheduled_ns=self.scheduled_ns,
+            first_token_ns=self.first_token_ns,
+            finished_ns=finished_ns,
+            chunks=tuple(self._chunks),
+            preemptions=sequence.preemptions,
+            cached_local=(len(found) - imported) * BLOCK_TOKENS,
+            cached_imported=imported * BLOCK_TOKENS,
+            output_tokens=sequence.output_tokens - len(self.job.logged),
+            guessed=self.guessed,
+            guessed_right=self.guessed_right,
+            forced=self.forced,
+        )
