@@ -164,8 +164,9 @@ def test_a_step_that_raises_costs_its_own_jobs_only(
     engine = make_engine(tiny, max_running=2)
     prompt = random_tokens(40, 1)
     calm = finish_all(make_engine(tiny), [make_job("c", prompt)]).tokens["c"]
-    for name in "abc":
-        engine.add(make_job(name, prompt, band=Band.BATCH if name == "c" else Band.STANDARD))
+    engine.add(make_job("a", prompt))
+    engine.add(make_job("b", random_tokens(40, 2)))
+    engine.add(make_job("c", prompt, band=Band.BATCH))
     with monkeypatch.context() as patch:
 
         def fail(self: Runner, *_: Any) -> Any:

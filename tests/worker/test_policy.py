@@ -160,6 +160,23 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert len(second.cached_blocks or ()) == 2
 
 
+def test_choices_of_one_prompt_compute_it_once() -> None:
+    """They wait for the first of them, block by block; a stranger behind them does not."""
+    scheduler = make_scheduler(60, step_tokens_max=32)
+    for order in range(4):
+        scheduler.add(make_sequence(f"c{order}", [3] * 70, output=2, order=order))
+    scheduler.add(make_sequence("other", [4] * 10, output=2, order=9))
+    computed = 0
+    while scheduler.waiting or scheduler.running:
+        plan, _ = step(scheduler)
+        computed += sum(item.count for item in plan.items if item.sequence.id != "other")
+        if computed == 32:
+            assert ids(plan.admitted) == ["c0"]
+        if 32 < computed <= 64:
+            assert ids(plan.admitted) == [], "their first blocks are there, the next are coming"
+    assert computed == 70 + 3 * (70 - 64) + 4
+
+
 def test_the_lowest_band_gives_way_then_the_least_work() -> None:
     """When blocks run out, batch work goes first, within a band whoever has computed least."""
     scheduler = make_scheduler(6)

@@ -9,7 +9,8 @@ budget and of the blocks: nobody waits and nothing is preempted for them.
 One rank, `(effective band, arrival time, arrival number)`, orders batch, admission and
 preemption. A sequence's band improves by one for every `PROMOTE_MS` it has been here, so that
 nothing waits for ever. Admission is strict: while the first in rank does not fit, nobody behind
-it is let in. It sets aside the blocks for all known tokens of whoever runs, so only the growth of
+it is let in; but who would compute a prefix that somebody is computing waits for it, so that the n
+choices of a request compute their prompt once. It sets aside the blocks for all known tokens of whoever runs, so only the growth of
 outputs can make blocks run out; then the lowest band gives way, in it the one preempted least
 often, in that the one that loses least work. Every step either computes tokens that stay or
 yields output, which preemption never takes back; so everything ends.
@@ -173,7 +174,7 @@ class Scheduler:
                 break
             if sequence.status is Status.RUNNING:
                 self._extend(draft, sequence)
-            elif not blocked:
+            elif not blocked and not self._awaits_prefix(sequence):
                 # one preempted a moment ago waits for the next step, or the two would trade places
                 blocked = sequence.id in draft.preempted or not self._admit(draft, sequence)
         for sequence in decoding:
@@ -287,6 +288,15 @@ class Scheduler:
         missing = blocks_for(sequence.computed + count) - len(sequence.blocks)
         if missing > 0:
             sequence.blocks.extend(self.pool.allocate(missing))
+
+    def _awaits_prefix(self, sequence: Sequence) -> bool:
+        """Whether somebody is computing right now what `sequence` would compute first."""
+        hashes = sequence.reusable_hashes()
+        index = len(self.pool.match_prefix(hashes))
+        return index < len(hashes) and any(
+            s.registered <= index < s.known // BLOCK_TOKENS and s.block_hash(index) == hashes[index]
+            for s in self._running.values()
+        )
 
     def _admit(self, draft: _Draft, sequence: Sequence) -> bool:
         """Starts a waiting sequence if it fits, at the cost of lower bands where that helps."""
