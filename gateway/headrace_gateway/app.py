@@ -47,6 +47,7 @@ def make_app(
     )
     app.on_response_prepare.append(add_reply_headers)
     app.on_shutdown.append(_on_shutdown)
+    app.on_cleanup.append(_on_cleanup)
     return app
 
 
@@ -64,3 +65,7 @@ def make_runner(app: web.Application) -> web.AppRunner:
 async def _on_shutdown(app: web.Application) -> None:
     app[GATEWAY].draining = True
     await close_sockets(app[GATEWAY])
+
+
+async def _on_cleanup(app: web.Application) -> None:
+    await app[GATEWAY].grammars.close()

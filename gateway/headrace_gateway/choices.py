@@ -2,16 +2,23 @@
 
 Invariant: `completion_tokens` counts every token of the generation up to its end or up to the one
 that completed a stop string, whatever text they made; after that the generation is cancelled and
-nothing more is taken from it.
+nothing more is taken from it. A token's logprobs come with the text that the token completes: what
+is held back for an unfinished character or a possible stop string holds them back too, and those
+of tokens that made up nothing but a stop string that was cut off never come. So the logprobs of a
+stream do not depend on how it was cut into pieces.
 """
 
 from __future__ import annotations
 
+import codecs
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
 from headrace.errors import JobFailedError
-from headrace.types import Finish, FinishReason
+from headrace.types import Finish, FinishReason, TokenLogprobs
 from headrace_gateway.generation import Chunk
 from headrace_gateway.tokens import Detokenizer, StopChecker
 
@@ -22,6 +29,79 @@ class TokenSource(Protocol):
     async def cancel(self) -> None: ...
 
 
+class Speller(Protocol):
+    """What a choice needs of its model's tokenizer."""
+
+    def detokenizer(self) -> Detokenizer: ...
+
+    def bytes_of(self, token: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """Where a choice's text ends.
+
+    `stops` end it and are cut off, unless `keep_stop`; one that is complete before `min_tokens`
+    tokens does not count. `silent` are token ids that end the text without being part of it (the
+    model's EOS); `score_end` says whether their logprobs are told nevertheless.
+    """
+
+    stops: tuple[str, ...] = ()
+    keep_stop: bool = False
+    min_tokens: int = 0
+    silent: frozenset[int] = frozenset()
+    score_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A token of the output; `offset` is where its text begins in the choice's text."""
+
+    token: int
+    offset: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class CallDelta:
+    """More of the choice's tool call number `index`; `id` and `name` come with its first delta."""
+
+    index: int
+    arguments: str
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a client gets of some text: text to read, and tool calls."""
+
+    text: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+
+class Reader(Protocol):
+    """Makes of a choice's text what its client gets of it; one object a choice."""
+
+    def push(self, text: str) -> Said:
+        """What `text` adds; a reader may hold back what it does not understand yet."""
+        ...
+
+    def end(self) -> Said:
+        """What is left when the text has ended."""
+        ...
+
+
+class PlainText:
+    """The Reader for text that is nothing but text."""
+
+    def push(self, text: str) -> Said:
+        return Said(text)
+
+    def end(self) -> Said:
+        return Said()
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one delivery added to choice `index`; `finish` with the last one (STOP or LENGTH)."""
@@ -30,27 +110,46 @@ class Piece:
     text: str
     tokens: int
     finish: FinishReason | None
+    logprobs: tuple[Scored, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All of a choice's pieces as one."""
+    last = pieces[-1]
+    return Piece(
+        last.index,
+        "".join(piece.text for piece in pieces),
+        sum(piece.tokens for piece in pieces),
+        last.finish,
+        tuple(scored for piece in pieces for scored in piece.logprobs),
+        tuple(call for piece in pieces for call in piece.calls),
+    )
 
 
 class Choice:
-    """`silent` are token ids that end the text without being part of it (the model's EOS)."""
+    """`prompt_logprobs` (as in Delta) are there from the first piece on, where they were asked."""
 
     def __init__(
-        self,
-        index: int,
-        source: TokenSource,
-        detokenizer: Detokenizer,
-        stops: tuple[str, ...] = (),
-        silent: frozenset[int] = frozenset(),
+        self, index: int, source: TokenSource, speller: Speller, rules: TextRules, reader: Reader
     ) -> None:
         self.index = index
         self.finish: FinishReason | None = None
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.logprob_sum = 0.0
         self._source = source
-        self._detokenizer = detokenizer
-        self._stops = StopChecker(stops)
-        self._silent = silent
+        self._detokenizer = speller.detokenizer()
+        self._text = _StoppedText(rules)
+        self._scores = _Scores(speller.bytes_of)
+        self._rules = rules
+        self._reader = reader
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of all tokens that count; 0 while there are none or they came without."""
+        return self.logprob_sum / max(1, self.completion_tokens)
 
     async def next(self) -> Piece:
         """The next delivery; its text is '' while a character or a stop string is unfinished.
@@ -60,14 +159,22 @@ class Choice:
         assert self.finish is None, "a finished choice has nothing more to say"
         chunk = await self._source.next()
         before = self.completion_tokens
-        text = self._take(chunk.tokens)
+        text = self._take(chunk)
         self.cached_tokens = chunk.cached_tokens
-        if self._stops.hit:
+        self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+        if self._text.ended:
             self.finish = FinishReason.STOP
             await self._source.cancel()
         elif chunk.finish is not None:
             text += self._end(chunk.finish)
-        return Piece(self.index, text, self.completion_tokens - before, self.finish)
+        said = self._reader.push(text) if text else Said()
+        scores = self._scores.take(self._text.shown)
+        if self.finish is not None:
+            rest = self._reader.end()
+            said = Said(said.text + rest.text, said.calls + rest.calls)
+            scores += self._scores.rest(self._text.shown, cut=self._text.ended)
+        tokens = self.completion_tokens - before
+        return Piece(self.index, said.text, tokens, self.finish, tuple(scores), said.calls)
 
     async def cancel(self) -> None:
         """Give up what still runs; harmless after the end."""
@@ -75,14 +182,18 @@ class Choice:
             self.finish = FinishReason.CANCELLED
             await self._source.cancel()
 
-    def _take(self, tokens: tuple[int, ...]) -> str:
+    def _take(self, chunk: Chunk) -> str:
         shown: list[str] = []
-        for token in tokens:
+        for token, logprobs in zip(chunk.tokens, chunk.logprobs or repeat(None), strict=False):
             self.completion_tokens += 1
-            if token in self._silent:
-                continue
-            shown.append(self._stops.push(self._detokenizer.push(token)))
-            if self._stops.hit:
+            silent = token in self._rules.silent
+            text = "" if silent else self._detokenizer.push(token)
+            if logprobs is not None:
+                self.logprob_sum += logprobs.logprob
+                if not silent or self._rules.score_end:
+                    self._scores.push(token, logprobs, text)
+            shown.append(self._text.push(text, self.completion_tokens))
+            if self._text.ended:
                 break
         return "".join(shown)
 
@@ -91,6 +202,93 @@ class Choice:
             raise JobFailedError(
                 finish.error or f"the generation ended early: {finish.reason}", code="cancelled"
             )
-        tail = self._stops.push(self._detokenizer.flush())
-        self.finish = FinishReason.STOP if self._stops.hit else finish.reason
-        return tail + self._stops.flush()
+        tail = self._text.push(self._detokenizer.flush(), self.completion_tokens)
+        self.finish = FinishReason.STOP if self._text.ended else finish.reason
+        return tail + self._text.flush()
+
+
+class _StoppedText:
+    """A choice's text up to its stop string. `shown` counts the characters handed out."""
+
+    def __init__(self, rules: TextRules) -> None:
+        self._rules = rules
+        self._stops = StopChecker(rules.stops)
+        self._held = ""
+        self.shown = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._stops.hit
+
+    def push(self, text: str, tokens: int) -> str:
+        """What can be shown now that `tokens` tokens have made `text` follow."""
+        if not self._rules.stops:
+            self.shown += len(text)
+            return text
+        self._held += text
+        shown = self._stops.push(text)
+        if self._stops.hit and tokens < self._rules.min_tokens:
+            shown += self._forgive(len(shown))
+        elif self._stops.hit and self._rules.keep_stop:
+            shown += self._stop_at(len(shown))
+        self._held = self._held[len(shown) :]
+        self.shown += len(shown)
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, at the end of a text without a stop string."""
+        held = self._stops.flush()
+        self.shown += len(held)
+        return held
+
+    def _forgive(self, at: int) -> str:
+        """Go on behind the first character of a stop string that came too early."""
+        shown = ""
+        while self._stops.hit:
+            self._stops = StopChecker(self._rules.stops)
+            shown += self._held[at + len(shown)]
+            shown += self._stops.push(self._held[at + len(shown) :])
+        return shown
+
+    def _stop_at(self, at: int) -> str:
+        # of those that stand here the shortest was complete first
+        return min((stop for stop in self._rules.stops if self._held.startswith(stop, at)), key=len)
+
+
+class _Scores:
+    """Logprobs that wait for the text of their tokens to be shown.
+
+    A token is `open` until the characters that it has begun are whole; then it waits with the
+    length of the text that it completes. `made` counts the characters detokenized so far.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._open: list[Scored] = []
+        self._whole: deque[tuple[int, Scored]] = deque()
+        self._made = 0
+
+    def push(self, token: int, logprobs: TokenLogprobs, text: str) -> None:
+        """`text` is what came out of the detokenizer when `token` went in."""
+        own = self._utf8.decode(self._bytes_of(token))
+        # a detokenizer may give earlier tokens' text together with this one's
+        behind = len(text) - len(own) if own and text.endswith(own) else 0
+        self._open.append(Scored(token, self._made + behind, logprobs))
+        self._made += len(text)
+        unfinished, _ = self._utf8.getstate()
+        if text and not unfinished:
+            self._whole.extend((self._made, scored) for scored in self._open)
+            self._open.clear()
+
+    def take(self, shown: int) -> list[Scored]:
+        """Those whose text is among the first `shown` characters."""
+        taken: list[Scored] = []
+        while self._whole and self._whole[0][0] <= shown:
+            taken.append(self._whole.popleft()[1])
+        return taken
+
+    def rest(self, shown: int, *, cut: bool) -> list[Scored]:
+        """At the end what is left; where the text was `cut`, only what begins before its end."""
+        left = [*(scored for _, scored in self._whole), *self._open]
+        return [scored for scored in left if scored.offset < shown] if cut else left

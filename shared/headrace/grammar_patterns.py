@@ -5,6 +5,8 @@ Rust's `regex` crate. Invariant: what the rewritten pattern matches, ECMA-262 an
 Where they differ (`\\w` and `\\s` beyond ASCII, what `.` leaves out) the narrower reading is taken;
 what only one of them knows is refused by name.
 
+Rewriting a rewritten pattern changes nothing.
+
 Rejected: handing the pattern over as it is, where `[a&&b]`, `\\W` or `\\A` quietly mean something
 else than in the caller's validator.
 """
@@ -18,21 +20,20 @@ _NARROW = {
     "w": "0-9A-Za-z_",
     "s": r"\t\n\x0b\f\r ",
     "D": r"\P{N}",
-    "W": r"[^\p{Alphabetic}\p{M}\p{N}\p{Pc}\u{200c}\u{200d}]",
-    "S": r"[^\t-\r\x1c-\x20\u{85}\u{a0}\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}"
-    r"\u{205f}\u{3000}\u{feff}]",
+    "W": r"\p{Pd}\p{Ps}\p{Pe}\p{Pi}\p{Pf}\p{Po}\p{Sm}\p{Sc}\p{Sk}\p{Z}\p{Cc}",
+    "S": r"\p{L}\p{M}\p{N}\p{P}\p{S}\u{200d}",
 }
-"""What a class escape surely contains, as part of a Rust character class."""
+"""What an escape surely stands for, as part of a character class."""
 _WIDE = {
     "d": r"\p{N}",
     "w": r"\p{Alphabetic}\p{M}\p{N}\p{Pc}\u{200c}\u{200d}",
     "s": r"\t-\r\x1c-\x20\u{85}\u{a0}\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}"
     r"\u{3000}\u{feff}",
-    "D": "[^0-9]",
-    "W": "[^0-9A-Za-z_]",
-    "S": r"[^\t\n\x0b\f\r ]",
+    "D": r"\x00-\x2f\x3a-\u{10ffff}",
+    "W": r"\x00-\x2f\x3a-\x40\x5b-\x5e\x60\x7b-\u{10ffff}",
+    "S": r"\x00-\x08\x0e-\x1f\x21-\u{10ffff}",
 }
-"""What it may contain: for negated classes."""
+"""What it may stand for: left out where a class is negated."""
 _KEPT_ESCAPES = frozenset("nrtfvxupP")
 _DOT = r"[^\n\r\u{2028}\u{2029}]"
 _GROUPS = ("(?:", "(?<", "(?P<")
@@ -40,7 +41,7 @@ _LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
 
 
 def portable_pattern(pattern: str) -> str:
-    """`pattern` in Rust's syntax; it is still searched for, not anchored.
+    """`pattern` in Rust's syntax; it is searched for in a text, as before, not anchored.
 
     Raises CallerError `invalid_grammar` for what is not portable or cannot be compiled.
     """

@@ -16,6 +16,7 @@ outputs (too late: the client has seen them).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from urllib.parse import unquote
 from headrace.errors import CallerError
 from headrace.grammar_patterns import FORMAT_PATTERNS, FORMATS, portable_pattern
 
+SCHEMA_BYTES_MAX = 256 * 1024
+"""As JSON text, annotations included."""
 SCHEMA_DEPTH_MAX = 48
 """Levels of schemas or values within another: the compiler's JSON reader stops at 128 brackets."""
 EXACT_INTEGER_MAX = 2**53
@@ -72,12 +75,18 @@ def invalid(message: str) -> CallerError:
     return CallerError(message, code="invalid_grammar")
 
 
+def too_complex(message: str) -> CallerError:
+    """The text may be right, but takes too much to enforce."""
+    return CallerError(message, code="grammar_too_complex")
+
+
 def checked_schema(schema: Json) -> dict[str, Json]:
     """`schema` as the compiler may have it: annotations gone, formats and patterns spelled out.
 
-    Raises CallerError `invalid_grammar` for the first place that is wrong, cannot be enforced or
-    has no finite value.
+    Checking what this returns changes nothing. Raises CallerError: `invalid_grammar` for the first
+    place that is wrong, cannot be enforced or has no finite value, `grammar_too_complex` for size.
     """
+    _check_size(schema)
     if not isinstance(schema, Mapping):
         if schema is True:
             return {}
@@ -90,6 +99,17 @@ def checked_schema(schema: Json) -> dict[str, Json]:
     if not reader.combines:
         reader.close_objects()
     return checked
+
+
+def _check_size(schema: Json) -> None:
+    try:
+        size_bytes = len(json.dumps(schema))
+    except RecursionError as error:
+        raise invalid(f"schema: more than {SCHEMA_DEPTH_MAX} levels deep") from error
+    except (TypeError, ValueError) as error:
+        raise invalid(f"schema: it is not JSON: {error}") from error
+    if size_bytes > SCHEMA_BYTES_MAX:
+        raise too_complex(f"schema: {size_bytes} bytes; at most {SCHEMA_BYTES_MAX} are allowed")
 
 
 def _kind(value: Json) -> str:
@@ -123,13 +143,21 @@ class _Reader:
         for keyword, argument in value.items():
             if self._says_nothing(keyword, argument, place):
                 continue
-            read = _KEYWORDS.get(keyword)
-            if read is None:
-                hint = _HINTS.get(keyword)
-                advice = f" ({hint})" if hint else ""
-                raise invalid(f"schema at {place}: {keyword!r} is not supported{advice}")
-            checked[keyword] = read(self, argument, _step(place, keyword), depth + 1)
+            checked[keyword] = self._argument(keyword, argument, place, depth + 1)
         self._settle(checked, place)
+        return checked
+
+    def _argument(self, keyword: str, argument: Json, place: str, depth: int) -> Json:
+        nested, leaf = _NESTED.get(keyword), _LEAVES.get(keyword)
+        if nested is not None:
+            return nested(self, argument, _step(place, keyword), depth)
+        if leaf is None:
+            hint = _HINTS.get(keyword)
+            advice = f" ({hint})" if hint else ""
+            raise invalid(f"schema at {place}: {keyword!r} is not supported{advice}")
+        checked = leaf(argument, _step(place, keyword))
+        if keyword == "$ref":
+            self.references.append((place, checked))
         return checked
 
     def _says_nothing(self, keyword: Json, argument: Json, place: str) -> bool:
@@ -200,15 +228,6 @@ class _Reader:
             raise invalid(f"schema at {place}: a list of schemas is written prefixItems")
         return self.schema(value, place, depth)
 
-    def reference(self, value: Json, place: str, depth: int) -> str:
-        if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
-            raise invalid(
-                f"schema at {place}: only references within the schema are supported, such as "
-                f"'#/$defs/name', not {_shown(value)}"
-            )
-        self.references.append((place, value))
-        return value
-
     def check_references(self) -> None:
         for place, target in self.references:
             if unquote(target) not in self.places:
@@ -228,9 +247,6 @@ class _Reader:
                 schema.setdefault("type", "object")
 
 
-_Read = Callable[[_Reader, Json, str, int], Json]
-
-
 def _shown(value: Json) -> str:
     shown = repr(value)
     return shown if len(shown) <= 100 else f"{shown[:100]}…"
@@ -242,7 +258,7 @@ def _text(value: Json, place: str) -> str:
     return value
 
 
-def _types(reader: _Reader, value: Json, place: str, depth: int) -> Json:
+def _types(value: Json, place: str) -> Json:
     names = value if isinstance(value, list) else [value]
     if not names or not all(isinstance(name, str) and name in _TYPES for name in names):
         raise invalid(
@@ -251,14 +267,14 @@ def _types(reader: _Reader, value: Json, place: str, depth: int) -> Json:
     return value if isinstance(value, str) else sorted(set(names), key=names.index)
 
 
-def _count(reader: _Reader, value: Json, place: str, depth: int) -> int:
+def _count(value: Json, place: str) -> int:
     whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
     if not whole or not 0 <= value <= COUNT_MAX:
         raise invalid(f"schema at {place}: expected a count up to {COUNT_MAX}, got {_shown(value)}")
     return int(value)
 
 
-def _number(reader: _Reader, value: Json, place: str, depth: int) -> int | float:
+def _number(value: Json, place: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise invalid(f"schema at {place}: expected a number, got {_kind(value)}")
     if not math.isfinite(value) or (isinstance(value, int) and abs(value) > EXACT_INTEGER_MAX):
@@ -266,34 +282,39 @@ def _number(reader: _Reader, value: Json, place: str, depth: int) -> int | float
     return value
 
 
-def _positive(reader: _Reader, value: Json, place: str, depth: int) -> int | float:
-    if _number(reader, value, place, depth) <= 0:
+def _positive(value: Json, place: str) -> int | float:
+    if _number(value, place) <= 0:
         raise invalid(f"schema at {place}: expected a number above 0, got {_shown(value)}")
     number: int | float = value
     return number
 
 
-def _names(reader: _Reader, value: Json, place: str, depth: int) -> list[str]:
+def _names(value: Json, place: str) -> list[str]:
     if not isinstance(value, list):
         raise invalid(f"schema at {place}: expected a list of names, got {_kind(value)}")
     return [_text(name, _step(place, at)) for at, name in enumerate(value)]
 
 
-def _pattern(reader: _Reader, value: Json, place: str, depth: int) -> str:
+def _pattern(value: Json, place: str) -> str:
     return portable_pattern(_text(value, place))
 
 
-def _format(reader: _Reader, value: Json, place: str, depth: int) -> str:
-    return _text(value, place)
+def _reference(value: Json, place: str) -> str:
+    if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
+        raise invalid(
+            f"schema at {place}: only references within the schema are supported, such as "
+            f"'#/$defs/name', not {_shown(value)}"
+        )
+    return value
 
 
-def _constants(reader: _Reader, value: Json, place: str, depth: int) -> list[Json]:
+def _constants(value: Json, place: str) -> list[Json]:
     if not isinstance(value, list) or not value:
         raise invalid(f"schema at {place}: expected a list of values that is not empty")
-    return [_constant(reader, each, _step(place, at), depth) for at, each in enumerate(value)]
+    return [_constant(each, _step(place, at)) for at, each in enumerate(value)]
 
 
-def _constant(reader: _Reader, value: Json, place: str, depth: int) -> Json:
+def _constant(value: Json, place: str, depth: int = 0) -> Json:
     if depth > SCHEMA_DEPTH_MAX:
         raise invalid(f"schema at {place}: more than {SCHEMA_DEPTH_MAX} levels deep")
     if isinstance(value, str):
@@ -302,46 +323,49 @@ def _constant(reader: _Reader, value: Json, place: str, depth: int) -> Json:
             raise invalid(f"schema at {place}: the character U+{ord(beyond):04X} is not supported")
     elif isinstance(value, Mapping):
         for key, each in value.items():
-            _constant(reader, each, _step(place, key), depth + 1)
+            _constant(each, _step(place, key), depth + 1)
     elif isinstance(value, list):
         for at, each in enumerate(value):
-            _constant(reader, each, _step(place, at), depth + 1)
+            _constant(each, _step(place, at), depth + 1)
     elif value is not None and not isinstance(value, bool):
-        _number(reader, value, place, depth)
+        _number(value, place)
     return value
 
 
-_KEYWORDS: dict[str, _Read] = {
-    "type": _types,
-    "enum": _constants,
-    "const": _constant,
+_NESTED: dict[str, Callable[[_Reader, Json, str, int], Json]] = {
     "anyOf": _Reader.schemas,
     "oneOf": _Reader.schemas,
     "allOf": _Reader.schemas,
-    "$ref": _Reader.reference,
     "$defs": _Reader.named,
     "definitions": _Reader.named,
     "properties": _Reader.named,
     "patternProperties": _Reader.by_pattern,
     "additionalProperties": _Reader.schema,
+    "items": _Reader.items,
+    "prefixItems": _Reader.schemas,
+}
+"""Keywords that hold schemas."""
+_LEAVES: dict[str, Callable[[Json, str], Json]] = {
+    "type": _types,
+    "enum": _constants,
+    "const": _constant,
+    "$ref": _reference,
     "required": _names,
     "minProperties": _count,
     "maxProperties": _count,
-    "items": _Reader.items,
-    "prefixItems": _Reader.schemas,
     "minItems": _count,
     "maxItems": _count,
     "minLength": _count,
     "maxLength": _count,
     "pattern": _pattern,
-    "format": _format,
+    "format": _text,
     "minimum": _number,
     "maximum": _number,
     "exclusiveMinimum": _number,
     "exclusiveMaximum": _number,
     "multipleOf": _positive,
 }
-"""What is enforced, and how its argument is checked."""
+"""All other keywords that are enforced."""
 
 
 def _check_finite(root: Schema, places: Mapping[str, Schema]) -> None:

@@ -58,8 +58,8 @@ async def error_of(g: Running, body: object, path: str = CHAT) -> tuple[int, dic
         (chat(temperature=2.5), "temperature", "invalid_value"),
         (chat(metadata={"a": 1}), "metadata.a", "invalid_value"),
         (chat(tools=[{"type": "function"}]), "tools", "unsupported_parameter"),
-        (chat(response_format={"type": "json_object"}), "response_format", "unsupported_parameter"),
-        (chat(logprobs=True), "logprobs", "unsupported_parameter"),
+        (chat(best_of=2), "best_of", "unsupported_parameter"),
+        (chat(length_penalty=1.5), "length_penalty", "unsupported_parameter"),
         (chat(model="other"), "model", "model_not_found"),
         (chat(max_tokens=1_999), "max_tokens", "context_length_exceeded"),
         (
@@ -82,10 +82,12 @@ async def test_neutral_values_of_unsupported_options_are_accepted() -> None:
     """Clients send defaults; only what would change the output is refused."""
     neutral = chat(
         tools=[], tool_choice="none", response_format={"type": "text"}, logprobs=False,
-        top_logprobs=0, presence_penalty=0, frequency_penalty=0.0, logit_bias={},
+        top_logprobs=0, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, best_of=1,
+        use_beam_search=False, length_penalty=1, skip_special_tokens=True, echo=False,
         modalities=["text"], audio=None,
         n=1, stop=[], seed=None, user="u", metadata={}, store=True, parallel_tool_calls=True,
         stream=False, service_tier="auto", prompt_cache_key="k", something_new={"a": 1},
+        format="json", sampling=5, stops=[1], asked_tokens=0, alternatives="x",
     )  # fmt: skip
     async with running_gateway() as g:
         status, answer = await g.post(CHAT, neutral)
@@ -196,14 +198,6 @@ async def test_too_many_choices_and_prompts_are_named() -> None:
         assert (await error_of(g, body, "/v1/completions"))[1]["code"] == "too_many_prompts"
         body = {"model": MODEL, "prompt": ["a"] * 3, "n": 2}
         assert (await error_of(g, body, "/v1/completions"))[1]["code"] == "too_many_choices"
-
-
-async def test_extensions_reach_sampling() -> None:
-    async with running_gateway() as g:
-        await g.post(CHAT, chat(top_k=7, ignore_eos=True, stop_token_ids=[5], temperature=0))
-        sampling = g.fleet.jobs[0].sampling
-        assert (sampling.top_k, sampling.ignore_eos, sampling.stop_token_ids) == (7, True, (5,))
-        assert sampling.temperature == 0.0
 
 
 async def test_operators_see_state_and_figures() -> None:

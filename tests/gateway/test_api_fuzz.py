@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -36,7 +37,9 @@ BAD_COMMON: dict[str, list[Any]] = {
     "stream": ["yes", 1, [], {}],
     "temperature": [-0.1, 2.1, "1", [], {}, True, 10**400],
     "top_p": [0, -1, 1.01, "0.5", [1], True],
-    "top_k": [-1, 1.5, "3", [], 2**40],
+    "top_k": [-2, 1.5, "3", [], 2**40],
+    "min_p": [-0.1, 1.1, "x", True, []],
+    "typical_p": [0, -1, 1.1, "x", {}],
     "seed": [2**63, -(2**63) - 1, 1.5, "7", [], False],
     "service_tier": ["gold", 5, "", []],
     "metadata": [
@@ -45,23 +48,45 @@ BAD_COMMON: dict[str, list[Any]] = {
     "user": [5, [], "x" * 513],
     "store": ["x", 0],
     "ignore_eos": ["x", 1],
-    "stop_token_ids": ["x", [-1], [2**32], [1.5], list(range(65))],
+    "stop_token_ids": ["x", [-1], [2**32], [1.5], list(range(65)), [9_999]],
+    "stop": ["", [""], ["a"] * 5, "x" * 257, [1], {}, 5],
+    "include_stop_str_in_output": ["x", 1, []],
+    "min_tokens": [-1, 1.5, "x", 10**6, True],
+    "bad_words": ["x", [""], [5], ["a"] * 129, {}],
+    "repetition_penalty": [0, -1, 2.1, "x", True],
     "tools": [[{"type": "function"}], "x", {}],
     "tool_choice": ["required", {"type": "function"}],
     "top_logprobs": [1, "x", -1],
-    "presence_penalty": [0.5, "x", True, -2],
-    "frequency_penalty": [1, [], {}],
-    "logit_bias": [{"5": 1}, [], "x"],
-    "min_p": [0.1],
+    "presence_penalty": [2.5, "x", True, -2.5],
+    "frequency_penalty": [3, [], {}],
+    "logit_bias": [{"5": 101}, {"x": 1}, {"9999": 1}, {"5": "x"}, {"-1": 1}, {"05": 1}, [], "x"],
     "background": [True, "x"],
+    "regex": [5, [], "[", "a" * 100_000],
+    "choice": [[], [""], "x", [5], {}, ["a", "a"]],
+    "grammar": [5, [], "", "start: nothing", "x" * 300_000],
+    "guided_json": [5, [], "x", "[]", {"type": 5}, {"type": "wizard"}],
+    "guided_regex": [5, "("],
+    "guided_choice": [[], "x", {"a": 1}],
+    "guided_grammar": [5, "start: ("],
+    "structured_outputs": [
+        5, [], "x", {"json": 5}, {"regex": 5}, {"choice": []}, {"regex": "a", "choice": ["a"]},
+        {"json_object": "x"}, {"structural_tag": "x"}, {"whitespace_pattern": " "}, {"regex": "["},
+    ],
+    "use_beam_search": [True],
+    "length_penalty": [2],
 }  # fmt: skip
 BAD_CHOICES: dict[str, list[Any]] = {
     "n": [0, -1, 9, 1.5, "2", True, 10**30],
-    "stop": ["", [""], ["a"] * 5, "x" * 257, [1], {}, 5],
     "max_tokens": [0, -1, "5", 1.5, 10**9, 2**31, [], True],
     "stream_options": [5, [], {"include_usage": "x"}],
-    "response_format": [{"type": "json_object"}, "x", {"type": "json_schema"}],
-}
+    "prompt_logprobs": [-1, 21, "x", True, 1.5],
+    "response_format": [
+        "x", 5, {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "structural_tag"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": {}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}},
+    ],
+}  # fmt: skip
 BAD_ITEMS: list[Any] = [
     5, {}, True, [], [1], ["x"], [None], [{}], [{"role": "user"}], [{"content": "x"}],
     [{"role": "wizard", "content": "x"}], [{"role": "user", "content": 5}],
@@ -74,7 +99,9 @@ BAD: dict[str, dict[str, list[Any]]] = {
     "/v1/chat/completions": BAD_COMMON | BAD_CHOICES | {
         "messages": [None, "Hi", *BAD_ITEMS],
         "max_completion_tokens": [0, "x", 10**9],
-        "logprobs": [True, 3],
+        "logprobs": [1, 3, "x", []],
+        "best_of": [2],
+        "echo": [True],
         "modalities": [["audio"], "x"],
         "audio": [{}],
         "functions": [[{"name": "f"}]],
@@ -85,10 +112,10 @@ BAD: dict[str, dict[str, list[Any]]] = {
             None, 5, {}, [], [[]], [1, "x"], [-1], [2**32], [10**9], [1.5], ["x", [1]], [[1], "x"],
             ["x"] * 17,
         ],
-        "best_of": [2, "x"],
-        "echo": [True, 1],
+        "best_of": [0, 21, "x", 1.5, True],
+        "echo": [1, "x"],
         "suffix": ["x", 1],
-        "logprobs": [0, 3],
+        "logprobs": [-1, 21, "x", True, 1.5],
     },
     "/v1/responses": BAD_COMMON | {
         "input": [None, *BAD_ITEMS, [{"type": "function_call_output", "call_id": "x"}]],
@@ -97,9 +124,14 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "previous_response_id": ["resp_1", 5],
         "conversation": ["c", {}],
         "truncation": ["auto"],
-        "text": [{"format": {"type": "json_object"}}, {"verbosity": "low"}, 5],
+        "text": [
+            {"verbosity": "low"}, 5, {"format": {"type": "json_schema"}}, {"format": 5},
+            {"format": {"type": "json_schema", "name": "x", "schema": {"type": "wizard"}}},
+        ],
         "reasoning": [{"effort": "high"}, "x"],
-        "include": [["message.output_text.logprobs"], "x"],
+        "include": ["x", [5], ["x"] * 33],
+        "n": [2],
+        "response_format": [{"type": "json_object"}],
     },
 }  # fmt: skip
 
@@ -110,6 +142,27 @@ JSON = st.recursive(
     ),
     max_leaves=12,
 )
+
+
+NEARLY = st.recursive(
+    st.sampled_from(
+        [None, True, False, -1, 0, 0.5, 1, 2, 5, 20, 300, "a", "x", "5", "[a-z]+", "start: /a/",
+         "object", "string", "text", "json_object", "json_schema", "message.output_text.logprobs"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "format", "json_schema", "name", "schema", "strict", "properties", "x",
+                 "json", "regex", "choice", "grammar", "json_object", "items", "enum", "5", "300"]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)  # fmt: skip
+"""Values made of what the fields hold when they are right."""
 
 
 @st.composite
@@ -172,6 +225,14 @@ def check_refused(status: int, answer: dict[str, Any], what: object) -> None:
     assert answer["error"]["code"], answer
 
 
+def check_names(answer: dict[str, Any], fields: set[str], what: object) -> None:
+    """The error names one of `fields`, unless what is wrong is no field at all."""
+    error = answer["error"]
+    if error["code"] != "invalid_json":
+        assert error["param"], (what, answer)
+        assert re.split(r"[.\[]", error["param"])[0] in fields, (what, answer)
+
+
 class Bystander:
     """A stream that runs beside the attacks, one token an attack."""
 
@@ -224,7 +285,10 @@ def test_malformed_requests_are_refused_and_disturb_nobody() -> None:
         @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
         def attack_with(case: tuple[str, bytes]) -> None:
             bystander.let_one_through()
-            check_refused(*runner.run(attack(g, *case, "application/json")), case)
+            status, answer = runner.run(attack(g, *case, "application/json"))
+            check_refused(status, answer, case)
+            if answer["error"]["code"] == "invalid_value":
+                check_names(answer, set(json.loads(case[1])), case)
 
         @given(PATHS, st.sampled_from(["text/plain", "multipart/form-data", "x", "image/png"]))
         @settings(max_examples=20, deadline=None)
@@ -252,8 +316,10 @@ def test_any_value_in_any_field_is_answered_without_a_bug() -> None:
         g = runner.run(stack.enter_async_context(running_gateway()))
         fields = sorted({field for bad in BAD.values() for field in bad} | {"extra", "messages"})
 
-        @given(PATHS, st.dictionaries(st.sampled_from(fields), JSON, max_size=3), JSON)
-        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+        changed = st.dictionaries(st.sampled_from(fields), JSON | NEARLY | NEARLY, max_size=3)
+
+        @given(PATHS, changed, JSON)
+        @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
         def attack_with(path: str, changes: dict[str, Any], content: Any) -> None:
             body = VALID[path] | changes
             if path.endswith("chat/completions"):
@@ -263,6 +329,7 @@ def test_any_value_in_any_field_is_answered_without_a_bug() -> None:
             status, answer = runner.run(attack(g, path, text, "application/json"))
             if status != 200:
                 check_refused(status, answer, body)
+                check_names(answer, {*changes, "messages"}, body)
             assert not _has_non_finite(body) or status == 400
 
         attack_with()

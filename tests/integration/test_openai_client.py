@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any, Literal
+
 import openai
 import pytest
+from pydantic import BaseModel
 
 from support.stack import Stack
 
@@ -57,6 +61,177 @@ async def test_several_choices_differ_by_seed_and_repeat_by_seed(
     first = await ask()
     assert len(set(first)) == 3
     assert await ask() == first
+
+
+async def test_chat_with_logprobs(client: openai.AsyncOpenAI) -> None:
+    """Greedy: each token is the most probable one; the tokens' bytes are the text."""
+    options: dict[str, Any] = {
+        "model": "smollm2", "messages": QUESTION, "temperature": 0,
+        "logprobs": True, "top_logprobs": 3,
+    }  # fmt: skip
+    answer = await client.chat.completions.create(**options)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    entries = logprobs.content or []
+    assert b"".join(bytes(entry.bytes or []) for entry in entries).decode() == ANSWER
+    for entry in entries:
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (top.logprob for top in entry.top_logprobs), reverse=True
+        )
+        assert (entry.token, entry.logprob) == (
+            entry.top_logprobs[0].token,
+            entry.top_logprobs[0].logprob,
+        )
+        assert entry.logprob <= 0
+    streamed = []
+    async for chunk in await client.chat.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            streamed += (choice.logprobs.content or []) if choice.logprobs else []
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+    assert [entry.logprob for entry in streamed] == pytest.approx(
+        [entry.logprob for entry in entries], abs=1e-3
+    )
+
+
+async def test_echo_scores_a_text_as_it_was_scored_when_it_was_said(
+    client: openai.AsyncOpenAI,
+) -> None:
+    """What evaluation harnesses ask for; the logprobs of saying and of reading agree."""
+    prompt = "The capital of Italy is"
+    said = await client.completions.create(
+        model="smollm2", prompt=prompt, max_tokens=8, temperature=0, logprobs=1
+    )
+    said_logprobs = said.choices[0].logprobs
+    assert said_logprobs is not None
+    assert said_logprobs.token_logprobs is not None
+    for asked in (0, 1):
+        read = await client.completions.create(
+            model="smollm2", prompt=prompt + said.choices[0].text, max_tokens=asked, echo=True,
+            temperature=0, logprobs=1,
+        )  # fmt: skip
+        assert read.choices[0].text.startswith(prompt + said.choices[0].text)
+        assert read.usage is not None
+        assert read.usage.completion_tokens == asked
+        logprobs = read.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.token_logprobs[0] is None
+        scored = logprobs.token_logprobs[: len(logprobs.token_logprobs) - asked]
+        assert scored[-8:] == pytest.approx(said_logprobs.token_logprobs, abs=1e-3)
+
+
+async def test_the_best_of_several(client: openai.AsyncOpenAI) -> None:
+    """`best_of` tells the one whose mean logprob is the highest among the same seeds' choices."""
+    options: dict[str, Any] = {
+        "model": "smollm2", "prompt": "My favourite animal is", "seed": 5, "temperature": 1.0,
+        "max_tokens": 8,
+    }  # fmt: skip
+    every = await client.completions.create(**options, n=3, logprobs=0)
+    means = {}
+    for choice in every.choices:
+        assert choice.logprobs is not None
+        values = choice.logprobs.token_logprobs or []
+        means[choice.text] = sum(values) / len(values)
+    best = await client.completions.create(**options, best_of=3)
+    assert best.choices[0].text == max(means, key=lambda text: means[text])
+    assert best.usage is not None
+    assert every.usage is not None
+    assert best.usage.completion_tokens == every.usage.completion_tokens
+
+
+async def test_biases_and_bad_words_change_what_is_said(client: openai.AsyncOpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "smollm2", "prompt": "The capital of France is", "temperature": 0, "max_tokens": 4,
+    }  # fmt: skip
+    plain = await client.completions.create(**options)
+    assert "Paris" in plain.choices[0].text
+    banned = await client.completions.create(**options, extra_body={"bad_words": ["Paris"]})
+    assert "Paris" not in banned.choices[0].text
+    forced = await client.completions.create(**options, logit_bias={"500": 100}, logprobs=0)
+    assert forced.choices[0].logprobs is not None
+    [said] = set(forced.choices[0].logprobs.tokens or [])
+    assert forced.choices[0].text == said * 4
+
+
+class Capital(BaseModel):
+    city: Literal["Paris", "Rome", "Berlin"]
+    country: Literal["France", "Italy", "Germany"]
+    old: bool
+
+
+async def test_the_parse_helpers_of_chat(client: openai.AsyncOpenAI) -> None:
+    """`chat.completions.parse` and its streaming variant, unmodified, with a pydantic model."""
+    options: dict[str, Any] = {
+        "model": "smollm2", "messages": QUESTION, "temperature": 0, "response_format": Capital,
+    }  # fmt: skip
+    parsed = await client.chat.completions.parse(**options)
+    assert isinstance(parsed.choices[0].message.parsed, Capital)
+    assert parsed.choices[0].finish_reason == "stop"
+    async with client.chat.completions.stream(**options) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+
+
+async def test_the_parse_helpers_of_responses(client: openai.AsyncOpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "smollm2", "input": QUESTION[0]["content"], "temperature": 0,
+        "text_format": Capital,
+    }  # fmt: skip
+    parsed = await client.responses.parse(**options)
+    assert isinstance(parsed.output_parsed, Capital)
+    async with client.responses.stream(**options) as stream:
+        final = await stream.get_final_response()
+    assert final.output_parsed == parsed.output_parsed
+
+
+@pytest.mark.parametrize(
+    ("form", "fits"),
+    [
+        ({"choice": ["yes, often", "no"]}, lambda text: text in ("yes, often", "no")),
+        ({"regex": "[0-9]{4}-[0-9]{2}"}, lambda text: len(text) == 7 and text[4] == "-"),
+        ({"grammar": 'start: "<" /[a-z]{3}/ ">"'}, lambda text: text[0] + text[4:] == "<>"),
+        (
+            {"structured_outputs": {"json": Capital.model_json_schema()}},
+            Capital.model_validate_json,
+        ),
+    ],
+)
+async def test_other_forms(client: openai.AsyncOpenAI, form: dict[str, Any], fits: Any) -> None:
+    """The open servers' fields, sampled at a temperature where anything else would come."""
+    for seed in (1, 2):
+        answer = await client.chat.completions.create(
+            model="smollm2", messages=QUESTION, temperature=2, seed=seed, extra_body=form
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert fits(answer.choices[0].message.content)
+
+
+async def test_an_object_that_is_cut_says_length(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.LengthFinishReasonError) as caught:
+        await client.chat.completions.parse(
+            model="smollm2", messages=QUESTION, temperature=0, max_tokens=4,
+            response_format=Capital,
+        )  # fmt: skip
+    text = caught.value.completion.choices[0].message.content
+    assert text is not None
+    assert text.startswith("{")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+
+
+async def test_a_hopeless_schema_fails_its_own_request(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(
+            model="smollm2", messages=QUESTION,
+            response_format={
+                "type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}},
+            },
+        )  # fmt: skip
+    assert caught.value.param == "response_format"
+    answer = await client.chat.completions.create(
+        model="smollm2", messages=QUESTION, temperature=0, max_tokens=40
+    )
+    assert answer.choices[0].message.content == ANSWER
 
 
 async def test_completions(client: openai.AsyncOpenAI) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import aiohttp
@@ -20,7 +20,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from headrace.clock import Clock, SystemClock
 from headrace.errors import HeadraceError, NotFoundError
-from headrace.types import Finish, FinishReason, Job, ModelRecord
+from headrace.types import (
+    NO_LOGPROBS,
+    Finish,
+    FinishReason,
+    Job,
+    ModelRecord,
+    Sampling,
+    TokenLogprobs,
+)
 from headrace_gateway.api.context import GATEWAY, Gateway
 from headrace_gateway.app import make_app, make_runner
 from headrace_gateway.generation import Chunk
@@ -103,6 +111,37 @@ def say(
     ]
 
 
+def logprobs_of(token: int, top: int) -> TokenLogprobs:
+    """What the scripted engine reports of `token`: always the second most probable one."""
+    own, vocab = -1 - token / 1_000, tiny_tokenizer().get_vocab_size()
+    others = [((token + 1) % vocab, -0.5), (token, own)]
+    others += [((token + 1 + at) % vocab, own - at) for at in range(1, top)]
+    return TokenLogprobs(own, tuple(others[:top]))
+
+
+def scored(job: Job, steps: Sequence[Step]) -> list[Step]:
+    """`steps` with the logprobs that `job` asks for, as an engine adds them.
+
+    A job of no output tokens ends at once, whatever `steps` say.
+    """
+    sampling: Sampling = job.sampling
+    if sampling.max_tokens == 0:
+        steps = [Chunk((), Finish(FinishReason.LENGTH))]
+    made = list(steps)
+    if sampling.logprobs != NO_LOGPROBS:
+        made = [
+            replace(s, logprobs=tuple(logprobs_of(t, sampling.logprobs) for t in s.tokens))
+            if isinstance(s, Chunk)
+            else s
+            for s in made
+        ]
+    if sampling.prompt_logprobs != NO_LOGPROBS:
+        found = tuple(logprobs_of(t, sampling.prompt_logprobs) for t in job.prompt[1:])
+        at, first = next((at, s) for at, s in enumerate(made) if isinstance(s, Chunk))
+        made[at] = replace(first, prompt_logprobs=found)
+    return made
+
+
 @dataclass
 class ScriptedGeneration:
     job: Job
@@ -132,7 +171,10 @@ class ScriptedGeneration:
 
 
 class ScriptedFleet:
-    """Plays `script` for each job; `refusal` is raised instead of accepting."""
+    """Plays `script` for each job, with logprobs for those that ask for them.
+
+    `refusal` is raised instead of accepting.
+    """
 
     def __init__(self, *records: ModelRecord, script: Script | None = None) -> None:
         self.gateway_id = "gw-test"
@@ -166,7 +208,7 @@ class ScriptedFleet:
         if self.refusal is not None:
             raise self.refusal
         assert job.id not in {known.id for known in self.jobs}, "job ids are unique for ever"
-        generation = ScriptedGeneration(job, list(self.script(job)), self)
+        generation = ScriptedGeneration(job, scored(job, self.script(job)), self)
         self.generations.append(generation)
         self.spans.append(span)
         self.live.add(job.id)

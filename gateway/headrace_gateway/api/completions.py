@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 from aiohttp import web
 
 from headrace.errors import CallerError
-from headrace.types import FinishReason, pack_tokens
+from headrace.types import TokenLogprobs, pack_tokens
 from headrace_gateway.api.context import GATEWAY
+from headrace_gateway.api.logprobs import completion_logprobs, prompt_entries, text_offsets
 from headrace_gateway.api.requests import make_call, read_object
-from headrace_gateway.api.schemas import (
-    NEUTRAL_COMPLETION,
-    CompletionRequest,
-    refuse_unsupported,
-    validate,
-)
+from headrace_gateway.api.schemas import CompletionRequest, parse_completion
 from headrace_gateway.api.text_replies import Json, TextReply, reply_to
-from headrace_gateway.api.turn import Turn, Wish
-
-COMPLETION_TOKENS = 16
-"""OpenAI's default `max_tokens` of the completions endpoint; chat defaults to what fits."""
+from headrace_gateway.api.turn import Turn
+from headrace_gateway.api.wishes import make_wish
+from headrace_gateway.choices import Piece
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -31,23 +25,11 @@ async def completions(request: web.Request) -> web.StreamResponse:
     async with Turn(request.app[GATEWAY], call, "cmpl-") as turn:
         parsed = parse_completion(await read_object(request))
         turn.begin(parsed)
-        wish = Wish(
-            await _encode_prompts(turn, parsed),
-            parsed.n or 1,
-            parsed.stops,
-            parsed.max_tokens,
-            prompt_param="prompt",
-            default_tokens=COMPLETION_TOKENS,
-        )
-        await turn.submit(parsed, wish)
-        reply = CompletionReply(turn, with_usage=parsed.wants_usage)
-        return await reply_to(request, turn, parsed, reply)
-
-
-def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
-    """`body` as a CompletionRequest. Raises CallerError naming the field."""
-    refuse_unsupported(body, NEUTRAL_COMPLETION)
-    return validate(CompletionRequest, body)
+        prompts = await _encode_prompts(turn, parsed)
+        # OpenAI tells the end's logprobs here, and evaluation harnesses count on a token for each
+        wish = await make_wish(turn.gateway, turn.record, parsed, prompts, score_end=True)
+        await turn.submit(wish)
+        return await reply_to(request, turn, parsed, CompletionReply(turn, parsed))
 
 
 async def _encode_prompts(turn: Turn, parsed: CompletionRequest) -> list[array[int]]:
@@ -65,10 +47,88 @@ async def _encode_prompts(turn: Turn, parsed: CompletionRequest) -> list[array[i
 
 
 class CompletionReply(TextReply):
+    """`echo` puts the prompt before each choice's text and before its logprobs."""
+
     object_name = "text_completion"
     chunk_name = "text_completion"
 
-    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    def __init__(self, turn: Turn, parsed: CompletionRequest) -> None:
+        super().__init__(turn, with_usage=parsed.wants_usage)
+        self._parsed = parsed
+        self._jobs_a_prompt, _ = parsed.jobs_a_prompt
+        self._echoes = [self._echo(at) for at in range(len(turn.prompts))] if parsed.echo else []
+        self._begun: set[int] = set()
 
-    chunk_choice = whole_choice
+    def whole(self, pieces: list[Piece]) -> Json:
+        if self._parsed.chooses:
+            pieces = self._best(pieces)
+        made = super().whole(pieces)
+        for index, choice in enumerate(made["choices"]):
+            choice["index"] = index
+        return made
+
+    def whole_choice(self, piece: Piece) -> Json:
+        made = self._choice(piece, first=True)
+        if self._parsed.prompt_logprobs is not None:
+            turn = self._turn
+            made["prompt_logprobs"] = prompt_entries(
+                turn.tokenizer,
+                turn.prompts[piece.index // self._jobs_a_prompt],
+                turn.choices[piece.index].prompt_logprobs,
+                self._parsed.prompt_logprobs,
+            )
+        return made
+
+    def chunks(self, piece: Piece) -> list[Json]:
+        if self._echoes and piece.index not in self._begun:
+            self._begun.add(piece.index)
+            empty = replace(piece, text="", logprobs=(), finish=None)
+            return [self._chunk([self._choice(empty, first=True)]), *super().chunks(piece)]
+        return super().chunks(piece)
+
+    def chunk_choice(self, piece: Piece) -> Json:
+        return self._choice(piece, first=False)
+
+    def _choice(self, piece: Piece, *, first: bool) -> Json:
+        """A choice or a part of one; the `first` begins with the prompt where that is echoed."""
+        echo = self._echoes[piece.index // self._jobs_a_prompt] if self._echoes else ""
+        return {
+            "index": piece.index,
+            "text": echo + piece.text if first else piece.text,
+            "logprobs": self._logprobs(piece, echo, first=first),
+            "finish_reason": piece.finish,
+        }
+
+    def _logprobs(self, piece: Piece, echo: str, *, first: bool) -> Json | None:
+        if self._parsed.logprobs is None or (piece.finish and not first):
+            return None
+        prompt = self._scored_prompt(piece.index, echo) if first and self._echoes else []
+        return completion_logprobs(self._turn.tokenizer, prompt, piece.logprobs, len(echo))
+
+    def _scored_prompt(self, index: int, echo: str) -> list[tuple[int, int, TokenLogprobs | None]]:
+        turn = self._turn
+        prompt = turn.prompts[index // self._jobs_a_prompt]
+        offsets = text_offsets(turn.tokenizer, echo, prompt)
+        # a larger `prompt_logprobs` beside them may have brought more than were asked for here
+        found = [
+            replace(each, top=each.top[: self._parsed.logprobs])
+            for each in turn.choices[index].prompt_logprobs
+        ]
+        return list(zip(prompt, offsets, (None, *found), strict=True))
+
+    def _echo(self, at: int) -> str:
+        prompt = self._parsed.prompts[at]
+        if isinstance(prompt, str):
+            return prompt
+        return self._turn.tokenizer.decode(prompt)
+
+    def _best(self, pieces: list[Piece]) -> list[Piece]:
+        """The `n` most probable of each prompt's choices, by the mean over their tokens."""
+        best: list[Piece] = []
+        for at in range(0, len(pieces), self._jobs_a_prompt):
+            ranked = sorted(
+                pieces[at : at + self._jobs_a_prompt],
+                key=lambda piece: -self._turn.choices[piece.index].mean_logprob,
+            )
+            best += ranked[: self._parsed.n or 1]
+        return best

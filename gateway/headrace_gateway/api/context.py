@@ -17,6 +17,7 @@ from headrace.clock import Clock
 from headrace.errors import DependencyError
 from headrace.types import Job, ModelRecord
 from headrace_gateway.generation import Chunk
+from headrace_gateway.grammar_check import GrammarChecker
 from headrace_gateway.metrics import GatewayMetrics
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.templates import ChatTemplates
@@ -82,6 +83,7 @@ class Gateway:
         self.clock = clock
         self.tokenizers = Tokenizers()
         self.templates = ChatTemplates(clock)
+        self.grammars = GrammarChecker()
         self.metrics = GatewayMetrics(self.counts)
         self.turns: set[Turn] = set()
         self.sockets: set[web.WebSocketResponse] = set()

@@ -13,9 +13,11 @@ from typing import Any
 
 from headrace.errors import HeadraceError
 from headrace.types import FinishReason
+from headrace_gateway.api.logprobs import token_entries
 from headrace_gateway.api.response_schemas import ResponseRequest
 from headrace_gateway.api.turn import Usage
 from headrace_gateway.choices import Piece
+from headrace_gateway.tokens import ModelTokenizer
 
 Json = dict[str, Any]
 
@@ -44,11 +46,13 @@ def usage_json(usage: Usage) -> Json:
 class ResponseEvents:
     """Builds one response: `opening`, then `piece` after `piece`, then one of the endings."""
 
-    def __init__(self, facts: ResponseFacts) -> None:
+    def __init__(self, facts: ResponseFacts, tokenizer: ModelTokenizer) -> None:
         self._facts = facts
+        self._tokenizer = tokenizer
         self._item_id = f"msg_{facts.id.partition('_')[2]}"
         self._sequence = 0
         self._text: list[str] = []
+        self._logprobs: list[Json] = []
         self._item_open = False
 
     def opening(self) -> list[Json]:
@@ -64,17 +68,23 @@ class ResponseEvents:
         events: list[Json] = []
         if piece.tokens or piece.text:
             events += self._open_item()
-        if piece.text:
-            self._text.append(piece.text)
+        if piece.text or piece.logprobs:
             events += self._number(
                 {
                     "type": "response.output_text.delta",
                     **self._at_part(),
                     "delta": piece.text,
-                    "logprobs": [],
+                    "logprobs": self._keep(piece),
                 }
             )
         return events
+
+    def _keep(self, piece: Piece) -> list[Json]:
+        """Adds `piece` to the text so far; its logprobs as they are told."""
+        self._text.append(piece.text)
+        entries = token_entries(self._tokenizer, piece.logprobs)
+        self._logprobs += entries
+        return entries
 
     def finished(self, finish: FinishReason | None, usage: Usage, now_s: int) -> list[Json]:
         """The end of a generation that came to one: STOP is completed, LENGTH incomplete."""
@@ -98,10 +108,10 @@ class ResponseEvents:
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         return self._end("failed", "failed", usage, error={"code": code, "message": error.message})
 
-    def whole(self, text: str, finish: FinishReason | None, usage: Usage, now_s: int) -> Json:
-        """The response object of an answer that is not streamed."""
-        self._text = [text]
-        last: Json = self.finished(finish, usage, now_s)[-1]["response"]
+    def whole(self, piece: Piece, usage: Usage, now_s: int) -> Json:
+        """The response object of an answer that is not streamed; `piece` is all of it."""
+        self._keep(piece)
+        last: Json = self.finished(piece.finish, usage, now_s)[-1]["response"]
         return last
 
     def _end(self, event: str, status: str, usage: Usage, **fields: Any) -> list[Json]:
@@ -115,7 +125,7 @@ class ResponseEvents:
                     "type": "response.output_text.done",
                     **self._at_part(),
                     "text": "".join(self._text),
-                    "logprobs": [],
+                    "logprobs": self._logprobs,
                 },
                 {"type": "response.content_part.done", **self._at_part(), "part": self._part()},
                 {"type": "response.output_item.done", "output_index": 0, "item": item},
@@ -151,8 +161,12 @@ class ResponseEvents:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
 
     def _part(self) -> Json:
-        text = "".join(self._text)
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {
+            "type": "output_text",
+            "text": "".join(self._text),
+            "annotations": [],
+            "logprobs": list(self._logprobs),
+        }
 
     def _item(self, status: str, content: Iterable[Json]) -> Json:
         return {
@@ -188,12 +202,16 @@ class ResponseEvents:
             "service_tier": facts.service_tier,
             "store": False,  # whatever was asked: responses are not kept yet, and clients read this
             "temperature": 1.0 if request.temperature is None else request.temperature,
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "text": {"format": self._format(), "verbosity": "medium"},
             "tool_choice": "auto",
             "tools": [],
-            "top_logprobs": 0,
+            "top_logprobs": request.top_logprobs or 0,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "usage": None,
             "user": request.user,
         }
+
+    def _format(self) -> Json:
+        text = self._facts.request.text
+        return text.format.told() if text and text.format else {"type": "text"}

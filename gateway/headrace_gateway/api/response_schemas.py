@@ -10,26 +10,25 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from headrace.errors import CallerError
+from headrace.types import NO_LOGPROBS
+from headrace_gateway.api.formats import Format, TextFormat
 from headrace_gateway.api.schemas import (
     MESSAGES_MAX,
-    NEUTRAL_ANY,
     PARTS_MAX,
-    STRICT,
+    Alternatives,
     Common,
     MaxTokens,
-    Neutral,
     ShortText,
     StreamOptions,
-    only,
-    refuse_unsupported,
     template_role,
-    text_format,
-    validate,
 )
+from headrace_gateway.api.unsupported import NEUTRAL_RESPONSE, refuse_unsupported
+from headrace_gateway.api.validation import STRICT, bad_value, validate
 
 CREATE = "response.create"
 CANCEL = "response.cancel"
-_LOGPROBS = "message.output_text.logprobs"
+LOGPROBS = "message.output_text.logprobs"
+INCLUDES_MAX = 32
 STREAM_ID = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 
 
@@ -58,7 +57,18 @@ class InputMessage(BaseModel):
         return {"role": template_role(self.role), "content": text}
 
 
+class TextConfig(BaseModel):
+    """`text` of a request: the form of the output."""
+
+    model_config = STRICT
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
 class ResponseRequest(Common):
+    prompt_param = "input"
+
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MESSAGES_MAX)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
@@ -66,6 +76,26 @@ class ResponseRequest(Common):
     prompt_cache_key: ShortText | None = None
     safety_identifier: ShortText | None = None
     parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    include: list[ShortText] | None = Field(None, max_length=INCLUDES_MAX)
+    top_logprobs: Alternatives | None = None
+
+    @property
+    def asked_tokens(self) -> tuple[int | None, str]:
+        return self.max_output_tokens, "max_output_tokens"
+
+    @property
+    def with_logprobs(self) -> bool:
+        # the other includables belong to tools and reasoning, of which there are none to include
+        return LOGPROBS in (self.include or ())
+
+    @property
+    def alternatives(self) -> int:
+        return (self.top_logprobs or 0) if self.with_logprobs else NO_LOGPROBS
+
+    def openai_format(self) -> Format | None:
+        wanted = None if self.text is None else self.text.format
+        return None if wanted is None else wanted.format("text.format")
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -80,46 +110,6 @@ class ResponseRequest(Common):
         return made
 
 
-def _empty_options(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(item in (None, "none") for item in value.values())
-    )
-
-
-def _plain_text(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and text_format(value.get("format"))
-        and value.get("verbosity") in (None, "medium")
-    )
-
-
-def _no_prewarm(value: Any) -> bool:
-    return not (isinstance(value, dict) and value.get("prewarm"))
-
-
-def _no_logprobs(value: Any) -> bool:
-    # the other includables belong to tools and reasoning, of which there are none to include
-    return value is None or (isinstance(value, list) and _LOGPROBS not in value)
-
-
-NEUTRAL_RESPONSE: dict[str, Neutral] = NEUTRAL_ANY | {
-    "reasoning": _empty_options,
-    "text": _plain_text,
-    "truncation": only("disabled"),
-    "conversation": only(),
-    "prompt": only(),
-    "include": _no_logprobs,
-    "context_management": only([]),
-    "prompt_cache_options": _no_prewarm,
-    "generate": only(True),
-    "n": only(1),
-    "stop": only(),
-    "max_tokens": only(),
-    "max_completion_tokens": only(),
-}
-
-
 def parse_response(body: Mapping[str, Any]) -> ResponseRequest:
     """`body` as a ResponseRequest. Raises CallerError naming the field."""
     if body.get("previous_response_id") is not None:
@@ -129,7 +119,10 @@ def parse_response(body: Mapping[str, Any]) -> ResponseRequest:
             code="previous_response_not_found",
         )
     refuse_unsupported(body, NEUTRAL_RESPONSE)
-    return validate(ResponseRequest, body)
+    parsed = validate(ResponseRequest, body)
+    if parsed.top_logprobs and not parsed.with_logprobs:
+        raise bad_value("top_logprobs", f"needs {LOGPROBS!r} in 'include'")
+    return parsed
 
 
 @dataclass(frozen=True, slots=True)

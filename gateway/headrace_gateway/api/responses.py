@@ -10,7 +10,8 @@ from headrace_gateway.api.requests import make_call, read_object
 from headrace_gateway.api.response_events import Json, ResponseEvents, ResponseFacts
 from headrace_gateway.api.response_schemas import ResponseRequest, parse_response
 from headrace_gateway.api.sse import EventStream
-from headrace_gateway.api.turn import ClientGoneError, Turn, Wish
+from headrace_gateway.api.turn import ClientGoneError, Turn
+from headrace_gateway.api.wishes import make_wish
 from headrace_gateway.choices import Piece
 
 ID_PREFIX = "resp_"
@@ -23,26 +24,17 @@ async def responses(request: web.Request) -> web.StreamResponse:
         events = await start(turn, parsed)
         if parsed.stream:
             return await _stream(request, turn, events)
-        [text] = await turn.collect()
-        return web.json_response(
-            events.whole(text, turn.choices[0].finish, turn.usage(), wall_s(turn))
-        )
+        [piece] = await turn.collect()
+        return web.json_response(events.whole(piece, turn.usage(), wall_s(turn)))
 
 
 async def start(turn: Turn, parsed: ResponseRequest) -> ResponseEvents:
     """Hand the response's one job to the fleet. Raises CallerError, OverloadError, …"""
     turn.begin(parsed)
     prompt = await turn.encode_chat(parsed.messages)
-    wish = Wish(
-        [prompt],
-        asked=parsed.max_output_tokens,
-        asked_param="max_output_tokens",
-        prompt_param="input",
-    )
-    await turn.submit(parsed, wish)
-    return ResponseEvents(
-        ResponseFacts(turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed)
-    )
+    await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt]))
+    facts = ResponseFacts(turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed)
+    return ResponseEvents(facts, turn.tokenizer)
 
 
 def finished(turn: Turn, events: ResponseEvents) -> list[Json]:

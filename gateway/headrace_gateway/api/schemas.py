@@ -1,40 +1,43 @@
-"""What a client may send, field by field, and what it is told when it sends something else.
+"""What a client may send to chat and completions, field by field.
 
-Invariant: a field that OpenAI defines and that would change the output is either honoured or,
-unless it has its neutral value, refused with `unsupported_parameter`; it is never silently ignored.
-Fields that nobody defined are let through, as OpenAI's own clients send new ones at any time.
+Invariant: whatever passes here and `unsupported.py` is honoured. Fields that the two endpoints
+share with the Responses API stand in `Common`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints
 
-from headrace.errors import CallerError
-from headrace.types import Band
+from headrace.types import LOGPROBS_MAX, NO_LOGPROBS, Band
+from headrace_gateway.api.formats import Format, FormatFields, ResponseFormat
+from headrace_gateway.api.sampling_fields import INT32_MAX, SamplingFields, TokenId
+from headrace_gateway.api.unsupported import (
+    NEUTRAL_CHAT,
+    NEUTRAL_COMPLETION,
+    refuse_tool_calls,
+    refuse_unsupported,
+)
+from headrace_gateway.api.validation import STRICT, bad_value, validate
 
 CHOICES_MAX = 8
-STOPS_MAX = 4
-STOP_CHARS_MAX = 256
-STOP_TOKENS_MAX = 64
+BEST_OF_MAX = 20
 MESSAGES_MAX = 4_096
 PARTS_MAX = 4_096
 METADATA_MAX = 16
-INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-
-STRICT = ConfigDict(extra="allow", strict=True, frozen=True)
+COMPLETION_TOKENS = 16
+"""OpenAI's default `max_tokens` of the completions endpoint; chat defaults to what fits."""
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=STOP_CHARS_MAX)]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], ShortText],
     Field(max_length=METADATA_MAX),
 ]
-MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
+MaxTokens = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Alternatives = Annotated[int, Field(ge=0, le=LOGPROBS_MAX)]
 Tier = Literal["auto", "default", "flex", "priority", "fast", "scale", "ultrafast"]
 
 _BANDS = {
@@ -56,23 +59,39 @@ def tier_of(band: Band) -> str:
     return _TIERS[band]
 
 
-class Common(BaseModel):
-    """What all three generation endpoints share."""
+class Common(SamplingFields, FormatFields):
+    """What all three generation endpoints share, and how each says what it wants generated."""
 
-    model_config = STRICT
+    prompt_param: ClassVar[str]
+    default_tokens: ClassVar[int | None] = None
+    """Output tokens where no limit is asked for; None means as many as fit."""
 
     model: ModelName
     stream: bool | None = None
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1)
-    seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
     service_tier: Tier | None = None
     user: ShortText | None = None
     metadata: Metadata | None = None
     store: bool | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=STOP_TOKENS_MAX)
+
+    @property
+    def asked_tokens(self) -> tuple[int | None, str]:
+        """The limit on the output and the field it came from."""
+        raise AssertionError("each endpoint has a field of its own")
+
+    @property
+    def jobs_a_prompt(self) -> tuple[int, str]:
+        """How many generations each prompt gets and the field that says so."""
+        return 1, "n"
+
+    @property
+    def alternatives(self) -> int:
+        """Sampling.logprobs: how many most probable tokens to report beside each output token."""
+        return NO_LOGPROBS
+
+    @property
+    def prompt_alternatives(self) -> tuple[int, str]:
+        """Sampling.prompt_logprobs, the same for the prompt's tokens, and the field it is from."""
+        return NO_LOGPROBS, "prompt_logprobs"
 
 
 class StreamOptions(BaseModel):
@@ -86,19 +105,31 @@ class Choices(Common):
     """What chat and completions share beyond that."""
 
     n: int | None = Field(None, ge=1, le=CHOICES_MAX)
-    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS_MAX)] | None = None
-    max_tokens: MaxTokens | None = None
     stream_options: StreamOptions | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    response_format: ResponseFormat | None = None
+    prompt_logprobs: Alternatives | None = None
 
     @property
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def jobs_a_prompt(self) -> tuple[int, str]:
+        return self.n or 1, "n"
+
+    @property
+    def prompt_alternatives(self) -> tuple[int, str]:
+        asked = NO_LOGPROBS if self.prompt_logprobs is None else self.prompt_logprobs
+        return asked, "prompt_logprobs"
+
+    def openai_format(self) -> Format | None:
+        wanted = self.response_format
+        return None if wanted is None else wanted.format("response_format")
+
+    def check_together(self) -> None:
+        """What no field can say alone. Raises CallerError."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise bad_value("prompt_logprobs", "not available in streams")
 
 
 class TextPart(BaseModel):
@@ -138,19 +169,36 @@ def template_role(role: str) -> str:
 
 
 class ChatRequest(Choices):
+    prompt_param = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX)]
+    max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
 
     @property
     def asked_tokens(self) -> tuple[int | None, str]:
-        """The limit on the output and the field it came from; the newer name goes first."""
+        # the newer name goes first
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens, "max_completion_tokens"
         return self.max_tokens, "max_tokens"
 
+    @property
+    def alternatives(self) -> int:
+        return (self.top_logprobs or 0) if self.logprobs else NO_LOGPROBS
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.top_logprobs and not self.logprobs:
+            raise bad_value("top_logprobs", "needs 'logprobs': true")
+
 
 class CompletionRequest(Choices):
     """`prompt`: a text, texts, token ids, or lists of token ids."""
+
+    prompt_param = "prompt"
+    default_tokens = COMPLETION_TOKENS
 
     prompt: (
         str
@@ -158,6 +206,10 @@ class CompletionRequest(Choices):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
+    max_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+    best_of: int | None = Field(None, ge=1, le=BEST_OF_MAX)
+    echo: bool | None = None
+    logprobs: Alternatives | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -167,134 +219,55 @@ class CompletionRequest(Choices):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [item for item in self.prompt if not isinstance(item, int)]
 
+    @property
+    def asked_tokens(self) -> tuple[int | None, str]:
+        return self.max_tokens, "max_tokens"
 
-Neutral = Callable[[Any], bool]
+    @property
+    def jobs_a_prompt(self) -> tuple[int, str]:
+        return super().jobs_a_prompt if self.best_of is None else (self.best_of, "best_of")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether fewer choices are told than are generated."""
+        return self.best_of is not None and self.best_of > (self.n or 1)
 
-def only(*values: Any) -> Neutral:
-    """Neutral is null or one of `values`; `False` is not taken for 0, nor 1 for True."""
-    return lambda value: (
-        value is None
-        or any(
-            value == known and isinstance(value, bool) == isinstance(known, bool)
-            for known in values
-        )
-    )
+    @property
+    def alternatives(self) -> int:
+        if self.logprobs is not None:
+            return self.logprobs
+        return 0 if self.chooses else NO_LOGPROBS
 
+    @property
+    def prompt_alternatives(self) -> tuple[int, str]:
+        asked, param = super().prompt_alternatives
+        if self.echo and self.logprobs is not None and self.logprobs > asked:
+            asked, param = self.logprobs, "logprobs"
+        # an engine that shall say nothing at all still has something to do: the prompt's logprobs
+        return (max(asked, 0) if self.max_tokens == 0 else asked), param
 
-def text_format(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and value.get("type") == "text")
-
-
-NEUTRAL_ANY: dict[str, Neutral] = {
-    "tools": only([]),
-    "tool_choice": only("none", "auto"),
-    "top_logprobs": only(0),
-    "moderation": only({}),
-    "frequency_penalty": only(0, 0.0),
-    "presence_penalty": only(0, 0.0),
-    "repetition_penalty": only(1, 1.0),
-    "length_penalty": only(1, 1.0),
-    "min_p": only(0, 0.0),
-    "min_tokens": only(0),
-    "use_beam_search": only(False),
-    "logit_bias": only({}),
-    "reasoning_effort": only("none"),
-    "verbosity": only("medium"),
-    "background": only(False),
-}
-
-NEUTRAL_CHAT: dict[str, Neutral] = NEUTRAL_ANY | {
-    "functions": only([]),
-    "function_call": only("none", "auto"),
-    "response_format": text_format,
-    "logprobs": only(False),
-    "modalities": only(["text"]),
-    "audio": only(),
-    "web_search_options": only(),
-}
-
-NEUTRAL_COMPLETION: dict[str, Neutral] = NEUTRAL_ANY | {
-    "best_of": only(1),
-    "echo": only(False),
-    "suffix": only(""),
-    "logprobs": only(),
-    "response_format": text_format,
-}
+    def check_together(self) -> None:
+        super().check_together()
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise bad_value("best_of", f"must not be less than n={self.n}")
+        if self.chooses and self.stream:
+            raise bad_value("best_of", "the best of several cannot be streamed: leave out 'stream'")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise bad_value("max_tokens", "0 needs 'echo': true or 'prompt_logprobs'")
 
 
-def refuse_unsupported(body: Mapping[str, Any], neutral: Mapping[str, Neutral]) -> None:
-    """Raises CallerError (`unsupported_parameter`) for the first field that is not neutral."""
-    for field, is_neutral in neutral.items():
-        if field in body and not is_neutral(body[field]):
-            raise CallerError(
-                f"{field!r} is not supported here with this value: leave it out",
-                param=field,
-                code="unsupported_parameter",
-            )
+def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
+    """`body` as a ChatRequest. Raises CallerError naming the field."""
+    refuse_unsupported(body, NEUTRAL_CHAT)
+    refuse_tool_calls(body)
+    parsed = validate(ChatRequest, body)
+    parsed.check_together()
+    return parsed
 
 
-def refuse_tool_calls(body: Mapping[str, Any]) -> None:
-    """Raises CallerError for an assistant message that calls tools: rendering would drop them."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return
-    for at, message in enumerate(messages):
-        for field in ("tool_calls", "function_call", "audio", "refusal"):
-            if isinstance(message, dict) and message.get(field):
-                raise CallerError(
-                    f"'{field}' in a message is not supported",
-                    param=f"messages[{at}].{field}",
-                    code="unsupported_parameter",
-                )
-
-
-R = TypeVar("R", bound=BaseModel)
-
-
-def validate(kind: type[R], body: Mapping[str, Any]) -> R:
-    """`body` as a `kind`. Raises CallerError naming the field in `param`."""
-    try:
-        return kind.model_validate(dict(body))
-    except ValidationError as error:
-        raise _field_error(error, body) from error
-
-
-def _field_error(error: ValidationError, body: Mapping[str, Any]) -> CallerError:
-    """The problem deepest in the body: with alternatives (string or list) it is what was meant."""
-    problems = [
-        (_field_path(e["loc"], body, missing=e["type"] == "missing"), e["type"], e["msg"])
-        for e in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    path, kind, _ = max(problems, key=lambda problem: len(problem[0]))
-    reasons = dict.fromkeys(message for where, _, message in problems if where == path)
-    where = _spell(path)
-    return CallerError(
-        f"{where or 'body'}: {'; or '.join(reasons)}"[:1_000],
-        param=where or None,
-        code="missing_required_parameter" if kind == "missing" else "invalid_value",
-    )
-
-
-def _field_path(
-    loc: tuple[int | str, ...], body: Mapping[str, Any], *, missing: bool
-) -> tuple[int | str, ...]:
-    """`loc` without the names of union members, which stand in no body."""
-    path: list[int | str] = []
-    here: Any = body
-    for at, part in enumerate(loc):
-        if isinstance(part, int) and isinstance(here, list) and part < len(here):
-            here = here[part]
-            path.append(part)
-        elif isinstance(part, str) and isinstance(here, dict):
-            if part in here:
-                here = here[part]
-                path.append(part)
-            elif missing and at == len(loc) - 1:
-                path.append(part)
-    return tuple(path)
-
-
-def _spell(path: tuple[int | str, ...]) -> str:
-    spelled = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return spelled.lstrip(".")[:200]
+def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
+    """`body` as a CompletionRequest. Raises CallerError naming the field."""
+    refuse_unsupported(body, NEUTRAL_COMPLETION)
+    parsed = validate(CompletionRequest, body)
+    parsed.check_together()
+    return parsed

@@ -7,11 +7,11 @@ once, here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
-from headrace.types import FinishReason
 from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.schemas import Choices
 from headrace_gateway.api.sse import EventStream
@@ -47,17 +47,16 @@ class TextReply(ABC):
         self._with_usage = with_usage
 
     @abstractmethod
-    def whole_choice(self, index: int, text: str, finish: FinishReason | None) -> Json: ...
+    def whole_choice(self, piece: Piece) -> Json:
+        """A choice, all of whose pieces are joined in `piece`."""
 
     @abstractmethod
-    def chunk_choice(self, index: int, text: str, finish: FinishReason | None) -> Json: ...
+    def chunk_choice(self, piece: Piece) -> Json:
+        """What one chunk says of a choice: text, or how it ended, never both."""
 
-    def whole(self, texts: list[str]) -> Json:
-        """The body of an answer that is not streamed."""
-        choices = [
-            self.whole_choice(choice.index, text, choice.finish)
-            for choice, text in zip(self._turn.choices, texts, strict=True)
-        ]
+    def whole(self, pieces: list[Piece]) -> Json:
+        """The body of an answer that is not streamed; `pieces` are its choices."""
+        choices = [self.whole_choice(piece) for piece in pieces]
         return self._head(self.object_name, choices) | {"usage": usage_json(self._turn.usage())}
 
     def opening(self) -> list[Json]:
@@ -67,10 +66,10 @@ class TextReply(ABC):
     def chunks(self, piece: Piece) -> list[Json]:
         """What a delivery says: its text, if there is any, and how its choice ended."""
         made = []
-        if piece.text:
-            made.append(self._chunk([self.chunk_choice(piece.index, piece.text, None)]))
+        if piece.text or piece.logprobs:
+            made.append(self._chunk([self.chunk_choice(replace(piece, finish=None))]))
         if piece.finish is not None:
-            made.append(self._chunk([self.chunk_choice(piece.index, "", piece.finish)]))
+            made.append(self._chunk([self.chunk_choice(Piece(piece.index, "", 0, piece.finish))]))
         return made
 
     def closing(self) -> list[Json]:

@@ -7,7 +7,6 @@ runs on, its span is ended once, and `gateway.turns` no longer holds it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import uuid
 from array import array
@@ -19,17 +18,16 @@ import structlog
 from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
 
 from headrace import telemetry
-from headrace.errors import CallerError, HeadraceError
-from headrace.policy.hashing import block_hashes, root_hash
-from headrace.types import Band, Job, ModelRecord, Sampling
+from headrace.errors import HeadraceError
+from headrace.types import Band, Job, ModelRecord
 from headrace_gateway.api.context import Call, Gateway
-from headrace_gateway.api.schemas import INT64_MAX, INT64_MIN, Common, band_of, tier_of
-from headrace_gateway.choices import Choice, Piece
-from headrace_gateway.tokens import output_room
+from headrace_gateway.api.schemas import Common, band_of, tier_of
+from headrace_gateway.api.wishes import Wish, affinity_of, job_sampling
+from headrace_gateway.choices import Choice, Piece, joined
+from headrace_gateway.tokens import ModelTokenizer
 
 log = structlog.get_logger()
 
-AFFINITY_BLOCKS = 16
 STATUS_OK = 200
 STATUS_CLIENT_GONE = 499
 STATUS_BUG = 500
@@ -54,24 +52,8 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What to generate: each of `prompts` `n` times.
-
-    `asked` None means `default_tokens`, or as much as fits where that is None too.
-    """
-
-    prompts: Sequence[array[int]]
-    n: int = 1
-    stops: tuple[str, ...] = ()
-    asked: int | None = None
-    asked_param: str = "max_tokens"
-    prompt_param: str = "messages"
-    default_tokens: int | None = None
-
-
 class Turn:
-    """`async with Turn(...) as turn:` begin → encode → submit → run."""
+    """`async with Turn(...) as turn:` begin → encode → (make_wish) → submit → run."""
 
     def __init__(self, gateway: Gateway, call: Call, id_prefix: str) -> None:
         self.id = f"{id_prefix}{uuid.uuid4().hex}"
@@ -84,6 +66,7 @@ class Turn:
         self._record: ModelRecord | None = None
         self._prompts: Sequence[array[int]] = ()
         self._n = 1
+        self._tokenizer: ModelTokenizer | None = None
         self._last_ms: dict[int, int] = {}
         self._span = telemetry.tracer().start_span(
             call.operation,
@@ -102,6 +85,16 @@ class Turn:
     def record(self) -> ModelRecord:
         assert self._record is not None, "begin() comes first"
         return self._record
+
+    @property
+    def tokenizer(self) -> ModelTokenizer:
+        assert self._tokenizer is not None, "submit() comes first"
+        return self._tokenizer
+
+    @property
+    def prompts(self) -> Sequence[array[int]]:
+        """The prompts of the jobs; choice number i continues prompt i // jobs a prompt."""
+        return self._prompts
 
     @property
     def service_tier(self) -> str:
@@ -153,19 +146,19 @@ class Turn:
         text = self.gateway.templates.render(self.record, messages)
         return await self.encode(text, add_bos=False)
 
-    async def submit(self, request: Common, wish: Wish) -> None:
+    async def submit(self, wish: Wish) -> None:
         """Make the jobs and hand them to the fleet, all or none.
 
-        Raises CallerError, OverloadError, DependencyError.
+        Raises OverloadError, DependencyError.
         """
-        tokenizer = await self.gateway.tokenizers.get(self.record)
-        silent = frozenset() if request.ignore_eos else frozenset(self.record.eos_token_ids)
-        jobs = self._make_jobs(request, wish)
+        self._tokenizer = await self.gateway.tokenizers.get(self.record)
         self._prompts, self._n = wish.prompts, wish.n
-        for index, job in enumerate(jobs):
+        seed = secrets.randbits(63) if wish.seed is None else wish.seed
+        for index in range(len(wish.prompts) * wish.n):
+            job = self._make_job(wish, index, seed)
             generation = await self.gateway.fleet.submit(job, self._span)
             self.choices.append(
-                Choice(index, generation, tokenizer.detokenizer(), wish.stops, silent)
+                Choice(index, generation, self._tokenizer, wish.rules, wish.reader())
             )
 
     @property
@@ -188,15 +181,15 @@ class Turn:
         except BaseExceptionGroup as several:
             raise _first_of(several) from None
 
-    async def collect(self) -> list[str]:
-        """The whole text of each choice."""
-        texts: list[list[str]] = [[] for _ in self.choices]
+    async def collect(self) -> list[Piece]:
+        """Each choice whole, as one Piece."""
+        pieces: list[list[Piece]] = [[] for _ in self.choices]
 
         async def keep(piece: Piece) -> None:
-            texts[piece.index].append(piece.text)
+            pieces[piece.index].append(piece)
 
         await self.run(keep)
-        return ["".join(parts) for parts in texts]
+        return [joined(each) for each in pieces]
 
     async def stop(self) -> None:
         """Give up what still runs; harmless after the end."""
@@ -228,43 +221,9 @@ class Turn:
             self._span.set_status(Status(StatusCode.ERROR, str(error)[:500]))
             self._span.record_exception(error)
 
-    def _make_jobs(self, request: Common, wish: Wish) -> list[Job]:
-        limit = self.gateway.settings.jobs_max
-        if len(wish.prompts) * wish.n > limit:
-            raise CallerError(
-                f"{len(wish.prompts)} prompts times n={wish.n} exceed {limit} choices a request",
-                param="n",
-                code="too_many_choices",
-            )
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        rooms = [self._room(prompt, wish) for prompt in wish.prompts]
-        return [
-            self._make_job(prompt, at * wish.n + choice, room, seed, request)
-            for at, (prompt, room) in enumerate(zip(wish.prompts, rooms, strict=True))
-            for choice in range(wish.n)
-        ]
-
-    def _room(self, prompt: array[int], wish: Wish) -> int:
-        if not prompt:
-            raise CallerError(
-                "the prompt has no tokens", param=wish.prompt_param, code="invalid_value"
-            )
-        if max(prompt) >= self.record.vocab_size:
-            raise CallerError(
-                f"token id {max(prompt)} is outside the vocabulary of {self.record.vocab_size}",
-                param=wish.prompt_param,
-                code="invalid_value",
-            )
-        param = wish.prompt_param if wish.asked is None else wish.asked_param
-        room = output_room(len(prompt), wish.asked, self.record.context_tokens, param)
-        if wish.asked is None and wish.default_tokens is not None:
-            return min(room, wish.default_tokens)
-        return room
-
-    def _make_job(
-        self, prompt: array[int], index: int, max_tokens: int, seed: int, request: Common
-    ) -> Job:
-        salt = self._call.tenant.salt
+    def _make_job(self, wish: Wish, index: int, seed: int) -> Job:
+        at = index // wish.n
+        prompt, salt = wish.prompts[at], self._call.tenant.salt
         return Job(
             id=f"{self.id}-{index}",
             model=self.record.name,
@@ -275,15 +234,7 @@ class Turn:
             prompt=prompt,
             salt=salt,
             affinity=affinity_of(self.record.fingerprint, salt, prompt),
-            sampling=Sampling(
-                max_tokens=max_tokens,
-                temperature=1.0 if request.temperature is None else float(request.temperature),
-                top_p=1.0 if request.top_p is None else float(request.top_p),
-                top_k=request.top_k or 0,
-                seed=_wrap_int64(seed + index),
-                stop_token_ids=tuple(request.stop_token_ids or ()),
-                ignore_eos=bool(request.ignore_eos),
-            ),
+            sampling=job_sampling(wish, at, index, seed),
         )
 
     async def _pump(self, choice: Choice, sink: Sink) -> None:
@@ -335,17 +286,6 @@ class Turn:
             completion_tokens=usage.completion_tokens,
             took_ms=took_ms,
         )
-
-
-def affinity_of(fingerprint: str, salt: bytes, prompt: array[int]) -> bytes:
-    """What routing hashes: the prompt's first blocks, or all of a prompt shorter than a block."""
-    root = root_hash(fingerprint, salt)
-    hashes = block_hashes(root, prompt, AFFINITY_BLOCKS)
-    return hashes[-1] if hashes else hashlib.sha256(root + prompt.tobytes()).digest()
-
-
-def _wrap_int64(value: int) -> int:
-    return (value - INT64_MIN) % (INT64_MAX - INT64_MIN + 1) + INT64_MIN
 
 
 def _first_of(several: BaseExceptionGroup[BaseException]) -> BaseException:

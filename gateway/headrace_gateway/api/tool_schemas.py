@@ -1,0 +1,184 @@
+"""What a client may say about tools: functions, which of them to call, calls and their results.
+
+Invariant: what comes out is an Offer, or messages in transformers' form, that hold together: names
+differ, a named function is offered, a result answers a call. Tools of other types, and the older
+`functions` and `function_call`, are refused by name: nothing that was asked for is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from headrace.errors import CallerError
+from headrace_gateway.api.bodies import parse_object
+from headrace_gateway.api.validation import STRICT, bad_value
+from headrace_gateway.tools.offer import NO_PARAMETERS, Freedom, Function, Offer
+
+TOOLS_MAX = 128
+CALLS_MAX = 128
+DESCRIPTION_CHARS_MAX = 16_384
+PARAMETERS_CHARS_MAX = 65_536
+"""As JSON; the schemas of all functions together are held by the limits on prompt and grammar."""
+
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Mode = Literal["none", "auto", "required"]
+
+
+class FunctionFields(BaseModel):
+    """A function as both APIs describe it."""
+
+    model_config = STRICT
+
+    name: FunctionName
+    description: Annotated[str, StringConstraints(max_length=DESCRIPTION_CHARS_MAX)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def function(self, param: str) -> Function:
+        """Raises CallerError for parameters that are no object schema; `param` is where it is."""
+        where = f"{param}.parameters"
+        parameters = self.parameters or NO_PARAMETERS
+        if parameters.get("type") != "object":
+            raise bad_value(where, "must be a JSON schema with 'type': 'object'")
+        if len(json.dumps(parameters)) > PARAMETERS_CHARS_MAX:
+            raise bad_value(where, f"more than {PARAMETERS_CHARS_MAX} characters of JSON")
+        described = self.description or ""
+        return Function(self.name, described, parameters, bool(self.strict), where)
+
+
+class ChatTool(BaseModel):
+    """A tool of chat completions; the function's fields stand in `function`."""
+
+    model_config = STRICT
+
+    type: Literal["function"]
+    function: FunctionFields
+
+
+class ResponseTool(FunctionFields):
+    """A tool of the Responses API; the function's fields stand beside `type`."""
+
+    type: Literal["function"]
+
+
+class FunctionRef(BaseModel):
+    model_config = STRICT
+
+    name: FunctionName
+
+
+class ChatToolChoice(BaseModel):
+    """`tool_choice` of chat completions that names a function."""
+
+    model_config = STRICT
+
+    type: Literal["function"]
+    function: FunctionRef
+
+
+class ResponseToolChoice(FunctionRef):
+    """`tool_choice` of the Responses API that names a function."""
+
+    type: Literal["function"]
+
+
+class CalledFunction(BaseModel):
+    model_config = STRICT
+
+    name: FunctionName
+    arguments: str
+
+
+class AssistantCall(BaseModel):
+    """A call in an assistant's message."""
+
+    model_config = STRICT
+
+    id: CallId
+    type: Literal["function"]
+    function: CalledFunction
+
+
+ChatTools = Annotated[list[ChatTool], Field(max_length=TOOLS_MAX)]
+ResponseTools = Annotated[list[ResponseTool], Field(max_length=TOOLS_MAX)]
+AssistantCalls = Annotated[list[AssistantCall], Field(max_length=CALLS_MAX)]
+
+
+def make_offer(
+    functions: Sequence[Function],
+    choice: Mode | FunctionRef | None,
+    *,
+    parallel: bool,
+    choice_param: str = "tool_choice",
+) -> Offer | None:
+    """What the model is offered; None for nothing. Raises CallerError naming the field."""
+    seen: set[str] = set()
+    for function in functions:
+        if function.name in seen:
+            param = function.param.removesuffix("parameters") + "name"
+            raise bad_value(param, f"two functions are called {function.name!r}")
+        seen.add(function.name)
+    if isinstance(choice, FunctionRef):
+        if choice.name not in seen:
+            raise bad_value(choice_param, f"no function of 'tools' is called {choice.name!r}")
+        return Offer(tuple(functions), Freedom.REQUIRED, choice.name, parallel)
+    if choice == "required" and not functions:
+        raise bad_value(choice_param, "'required' needs 'tools'")
+    if choice == "none" or not functions:
+        return None
+    freedom = Freedom.REQUIRED if choice == "required" else Freedom.AUTO
+    return Offer(tuple(functions), freedom, None, parallel)
+
+
+def call_for_template(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
+    """A call in transformers' form: its arguments are an object.
+
+    Raises CallerError naming `param` where `arguments` is no JSON object; '' means no arguments.
+    """
+    try:
+        parsed = parse_object(arguments) if arguments.strip() else {}
+    except CallerError as error:
+        raise bad_value(param, f"must be a JSON object as text: {error.message}") from error
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": parsed}}
+
+
+def name_results(messages: list[dict[str, Any]], param: str) -> None:
+    """Give each `tool` message the name of the function that it is a result of.
+
+    Raises CallerError for one that answers no call before it, and for a call id that comes twice
+    within one message; `param` is the list's field.
+    """
+    called: dict[str, str] = {}
+    for at, message in enumerate(messages):
+        calls = message.get("tool_calls", ())
+        if len({call["id"] for call in calls}) < len(calls):
+            raise bad_value(f"{param}[{at}].tool_calls", "two calls have the same id")
+        called.update((call["id"], call["function"]["name"]) for call in calls)
+        if message["role"] != "tool":
+            continue
+        if message["tool_call_id"] not in called:
+            raise bad_value(
+                f"{param}[{at}]", f"answers no call before it: {message['tool_call_id']!r}"
+            )
+        message["name"] = called[message["tool_call_id"]]
+
+
+def refuse_other_tools(body: Mapping[str, Any]) -> None:
+    """Raises CallerError (`unsupported_parameter`) for the first tool that is no function."""
+    tools = body.get("tools")
+    named = [
+        (f"tools[{at}]", tool) for at, tool in enumerate(tools if isinstance(tools, list) else ())
+    ]
+    for param, value in [*named, ("tool_choice", body.get("tool_choice"))]:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise CallerError(
+                f"{param}.type: {kind[:100]!r} is not supported here, only 'function' is",
+                param=f"{param}.type",
+                code="unsupported_parameter",
+            )
