@@ -10,8 +10,9 @@ import aiohttp
 import pytest
 from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
+from tokenizers import Tokenizer
 
-from headrace import keys
+from headrace import grammars, keys
 from headrace.clock import SystemClock
 from headrace.errors import JobFailedError
 from headrace.types import FinishReason, Job
@@ -217,6 +218,44 @@ async def test_a_job_the_engine_refuses_fails_alone(
     await worker.stop()
 
 
+async def test_a_grammar_is_compiled_for_its_job(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet
+) -> None:
+    """The text keeps to it; one that does not compile ends its own job, with the reason."""
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    held = make_job("held", [5], max_tokens=90, grammar=grammars.choice(["wheel", "mill"]))
+    wrong = make_job("wrong", [5], grammar="no grammar at all")
+    streams = [await fleet.submit(job, INVALID_SPAN) for job in (wrong, held, a_job("free"))]
+    with pytest.raises(JobFailedError, match="grammar"):
+        await everything(streams[0])
+    tokens, reason = await everything(streams[1])
+    text = Tokenizer.from_buffer(tiny.record.tokenizer_json).decode(tokens)
+    assert text in ("wheel", "mill") and reason is FinishReason.STOP
+    assert len((await everything(streams[2]))[0]) == 40
+    await worker.stop()
+
+
+async def test_logprobs_come_through(tiny: LoadedModel, valkey: Valkey, fleet: Fleet) -> None:
+    """Those of the prompt with the first chunk, those of the output with their tokens."""
+    worker = Running(tiny, valkey)
+    await a_ready(fleet)
+    jobs = [
+        make_job(f"j{i}", random_tokens(30, i), max_tokens=9, logprobs=2, prompt_logprobs=1)
+        for i in range(3)
+    ]
+    for generation in [await fleet.submit(job, INVALID_SPAN) for job in jobs]:
+        chunks = [await generation.next()]
+        while chunks[-1].finish is None:
+            chunks.append(await generation.next())
+        assert [len(chunk.prompt_logprobs) for chunk in chunks] == [29] + [0] * (len(chunks) - 1)
+        assert all(len(chunk.logprobs) == len(chunk.tokens) for chunk in chunks)
+        assert sum(len(chunk.tokens) for chunk in chunks) == 9
+        for item in (item for chunk in chunks for item in chunk.logprobs):
+            assert len(item.top) == 2 and item.logprob <= item.top[0][1] <= 0
+    await worker.stop()
+
+
 async def test_metrics_tell_what_the_worker_does(
     tiny: LoadedModel, valkey: Valkey, fleet: Fleet
 ) -> None:
@@ -232,10 +271,13 @@ async def test_metrics_tell_what_the_worker_does(
     assert 'headrace_worker_ready{model="test"} 1.0' in lines
     assert 'headrace_worker_unwritten_blocks_total{model="test"} 0.0' in lines
     assert 'headrace_worker_forced_tokens_total{model="test"} 0.0' in lines
-    told = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "guessed" in line}
-    right, guessed = (
-        told[f"headrace_worker_guessed_{name}tokens_total"] for name in ("right_", "")
-    )
+    told = {
+        line.split("{")[0]: float(line.split()[-1])
+        for line in lines
+        if line.startswith("headrace_worker_guessed")
+    }
+    guessed = told["headrace_worker_guessed_tokens_total"]
+    right = told["headrace_worker_guessed_right_tokens_total"]
     assert 0 <= right <= guessed
     assert any(
         line.startswith("headrace_worker_steps_total") and float(line.split()[-1]) >= 2

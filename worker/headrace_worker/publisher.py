@@ -111,8 +111,9 @@ class Publisher:
                 endings.append(item)
         pipe = self._redis.pipeline(transaction=False)
         for gateway, deltas in running.items():
-            fields: dict[Any, Any] = {"d": wire.encode_deltas(deltas)}
-            pipe.xadd(keys.replies(self._model, gateway), fields)
+            for frame in _frames(deltas):
+                fields: dict[Any, Any] = {"d": wire.encode_deltas(frame)}
+                pipe.xadd(keys.replies(self._model, gateway), fields)
         for item in endings:
             self._add_finish(pipe, item)
         try:
@@ -143,3 +144,13 @@ class Publisher:
             keys.REPLIES_TTL_MS,
             wire.pack(["done", to.worker, to.cost_tokens]),
         )
+
+
+def _frames(deltas: list[Delta]) -> list[list[Delta]]:
+    """One frame for all, but for those with a prompt's logprobs, which may be megabytes each.
+
+    They are the first deltas of their jobs, so they can go first.
+    """
+    large = [[delta] for delta in deltas if delta.prompt_logprobs]
+    rest = [delta for delta in deltas if not delta.prompt_logprobs]
+    return [*large, rest] if rest else large
