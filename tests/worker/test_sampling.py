@@ -219,7 +219,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 
 def test_prompt_logprobs_equal_log_softmax() -> None:
-    """Each row's token and the most probable ones; NaN for a row that is no distribution."""
+    """Each row's token and the most probable ones; None for a row that is no distribution."""
     logits = make_logits(40, 5000) * 3
     logits[7, 3] = torch.nan
     logits[8, 5] = -torch.inf
@@ -229,15 +229,16 @@ def test_prompt_logprobs_equal_log_softmax() -> None:
     found = position_logprobs(logits, tokens, 5)
     for i, (token, item) in enumerate(zip(tokens, found, strict=True)):
         if i == 7:
-            assert math.isnan(item.logprob) and item.top == ()
+            assert item is None
             continue
-        assert len(item.top) == 5
+        assert item is not None and len(item.top) == 5
         values, ids = expected[i].topk(5)
         assert [t for t, _ in item.top] == ids.tolist()
         assert [p for _, p in item.top] == pytest.approx(values.tolist(), abs=2e-6)
         assert item.logprob == pytest.approx(float(expected[i, token]), abs=2e-5)
-    assert found[8].logprob == -math.inf
-    assert position_logprobs(logits[:1], tokens[:1], 0) == [TokenLogprobs(found[0].logprob)]
+    first, ruled_out = found[0], found[8]
+    assert first is not None and ruled_out is not None and ruled_out.logprob == -math.inf
+    assert position_logprobs(logits[:1], tokens[:1], 0) == [TokenLogprobs(first.logprob)]
 
 
 def test_prompt_logprobs_need_memory_for_one_row() -> None:
@@ -285,6 +286,17 @@ def test_reaching_is_the_shortest_start(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ranking, "CANDIDATES", candidates)
             assert reaching(values, weights, target).tolist() == sorted(order[:needed])
+
+
+def test_a_set_that_reaches_the_limit_exactly_is_enough() -> None:
+    """Half of four equal tokens are two of them, the lowest ids; by top_p and by typical_p."""
+    weights = np.ones(4, np.float32)
+    for target in (1.0, 2.0, 3.0, 4.0):
+        assert len(reaching(weights, weights, target)) == target
+    flat = torch.zeros(1, 4)
+    for options in ({"top_p": 0.5}, {"typical_p": 0.5}, {"top_k": 2}):
+        rows = [make_row(4, temperature=1.0, seed=seed, **options) for seed in range(60)]
+        assert set(tokens_of(flat.expand(60, 4), rows)) == {0, 1}
 
 
 @given(

@@ -18,23 +18,22 @@ from headrace_worker.sampling.draw import total
 from headrace_worker.sampling.ranking import Floats, leading
 
 
-def position_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+def position_logprobs(
+    logits: Tensor, tokens: Sequence[int], top: int
+) -> list[TokenLogprobs | None]:
     """What raw `logits`, float32 [N, vocab], say of the token that follows each row.
 
-    `tokens`: [N]. `top`: how many of the most probable tokens to name. A token that the model rules
-    out has logprob -inf; where a row has no finite maximum, logprob is NaN and nothing is named.
+    `tokens`: [N]. `top`: how many of the most probable tokens to name. None where a row has no
+    finite maximum. A token that the model rules out has logprob -inf.
     """
     values: Floats = logits.numpy(force=True)
     assert len(values) == len(tokens), "a token for each row"
     room = np.empty(values.shape[1], np.float32)
-    found: list[TokenLogprobs] = []
+    found: list[TokenLogprobs | None] = []
     with np.errstate(over="ignore", under="ignore"):
         for row, token in zip(values, tokens, strict=True):
             best = row[row.argmax()]
-            if np.isfinite(best):
-                found.append(row_logprobs(row, best, token, top, room))
-            else:
-                found.append(TokenLogprobs(math.nan))
+            found.append(row_logprobs(row, best, token, top, room) if np.isfinite(best) else None)
     return found
 
 
