@@ -1,22 +1,26 @@
 """Text ↔ token ids: encoding prompts, and turning a stream of token ids back into text.
 
 Invariant: the deltas of a Detokenizer, joined, are the text that decoding all its tokens at once
-gives, and no delta holds half a character. For byte-level vocabularies (Llama 3, Qwen, SmolLM, …)
-each token is a fixed string of bytes, so an incremental UTF-8 decoder is exact and costs O(1) a
-token. Other decoders see a sliding window of tokens; there the invariant holds for output that is
-valid UTF-8. Rejected: `tokenizers.DecodeStream`, which raises on byte sequences that never become
-a character, and decodes twice a token.
+gives, and no delta holds half a character, at O(1) a token. For byte-level vocabularies (Llama 3,
+Qwen, SmolLM, …) each token is a fixed string of bytes. For SentencePiece's decoder chain (Llama 2,
+Mistral, Gemma, Phi-3) it is a fixed text or one byte; there a run of byte tokens is text only as a
+whole, so it is held to its end. Any other decoder sees a sliding window of tokens, and the
+invariant holds for output that is valid UTF-8. Rejected: `tokenizers.DecodeStream`, which raises
+on byte sequences that never become a character, and decodes twice a token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import codecs
+import json
+import re
 from array import array
 from collections import OrderedDict
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from headrace.errors import CallerError
 from headrace.types import ModelRecord, pack_tokens
@@ -27,6 +31,8 @@ INLINE_CHARS_MAX = 4_096
 """Longer texts are encoded in a thread (about 1 ms per 4,000 characters)."""
 HELD_TOKENS_MAX = 16
 """A window that has not become a character by then is no character: it is handed out as it is."""
+HELD_BYTES_MAX = 512
+"""Byte tokens of one run that are held; a longer run is handed out character by character."""
 
 REPLACEMENT = "\ufffd"
 
@@ -53,23 +59,68 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTES = _byte_of_character()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
+"""As the library reads them: a sign in the first place counts as no digit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """SentencePiece's decoder: replace within tokens, bytes back to characters, fuse, strip.
+
+    `strip` is a character that the text loses at its start, at most `strip_max` times.
+    """
+
+    replaced: tuple[tuple[str, str], ...]
+    byte_fallback: bool
+    strip: str = ""
+    strip_max: int = 0
+
+    def spell(self, text: str) -> str | int:
+        """What a token written `text` stands for: a text, or one byte."""
+        for old, new in self.replaced:
+            text = text.replace(old, new)
+        byte = _BYTE_TOKEN.fullmatch(text) if self.byte_fallback else None
+        return text if byte is None else int(byte[1], 16)
+
+
+def chain_of(decoder: dict[str, Any] | None) -> Chain | None:
+    """The Chain that a tokenizer.json's `decoder` describes; None if it is anything else."""
+    if not decoder or decoder.get("type") != "Sequence":
+        return None
+    steps = list(decoder["decoders"])
+    replaced = []
+    while steps and steps[0]["type"] == "Replace":
+        step = steps.pop(0)
+        if not step["pattern"].get("String"):
+            return None
+        replaced.append((step["pattern"]["String"], step["content"]))
+    byte_fallback = bool(steps) and steps[0]["type"] == "ByteFallback"
+    strip, strip_max = "", 0
+    steps = steps[1:] if byte_fallback else steps
+    if len(steps) == 2 and steps[1]["type"] == "Strip" and steps[1]["stop"] == 0:
+        last = steps.pop()
+        strip, strip_max = last["content"], last["start"]
+    if [step["type"] for step in steps] != ["Fuse"]:
+        return None
+    return Chain(tuple(replaced), byte_fallback, strip, strip_max)
 
 
 class ModelTokenizer:
-    """The tokenizer of one model. Immutable but for the memo of token bytes, vocabulary-sized."""
+    """The tokenizer of one model. Immutable but for the memos of tokens, vocabulary-sized."""
 
     def __init__(self, record: ModelRecord) -> None:
         self._tokenizer = Tokenizer.from_buffer(record.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._bos = record.bos_token_id if record.add_bos else None
-        self._special = frozenset(
-            token
-            for token, added in self._tokenizer.get_added_tokens_decoder().items()
-            if added.special
-        )
-        self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        added_tokens = self._tokenizer.get_added_tokens_decoder()
+        self._added = {added.content: token for token, added in added_tokens.items()}
+        self._special = frozenset(added.content for added in added_tokens.values() if added.special)
+        decoder = json.loads(record.tokenizer_json).get("decoder")
+        self.byte_level = decoder is not None and decoder.get("type") == "ByteLevel"
+        self.chain = chain_of(decoder)
         self._token_bytes: dict[int, bytes] = {}
+        self._token_pieces: dict[int, str | int] = {}
 
     async def encode(self, text: str, *, add_bos: bool) -> array[int]:
         """Token ids of `text`; special tokens written out in it count as such.
@@ -93,31 +144,55 @@ class ModelTokenizer:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def text_of(self, token: int) -> str | None:
-        """How the vocabulary writes `token`; None for special and unknown ones."""
-        if token in self._special:
-            return None
-        text: str | None = self._tokenizer.id_to_token(token)
-        return text
+    def is_shown(self, token: int) -> bool:
+        """Whether `token` adds to the text: special and unknown ones do not."""
+        text = self._tokenizer.id_to_token(token)
+        return text is not None and text not in self._special
+
+    def added_id(self, text: str) -> int | None:
+        """The id of the token written `text` that was added to the vocabulary, special or not."""
+        return self._added.get(text)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that `token` adds to the text; only for byte-level vocabularies."""
+        """The bytes that `token` stands for; a special token's are its name's in UTF-8.
+
+        b"" for a token that the vocabulary lacks. A space that the text loses at its start counts.
+        """
         found = self._token_bytes.get(token)
         if found is None:
             found = self._token_bytes[token] = self._spell(token)
         return found
 
     def _spell(self, token: int) -> bytes:
-        text = self.text_of(token)
+        text: str | None = self._tokenizer.id_to_token(token)
         if text is None:
             return b""
+        if text in self._special:
+            return text.encode()
+        if self.chain is not None:
+            piece = self.chain.spell(text)
+            return bytes([piece]) if isinstance(piece, int) else piece.encode()
+        if not self.byte_level:
+            return self.decode([token]).encode()
         # an added token may hold characters outside the table: it then stands for itself
         if all(character in _BYTES for character in text):
             return bytes(_BYTES[character] for character in text)
         return text.encode()
 
+    def piece_of(self, token: int) -> str | int:
+        """What a `chain` makes of `token`: a text, or one byte; "" for special and unknown ones."""
+        assert self.chain is not None, "the decoder is no chain"
+        found = self._token_pieces.get(token)
+        if found is None:
+            text: str | None = self._tokenizer.id_to_token(token)
+            shown = text is not None and text not in self._special
+            found = self._token_pieces[token] = self.chain.spell(text) if text and shown else ""
+        return found
+
     def detokenizer(self) -> Detokenizer:
-        return ByteDetokenizer(self) if self.byte_level else WindowDetokenizer(self)
+        if self.byte_level:
+            return ByteDetokenizer(self)
+        return WindowDetokenizer(self) if self.chain is None else ChainDetokenizer(self, self.chain)
 
 
 class ByteDetokenizer:
@@ -128,10 +203,87 @@ class ByteDetokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
+        if not self._tokenizer.is_shown(token):
+            return ""
         return self._utf8.decode(self._tokenizer.bytes_of(token))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", True)
+
+
+class ChainDetokenizer:
+    """For a SentencePiece decoder chain.
+
+    The library turns a run of byte tokens into its characters if the whole run is UTF-8, else into
+    one U+FFFD a byte, valid characters included. `_text` is the run so far while it may still be
+    valid; from its first wrong byte on, its length in bytes is all that counts. A run of more than
+    HELD_BYTES_MAX, which no model writes by mistake, is handed out by characters instead.
+    """
+
+    def __init__(self, tokenizer: ModelTokenizer, chain: Chain) -> None:
+        self._tokenizer = tokenizer
+        self._strip, self._strip_left = chain.strip, chain.strip_max
+        self._start_run()
+
+    def _start_run(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+        self._text: list[str] = []
+        self._bytes = 0
+        self._shown_bytes = 0
+        self._valid = True
+
+    def push(self, token: int) -> str:
+        piece = self._tokenizer.piece_of(token)
+        if isinstance(piece, int):
+            return self._push_byte(piece)
+        if not piece and not self._tokenizer.is_shown(token):
+            return ""  # it does not end a run either
+        return self._stripped(self._end_run() + piece)
+
+    def flush(self) -> str:
+        return self._stripped(self._end_run())
+
+    def _push_byte(self, byte: int) -> str:
+        self._bytes += 1
+        if self._valid:
+            try:
+                self._text.append(self._utf8.decode(bytes([byte])))
+            except UnicodeDecodeError:
+                self._valid = False
+        if self._valid and self._bytes <= HELD_BYTES_MAX:
+            return ""
+        return self._stripped(self._take())
+
+    def _take(self) -> str:
+        """What the run gives beyond what was shown of it."""
+        if self._valid:
+            text = "".join(self._text)
+            self._shown_bytes += len(text.encode())
+        else:
+            text = REPLACEMENT * (self._bytes - self._shown_bytes)
+            self._shown_bytes = self._bytes
+        self._text.clear()
+        return text
+
+    def _end_run(self) -> str:
+        if not self._bytes:
+            return ""
+        try:
+            self._utf8.decode(b"", True)
+        except UnicodeDecodeError:
+            self._valid = False
+        text = self._take()
+        self._start_run()
+        return text
+
+    def _stripped(self, text: str) -> str:
+        while self._strip_left and text:
+            if text[0] != self._strip:
+                self._strip_left = 0
+                break
+            text = text[1:]
+            self._strip_left -= 1
+        return text
 
 
 class WindowDetokenizer:
@@ -146,7 +298,7 @@ class WindowDetokenizer:
         self._handed = 0
 
     def push(self, token: int) -> str:
-        if self._tokenizer.text_of(token) is None:
+        if not self._tokenizer.is_shown(token):
             return ""
         self._window.append(token)
         text = self._pending()

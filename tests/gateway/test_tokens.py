@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from headrace.errors import CallerError
 from headrace_gateway.tokens import (
+    HELD_BYTES_MAX,
     HELD_TOKENS_MAX,
     REPLACEMENT,
+    ChainDetokenizer,
     ModelTokenizer,
     StopChecker,
     Tokenizers,
@@ -41,27 +44,48 @@ def tiny() -> ModelTokenizer:
     return ModelTokenizer(make_record())
 
 
-@cache
-def byte_fallback() -> ModelTokenizer:
+def sentencepiece(*decoding: decoders.Decoder) -> ModelTokenizer:
     """A tokenizer of the SentencePiece kind: ▁ for spaces, `<0xXX>` for what it does not know."""
-    words = ["▁hello", "▁world", "▁", "h", "e", "l", "o", "w", "r", "d", "!"]
+    words = ["▁hello", "▁world", "▁", "h", "e", "l", "o", "w", "r", "d", "!", "▁▁", "x▁", "é", ""]
     vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
     vocab |= {word: len(vocab) + at for at, word in enumerate(words)}
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
+    tokenizer.add_special_tokens(["<s>", "<é▁>"])
+    tokenizer.add_tokens(["▁<tool>▁", "<0x+a>", "<0x-1>"])
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    tokenizer.decoder = decoders.Sequence(list(decoding))
     return ModelTokenizer(make_record(tokenizer=tokenizer))
+
+
+_SPACES, _BYTES, _FUSE = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+_STRIP = decoders.Strip(" ", 1, 0)
+
+
+@cache
+def llama2() -> ModelTokenizer:
+    """Llama 2's chain, which is Mistral's and Phi-3's too."""
+    return sentencepiece(_SPACES, _BYTES, _FUSE, _STRIP)
+
+
+@cache
+def gemma() -> ModelTokenizer:
+    return sentencepiece(_SPACES, _BYTES, _FUSE)
+
+
+@cache
+def stripping() -> ModelTokenizer:
+    """Two spaces off the start, and no byte fallback."""
+    return sentencepiece(_SPACES, _FUSE, decoders.Strip(" ", 2, 0))
+
+
+@cache
+def other_chain() -> ModelTokenizer:
+    """A chain whose steps nobody has seen in this order: the general way."""
+    return sentencepiece(_SPACES, _BYTES, _FUSE, _STRIP, decoders.Replace("hhh", "hhh"))
 
 
 def deltas_of(tokenizer: ModelTokenizer, tokens: list[int]) -> list[str]:
@@ -93,11 +117,46 @@ def test_no_delta_holds_half_a_character(text: str) -> None:
     assert sum(delta.count(REPLACEMENT) for delta in deltas) == text.count(REPLACEMENT)
 
 
+def id_of(tokenizer: ModelTokenizer, text: str) -> int:
+    token: int | None = tokenizer._tokenizer.token_to_id(text)
+    assert token is not None
+    return token
+
+
+def spelled(tokenizer: ModelTokenizer, text: str) -> list[int]:
+    """`text` in byte tokens only, as rare scripts come."""
+    return [id_of(tokenizer, f"<0x{byte:02X}>") for byte in text.encode()]
+
+
+SPM_TOKENS = st.lists(
+    st.one_of(
+        st.integers(255, 257 + 22),  # words, spaces, added and special tokens, one past the end
+        st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0xE2, 0x82, 0xAC, 0xC3, 0xA9, 0x20, 0x41]).map(
+            lambda byte: byte + 1
+        ),
+        st.sampled_from(["😀", "€", "é", "A", " "]).map(lambda c: tuple(spelled(llama2(), c))),
+    ),
+    max_size=30,
+).map(lambda parts: [t for part in parts for t in (part if isinstance(part, tuple) else (part,))])
+
+
+@pytest.mark.parametrize("build", [llama2, gemma, stripping])
+@given(tokens=SPM_TOKENS)
+@settings(max_examples=400, deadline=None)
+def test_a_chain_joins_to_the_full_decode(
+    build: Callable[[], ModelTokenizer], tokens: list[int]
+) -> None:
+    """Any tokens: words, leading spaces, valid and broken runs of bytes, special tokens among."""
+    tokenizer = build()
+    assert isinstance(tokenizer.detokenizer(), ChainDetokenizer)
+    assert "".join(deltas_of(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_window_detokenizer_joins_to_the_full_decode(text: str) -> None:
     """The general way, on a byte-fallback vocabulary with spaces that the decoder strips."""
-    tokenizer = byte_fallback()
+    tokenizer = other_chain()
     assert isinstance(tokenizer.detokenizer(), WindowDetokenizer)
     tokens = tokenizer._encode(text).tolist()
     deltas = deltas_of(tokenizer, tokens)
@@ -105,12 +164,42 @@ def test_window_detokenizer_joins_to_the_full_decode(text: str) -> None:
     assert sum(d.count(REPLACEMENT) for d in deltas) == tokenizer.decode(tokens).count(REPLACEMENT)
 
 
-def test_window_detokenizer_gives_up_on_bytes_that_never_become_a_character() -> None:
-    """Garbage is handed out after a bounded wait instead of being held to the end."""
-    detokenizer = byte_fallback().detokenizer()
+@pytest.mark.parametrize("build", [llama2, other_chain])
+def test_bytes_that_never_become_a_character_are_not_held(
+    build: Callable[[], ModelTokenizer],
+) -> None:
+    """Garbage is handed out, at once or after a bounded wait, instead of being held to the end."""
+    detokenizer = build().detokenizer()
     deltas = [detokenizer.push(0xFF + 1) for _ in range(2 * HELD_TOKENS_MAX)]
     assert any(deltas)
     assert set("".join(deltas)) == {REPLACEMENT}
+
+
+def test_a_run_of_bytes_is_held_to_its_end_but_not_for_ever() -> None:
+    """Within the limit a later wrong byte makes all of the run U+FFFD, as in a full decode."""
+    tokenizer = llama2()
+    run = spelled(tokenizer, "😀" * 20)
+    assert deltas_of(tokenizer, run)[:-1] == [""] * len(run)
+    assert deltas_of(tokenizer, run)[-1] == "😀" * 20
+    broken = [*run, 0xFF + 1]
+    assert "".join(deltas_of(tokenizer, broken)) == tokenizer.decode(broken) == REPLACEMENT * 81
+    deltas = deltas_of(tokenizer, spelled(tokenizer, "😀" * (HELD_BYTES_MAX // 2)))
+    assert any(deltas[: HELD_BYTES_MAX + 5])
+    assert set("".join(deltas)) == {"😀"} and "".join(deltas).count("😀") == HELD_BYTES_MAX // 2
+
+
+def test_a_token_s_bytes_are_what_it_adds_to_the_text() -> None:
+    """For logprobs: spaces as spaces, a byte token as its byte, a special token as its name."""
+    for build in (llama2, gemma, other_chain):
+        tokenizer = build()
+        assert tokenizer.bytes_of(id_of(tokenizer, "é")) == "é".encode()
+        assert tokenizer.bytes_of(id_of(tokenizer, "<é▁>")) == "<é▁>".encode()
+        assert tokenizer.bytes_of(9_999) == b""
+    assert llama2().bytes_of(id_of(llama2(), "▁hello")) == b" hello"
+    assert llama2().bytes_of(id_of(llama2(), "<0xE2>")) == b"\xe2"
+    end = id_of(tiny(), "<|endoftext|>")
+    assert tiny().bytes_of(end) == b"<|endoftext|>" and tiny().decode([end]) == ""
+    assert b"".join(map(tiny().bytes_of, encode("naïve 😀"))) == "naïve 😀".encode()
 
 
 def test_a_character_cut_off_by_the_length_limit_ends_as_a_replacement() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -24,6 +25,7 @@ from headrace.types import (
     WorkerStatus,
     pack_tokens,
 )
+from support.fleet import MODEL
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 jobs = st.builds(
@@ -155,3 +157,18 @@ def test_extension_types_are_refused() -> None:
 def test_bombs_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         wire.unpack(data)
+
+
+def test_a_large_tokenizer_travels_and_a_bomb_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's JSON is larger than any string may be, and compresses; inflating it is bounded."""
+    large = replace(MODEL, tokenizer_json=b'"token": 12345,' * 2_000_000)
+    assert len(large.tokenizer_json) > wire.STRING_BYTES_MAX
+    packed = wire.encode_model(large)
+    assert wire.decode_model(packed) == large
+    monkeypatch.setattr(wire, "TOKENIZER_BYTES_MAX", 1_000_000)
+    with pytest.raises(WireError, match=r"model\.tokenizer"):
+        wire.decode_model(packed)
+    fields = wire.unpack(wire.encode_model(MODEL))
+    for broken in (b"no zlib", fields["tokenizer"][:-1]):
+        with pytest.raises(WireError, match=r"model\.tokenizer"):
+            wire.decode_model(wire.pack(fields | {"tokenizer": broken}))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from headrace.clock import ManualClock
 from headrace.policy.hashing import root_hash
@@ -119,6 +119,14 @@ def logits_of(loaded: LoadedModel, prompt: list[int]) -> torch.Tensor:
         return loaded.model(torch.tensor(prompt), positions, None, attend)
 
 
+def assert_same_logits(loaded: LoadedModel, model: Any, limit: float = 1e-4) -> None:
+    """Of one prompt longer than any window, against transformers' `model`."""
+    prompt = random_tokens(150, 3)
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].float()
+    torch.testing.assert_close(logits_of(loaded, prompt), expected, rtol=limit, atol=limit)
+
+
 TINY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -152,8 +160,10 @@ def split_as_named(tokenizer: Any, pre: str) -> Any:
     """transformers' tokenizer of a GGUF file, with the splitting rule that the file names.
 
     transformers reads `smollm` as GPT-2's rule; the checkpoint's own tokenizer.json, and llama.cpp,
-    split digits off first.
+    split digits off first. It leaves out that Qwen's tokenizer.json composes characters.
     """
+    if pre == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     if pre == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

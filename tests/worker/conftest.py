@@ -82,11 +82,11 @@ def reference(smollm2: LoadedModel, smollm2_path: Path, hf_tokenizer: Any) -> Re
         make_engine(smollm2),
         [make_job(str(i), p, max_tokens=NEW_TOKENS) for i, p in enumerate(prompts)],
     ).tokens
-    outputs = [_greedy(model, p, drafts[str(i)]) for i, p in enumerate(prompts)]
+    outputs = [greedy(model, p, drafts[str(i)]) for i, p in enumerate(prompts)]
     return Reference(model, hf_tokenizer, prompts, outputs)
 
 
-def _greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
+def greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
     """The model's own greedy continuation, NEW_TOKENS long, end tokens included.
 
     Each forward pass checks all of `draft` at once, keeps what the model would have said and

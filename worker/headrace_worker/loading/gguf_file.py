@@ -1,12 +1,13 @@
 """Models in llama.cpp's GGUF format, quantized or not.
 
 Invariant: what leaves here looks as if it came from a Hugging Face checkpoint: its names, shapes
-and row order. llama.cpp stores the rows of q and k in the order of interleaved rotary pairs; they
-are put back to halves, since the model rotates halves.
+and row order, and values that are numbers. One tensor is dequantized at a time, one expert of a
+stack at a time.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,34 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.errors import ModelError
 from headrace_worker.loading import tokenizer
-from headrace_worker.loading.source import TokenizerFacts, need
-from headrace_worker.model import ModelConfig, architecture, rope
-from headrace_worker.model.config import Rope
-
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
+from headrace_worker.loading.gguf_config import Facts, read_config
+from headrace_worker.loading.gguf_names import Order, family, places
+from headrace_worker.loading.gguf_reader import GgufFile, GgufTensor
+from headrace_worker.loading.source import TokenizerFacts
+from headrace_worker.model import architecture
 
 TYPES = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
@@ -49,142 +34,95 @@ TYPES = frozenset(
 """Tensor types that are read; each is dequantized as the file is loaded."""
 
 
-class _PlainReader(GGUFReader):
-    """Reads through a plain view of the mapped file.
-
-    Each vocabulary entry is a slice, and slicing a memmap makes a Python object of it: 2 to 4 s for
-    50,000 entries, which is most of a worker's start.
-    """
-
-    @property  # type: ignore[override]  # theirs is typed a memmap
-    def data(self) -> NDArray[Any]:
-        return self._data
-
-    @data.setter
-    def data(self, mapped: NDArray[Any]) -> None:
-        self._data = mapped.view(np.ndarray)
-
-
 class GgufSource:
     """An opened GGUF file. Raises ModelError when it is not one, or cannot be run."""
 
     def __init__(self, path: Path) -> None:
         self.files: tuple[Path, ...] = (path,)
-        try:
-            self._reader = _PlainReader(path)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise ModelError(f"{path.name} is not a readable GGUF file: {error}") from error
-        self._metadata: dict[str, Any] = {
-            key: field.contents() for key, field in self._reader.fields.items()
-        }
-        kind = str(self._metadata.get("general.architecture"))
-        architecture(kind)
-        self._tensors = {_name(tensor.name): tensor for tensor in self._reader.tensors}
+        self._file = GgufFile(path)
+        facts = Facts(self._file.metadata, path.name)
+        experts = facts.integer("expert_count", 0, least=0)
+        of = family(facts.architecture, experts)
+        architecture(of.kind)
+        self._check_whole()
         self._check_types()
-        self.config = self._config(kind)
+        self._places = places(of, self._file.tensors.values(), experts)
+        self.config = read_config(of, facts, self._places, self._table)
+
+    def _check_whole(self) -> None:
+        parts = self._file.metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise ModelError(
+                f"{self.files[0].name} is one of {parts} parts of a model: merge them into one "
+                "file (llama-gguf-split --merge)"
+            )
 
     def _check_types(self) -> None:
-        for tensor in self._tensors.values():
-            if tensor.tensor_type.name not in TYPES:
+        for tensor in self._file.tensors.values():
+            if tensor.kind.name not in TYPES:
                 raise ModelError(
-                    f"tensor {tensor.name} has type {tensor.tensor_type.name}, which is not "
+                    f"tensor {tensor.name} has type {tensor.kind.name}, which is not "
                     f"supported; supported: {', '.join(sorted(TYPES))}",
                     code="tensor_type",
                 )
 
-    def _config(self, kind: str) -> ModelConfig:
-        facts, where = self._metadata, self.files[0].name
-
-        def integer(key: str, default: int | None = None) -> int:
-            name = f"{kind}.{key}"
-            if default is not None and name not in facts:
-                return default
-            return int(need(facts, name, int, where))
-
-        heads = integer("attention.head_count")
-        hidden = integer("embedding_length")
-        head_dim = integer("attention.key_length", hidden // heads)
-        for key in ("expert_count", "attention.sliding_window"):
-            if integer(key, 0):
-                raise ModelError(f"{where}: {kind}.{key} is not supported")
-        if facts.get(f"{kind}.rope.scaling.type", "none") != "none":
-            raise ModelError(f"{where}: {kind}.rope.scaling.type is not supported")
-        rotated = integer("rope.dimension_count", head_dim)
-        return ModelConfig(
-            architecture=kind,
-            vocab_size=integer("vocab_size", int(self._shape("model.embed_tokens.weight")[0])),
-            hidden_size=hidden,
-            intermediate_size=integer("feed_forward_length"),
-            layers=integer("block_count"),
-            heads=heads,
-            kv_heads=integer("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            norm_eps=need(facts, f"{kind}.attention.layer_norm_rms_epsilon", float, where),
-            context_tokens=integer("context_length"),
-            tied="lm_head.weight" not in self._tensors,
-            ropes=(
-                Rope(
-                    self._frequencies(rotated, float(facts.get(f"{kind}.rope.freq_base", 10_000.0)))
-                ),
-            ),
-        )
-
-    def _frequencies(self, rotated: int, theta: float) -> tuple[float, ...]:
-        frequencies = rope.frequencies(rotated, theta)
-        if _ROPE_FACTORS in self._tensors:  # how llama.cpp stores Llama 3.1's scaling
-            frequencies = frequencies / self._dequantized(_ROPE_FACTORS)
-        return tuple(frequencies.tolist())
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._tensors:
-            raise ModelError(f"{self.files[0].name}: tensor {name} is missing")
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
-
     def index(self) -> list[str]:
-        return sorted(
-            f"{t.name} {t.tensor_type.name} {list(t.shape)}" for t in self._reader.tensors
-        )
+        tensors = self._file.tensors.values()
+        return sorted(f"{t.name} {t.kind.name} {list(t.shape)}" for t in tensors)
 
     def names(self) -> set[str]:
-        return set(self._tensors) - {_ROPE_FACTORS}
+        return set(self._places)
+
+    def stored_bytes(self, name: str) -> int:
+        place = self._places[name]
+        return len(place.tensor.data) // (1 if place.expert is None else place.tensor.shape[0])
 
     def largest_values(self) -> int:
-        return max(int(tensor.n_elements) for tensor in self._tensors.values())
+        return max(math.prod(place.shape) for place in self._places.values())
 
     def read(self, name: str) -> Tensor:
-        values = self._dequantized(name)
-        if name.endswith("q_proj.weight"):
-            return _halves(values, self.config.heads)
-        if name.endswith("k_proj.weight"):
-            return _halves(values, self.config.kv_heads)
+        place = self._places[name]
+        first, count = (0, place.tensor.shape[0]) if place.expert is None else (place.expert, 1)
+        values = _dequantized(place.tensor, first, count).reshape(place.shape)
+        if place.shift:
+            values = values - place.shift
+        if place.order is Order.QUERY_PAIRS:
+            return _halves(values, self.config.heads, name)
+        if place.order is Order.KEY_PAIRS:
+            return _halves(values, self.config.kv_heads, name)
         return values
 
-    def _dequantized(self, name: str) -> Tensor:
-        tensor, shape = self._tensors[name], self._shape(name)
-        convert: Callable[[Any, GGMLQuantizationType], NDArray[np.float32]] = dequantize
-        with warnings.catch_warnings():
-            # quantized blocks hold scales that overflow float16 on purpose in no valid file
-            warnings.simplefilter("ignore", RuntimeWarning)
-            values = convert(tensor.data, tensor.tensor_type)
-        # the reader maps the file read-only, so float32 data has to be copied out of it
-        return torch.from_numpy(np.array(values, dtype=np.float32, copy=True)).reshape(shape)
+    def _table(self, name: str) -> Tensor | None:
+        tensor = self._file.tensors.get(name)
+        return None if tensor is None else _dequantized(tensor, 0, tensor.shape[0]).reshape(-1)
 
     def tokenizer(self) -> TokenizerFacts:
-        return tokenizer.from_gguf(self._metadata)
+        return tokenizer.from_gguf(self._file.metadata, self.config.vocab_size)
 
 
-def _name(name: str) -> str:
-    """Hugging Face's name for llama.cpp's; an unknown one stays, and is refused as unexpected."""
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    return name
+def _dequantized(tensor: GgufTensor, first: int, count: int) -> Tensor:
+    """`count` entries of the tensor's first dimension, from `first` on, float32.
+
+    Raises ModelError for values that are no numbers: what a damaged scale gives.
+    """
+    convert: Callable[[Any, GGMLQuantizationType], NDArray[np.float32]] = dequantize
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a scale that overflows, told below
+        values = convert(tensor.rows(first, count), tensor.kind)
+    # float32 data is a view of the file, which is mapped read-only
+    found = torch.from_numpy(values if values.flags.writeable else values.copy())
+    if not bool(torch.isfinite(found).all()):
+        raise ModelError(f"tensor {tensor.name} holds values that are no numbers: a damaged file")
+    return found
 
 
-def _halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from (pair, which of it) order to (which of the pair, pair) order."""
-    rows, columns = weight.shape
-    paired = weight.view(heads, rows // heads // 2, 2, columns)
-    return paired.transpose(1, 2).reshape(rows, columns)
+def _halves(values: Tensor, heads: int, name: str) -> Tensor:
+    """Rows of each head from (pair, which of it) order to (which of the pair, pair) order.
+
+    values [rows, columns] of a matrix, or [rows] of its bias.
+    """
+    rows, *columns = values.shape
+    if rows % (2 * heads):
+        raise ModelError(f"tensor {name} has {rows} rows, which are no pairs for {heads} heads")
+    paired = values.view(heads, rows // heads // 2, 2, *columns)
+    return paired.transpose(1, 2).reshape(values.shape)

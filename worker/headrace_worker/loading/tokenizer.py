@@ -1,119 +1,173 @@
 """A GGUF file's tokenizer as the `tokenizers` library's JSON.
 
-Invariant: the same tokens as the reference implementation's tokenizer from the same file, for any
-text. A kind whose splitting rule is not known here is refused by name: a wrong split still gives
-tokens, and answers that are quietly worse.
+Invariant: the same tokens as the model's own tokenizer gives, for any text. A kind whose rules are
+not known here is refused by name: a wrong split still gives tokens, and answers that are quietly
+worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 
 from headrace.errors import ModelError
+from headrace_worker.loading.byte_level import RULES, byte_level
+from headrace_worker.loading.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Pieces,
+    by_position,
+    by_score,
+    sentencepiece,
+)
 from headrace_worker.loading.source import TokenizerFacts
 
-_CONTROL, _USER_DEFINED = 3, 4
-"""GGUF token types that stand for themselves in a text."""
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDS = frozenset(
+    {
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+    }
 )
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+"""Tokens that end a generation whatever the file says: many name one end and mean two."""
 
-_Split = pre_tokenizers.PreTokenizer
-
-
-def _gpt2() -> _Split:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""Phi-3's special tokens swallow the whitespace after them, these excepted."""
 
 
-def _smollm() -> _Split:
-    """Digits first, then GPT-2's rule: as the checkpoint's own tokenizer.json has it."""
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+def from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> TokenizerFacts:
+    """The tokenizer and the ids that go with it.
 
-
-def _by(pattern: str) -> _Split:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-SPLITS: dict[str, Callable[[], _Split]] = {
-    "gpt-2": _gpt2,
-    "smollm": _smollm,
-    "llama-bpe": partial(_by, _LLAMA3_SPLIT),
-    "qwen2": partial(_by, _QWEN2_SPLIT),
-}
-"""Splitting rule by `tokenizer.ggml.pre`."""
-
-
-def from_gguf(metadata: Mapping[str, Any]) -> TokenizerFacts:
-    """Raises ModelError for a kind that is not in `SPLITS`, or fields that are missing."""
-    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in SPLITS:
+    `vocab_size`: rows of the embedding. Raises ModelError for a kind that is not known, and for
+    fields that are missing or contradict each other.
+    """
+    pieces = _pieces(metadata)
+    if len(pieces.texts) > vocab_size:
         raise ModelError(
-            f"tokenizer {model!r} with pre-tokenizer {pre!r} is not supported; "
-            f"supported: 'gpt2' with {', '.join(SPLITS)}",
+            f"the file has {len(pieces.texts)} tokens and embeddings for {vocab_size}",
             code="tokenizer",
         )
-    tokens: list[str] = _list(metadata, "tokenizer.ggml.tokens")
-    tokenizer = _byte_level(tokens, _list(metadata, "tokenizer.ggml.merges"), SPLITS[pre]())
-    _add_whole_tokens(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type") or ())
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if not (kind == "llama" or (kind == "gpt2" and pre in RULES)):
+        raise ModelError(
+            f"tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
+            f"supported: 'llama' (SentencePiece), and 'gpt2' with {', '.join(sorted(RULES))}",
+            code="tokenizer",
+        )
+    add_bos = True if kind == "llama" else RULES[str(pre)].add_bos
+    try:
+        tokenizer = (
+            _sentencepiece(metadata, pieces)
+            if kind == "llama"
+            else byte_level(
+                pieces.texts, _texts(metadata, "tokenizer.ggml.merges"), RULES[str(pre)]
+            )
+        )
+        swallow = kind == "llama" and metadata.get("general.architecture") == "phi3"
+        _add_whole_tokens(tokenizer, pieces, swallow=swallow)
+        json = tokenizer.to_str().encode()
+    except ModelError:
+        raise
+    except Exception as error:  # the library raises bare Exception for whatever does not fit
+        raise ModelError(f"the file's tokenizer is broken: {error}", code="tokenizer") from error
+    return _facts(metadata, pieces, json, add_bos=add_bos)
 
-    def token_id(key: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return value if isinstance(value, int) and 0 <= value < len(tokens) else None
 
-    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: token_id(key) for name, key in named.items()}
-    ends = [ids["eos"], token_id("eot"), token_id("eom")]
-    return TokenizerFacts(
-        json=tokenizer.to_str().encode(),
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        bos_token_id=ids["bos"],
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-        chat_template=str(metadata.get("tokenizer.chat_template", "")),
-        template_tokens={f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
-    )
+def _pieces(metadata: Mapping[str, Any]) -> Pieces:
+    texts = _texts(metadata, "tokenizer.ggml.tokens")
+    types = _numbers(metadata, "tokenizer.ggml.token_type", len(texts), NORMAL)
+    pieces = Pieces(texts, types, _numbers(metadata, "tokenizer.ggml.scores", len(texts), 0.0))
+    if metadata.get("general.architecture") == "gemma3":
+        return pieces.spaces_spelled()
+    return pieces
 
 
-def _list(metadata: Mapping[str, Any], key: str) -> list[str]:
+def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ModelError(f"the file has no {key}", code="tokenizer")
     return value
 
 
-def _byte_level(tokens: Sequence[str], merges: Sequence[str], split: _Split) -> Tokenizer:
-    pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        pairs.append((left, right))
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+def _numbers(metadata: Mapping[str, Any], key: str, count: int, default: Any) -> list[Any]:
+    value = metadata.get(key)
+    if value is None:
+        return [default] * count
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    if not numbers or len(value) != count or not all(map(math.isfinite, value)):
+        raise ModelError(f"{key} does not hold a number for each token", code="tokenizer")
+    return list(value)
 
 
-def _add_whole_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Tokens that are never cut into pieces; control tokens are special, others plain."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    control, plain = [], []
-    for token, kind in zip(tokens, types, strict=False):
-        # a control token outside the byte alphabet is a mislabelled one: matching it would
-        # take text that the model has other tokens for
-        if kind == _CONTROL and set(token) <= alphabet:
-            control.append(AddedToken(token, normalized=False, special=True))
-        elif kind == _USER_DEFINED:
-            plain.append(AddedToken(token, normalized=False, special=False))
-    tokenizer.add_special_tokens(control)
+def _token_id(metadata: Mapping[str, Any], key: str, count: int) -> int | None:
+    value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+    return value if usable else None
+
+
+def _sentencepiece(metadata: Mapping[str, Any], pieces: Pieces) -> Tokenizer:
+    unknown = _token_id(metadata, "unknown", len(pieces.texts))
+    if unknown is None and UNKNOWN in pieces.types:
+        unknown = pieces.types.index(UNKNOWN)
+    gemma = metadata.get("general.architecture") == "gemma3"
+    return sentencepiece(
+        pieces,
+        None if unknown is None else pieces.texts[unknown],
+        rank=by_position if gemma else by_score,
+        space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", not gemma)),
+    )
+
+
+def _add_whole_tokens(tokenizer: Tokenizer, pieces: Pieces, *, swallow: bool) -> None:
+    """Tokens that are never cut into pieces: control tokens are special, others plain."""
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
+    for text, kind in zip(pieces.texts, pieces.types, strict=True):
+        if kind not in (CONTROL, UNKNOWN, USER_DEFINED) or not text:
+            continue
+        added = AddedToken(
+            text,
+            normalized=False,
+            special=kind != USER_DEFINED,
+            rstrip=swallow and text not in _KEEPS_SPACES,
+        )
+        (plain if kind == USER_DEFINED else special).append(added)
+    tokenizer.add_special_tokens(special)
     tokenizer.add_tokens(plain)
+
+
+def _facts(
+    metadata: Mapping[str, Any], pieces: Pieces, json: bytes, *, add_bos: bool
+) -> TokenizerFacts:
+    texts = pieces.texts
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: _token_id(metadata, key, len(texts)) for name, key in named.items()}
+    template = metadata.get("tokenizer.chat_template")
+    return TokenizerFacts(
+        json=json,
+        eos_token_ids=_ends(metadata, pieces),
+        bos_token_id=ids["bos"],
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        chat_template=template if isinstance(template, str) else "",
+        template_tokens={f"{name}_token": texts[i] for name, i in ids.items() if i is not None},
+    )
+
+
+def _ends(metadata: Mapping[str, Any], pieces: Pieces) -> tuple[int, ...]:
+    count = len(pieces.texts)
+    named: Sequence[int | None] = [_token_id(metadata, key, count) for key in ("eos", "eot", "eom")]
+    usual = [
+        i
+        for i, text in enumerate(pieces.texts)
+        if text in _ENDS and pieces.types[i] in (CONTROL, USER_DEFINED)
+    ]
+    return tuple(dict.fromkeys(end for end in [*named, *usual] if end is not None))
