@@ -6,34 +6,56 @@ import asyncio
 import os
 import random
 import signal
+from typing import Any
 
 import openai
 
 from support.stack import Stack
 
 SECONDS = float(os.environ.get("HEADRACE_TEST_STORM_S", "30"))
-STREAMS = 6
 WORKERS = 3
 LEASE_MS = 1_000
 
 
-async def read(client: openai.AsyncOpenAI, number: int) -> str:
+OPTIONS: list[dict[str, Any]] = [
+    {"temperature": 0.8},
+    {"temperature": 0.0},
+    {"temperature": 0.9, "frequency_penalty": 0.7, "logit_bias": {"260": 3}, "top_p": 0.9},
+    {"temperature": 0.0, "logprobs": 1},
+    {
+        "temperature": 0.8,
+        "extra_body": {"regex": "(wheel|mill|water|[a-z]{3,9}) (turns|runs)[ a-z]{40}"},
+    },
+    {"temperature": 1.0, "extra_body": {"min_p": 0.05, "repetition_penalty": 1.2}},
+]
+"""What the streams ask for: everything that an attempt has to take up where another left it."""
+
+
+async def read(client: openai.AsyncOpenAI, number: int) -> list[str]:
+    """The stream's text, or its tokens as their logprobs tell them, once and in order."""
+    options = dict(OPTIONS[number])
+    extra = options.pop("extra_body", {})
+    free = "regex" not in extra
     stream = await client.completions.create(
         model="smollm2",
         prompt=[(number * 53 + k) % 4_000 + 100 for k in range(20 + 16 * number)],
-        max_tokens=24 + number,
-        temperature=0.0 if number % 2 else 0.8,
+        max_tokens=24 + number if free else 60,
         seed=number,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
+        extra_body=extra | {"ignore_eos": free},
+        **options,
     )
-    text = ""
+    said: list[str] = []
+    tokens: list[str] = []
     async for chunk in stream:
-        text += "".join(choice.text for choice in chunk.choices)
-        if chunk.usage is not None:
+        for choice in chunk.choices:
+            said.append(choice.text)
+            tokens += (choice.logprobs.tokens or []) if choice.logprobs else []
+        if chunk.usage is not None and free:
             assert chunk.usage.completion_tokens == 24 + number
-    return text
+            assert len(tokens) in (0, 24 + number)
+    return ["".join(said), *tokens]
 
 
 class Storm:
@@ -71,7 +93,7 @@ async def test_every_stream_is_whole_in_a_storm() -> None:
     print(f"seed {seed}")
     with Stack(workers=WORKERS, env={"HEADRACE_LEASE_MS": str(LEASE_MS)}) as stack:
         client = openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0)
-        calm = [await read(client, n) for n in range(STREAMS)]
+        calm = [await read(client, n) for n in range(len(OPTIONS))]
         storm = Storm(stack, seed)
         over = asyncio.Event()
 
@@ -82,7 +104,7 @@ async def test_every_stream_is_whole_in_a_storm() -> None:
                 rounds += 1
             return rounds
 
-        readers = [asyncio.create_task(keep_reading(n)) for n in range(STREAMS)]
+        readers = [asyncio.create_task(keep_reading(n)) for n in range(len(OPTIONS))]
         try:
             async with asyncio.timeout(SECONDS):
                 while not any(reader.done() for reader in readers):
