@@ -24,6 +24,7 @@ from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.sequence import Sequence
+from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import BlockPayload, JobStory
 
 STEPS_MAX = 20_000
@@ -102,6 +103,20 @@ def finish_all(
         if after_step is not None:
             after_step(out)
     return out
+
+
+def guesses_from(texts: list[list[int]]) -> Callable[..., tuple[int, ...]]:
+    """A `Guesser.guess` that knows how `texts` go on, and is wrong in the middle now and then."""
+
+    def guess(_: Guesser, tokens: Iterable[int], price: float, limit: int) -> tuple[int, ...]:
+        known = list(tokens)
+        ahead = next(text for text in texts if text[: len(known)] == known)[len(known) :]
+        ahead = ahead[: min(5, limit)]
+        if len(known) % 3 == 0 and len(ahead) > 2:
+            ahead[2] += 1 if ahead[2] == 0 else -1
+        return tuple(ahead)
+
+    return guess
 
 
 def logits_of(loaded: LoadedModel, prompt: list[int]) -> torch.Tensor:

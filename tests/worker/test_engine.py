@@ -47,7 +47,7 @@ def test_stop_ids_and_end_tokens(tiny: LoadedModel) -> None:
 def test_the_context_ends_a_job(tiny: LoadedModel) -> None:
     """Prompt and output together never exceed the context, nor the pool."""
     engine = make_engine(tiny)
-    assert engine.limit_tokens == 512
+    assert engine.record.context_tokens == 512
     out = finish_all(engine, [make_job("a", random_tokens(500, 1), max_tokens=100)])
     assert len(out.tokens["a"]) == 12
     assert out.finishes["a"].reason is FinishReason.LENGTH

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from headrace.types import Band, FinishReason
 from headrace_worker.loading import LoadedModel
-from worker.builders import Output, finish_all, logits_of, make_engine, make_job, random_tokens
+from headrace_worker.policy.speculation import Guesser
+from worker.builders import (
+    Output,
+    finish_all,
+    guesses_from,
+    logits_of,
+    make_engine,
+    make_job,
+    random_tokens,
+)
 from worker.conftest import NEW_TOKENS, Reference
 
 
@@ -86,6 +96,19 @@ def test_chunked_at_32_tokens(smollm2: LoadedModel, reference: Reference) -> Non
     assert_equal(out, reference)
     assert len(out.stories["p19"].chunks) >= 8
     assert max(tokens for tokens, _, _ in out.stories["p19"].chunks) <= 32
+
+
+def test_speculated(
+    smollm2: LoadedModel, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses that come true, and some that part from the text in the middle: the same text."""
+    texts = [p + o for p, o in zip(reference.prompts, reference.outputs, strict=True)]
+    monkeypatch.setattr(Guesser, "guess", guesses_from(texts))
+    out = finish_all(make_engine(smollm2), jobs_of(reference))
+    assert_equal(out, reference)
+    guessed = sum(story.guessed for story in out.stories.values())
+    right = sum(story.guessed_right for story in out.stories.values())
+    assert 0.3 * guessed < right < guessed
 
 
 def test_under_preemption(smollm2: LoadedModel, reference: Reference) -> None:

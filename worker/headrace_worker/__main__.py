@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from dataclasses import replace
 
 import structlog
 import torch
@@ -42,7 +41,7 @@ def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
     """
     if settings.kv_tokens:
         return settings.kv_tokens
-    block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype)
+    block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, settings.kv_dtype)
     free_bytes = memory.available_bytes() or KV_BYTES_MAX
     budget_bytes = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
     least = min(loaded.record.context_tokens, KV_TOKENS_MIN)
@@ -99,9 +98,7 @@ def build(settings: WorkerSettings) -> Consumer:
     )
     capacity = Capacity(kv_tokens, settings.max_jobs)
     engine = Engine(loaded, config, clock)
-    # gateways refuse what would not fit here, with both numbers, instead of letting it fail
-    record = replace(loaded.record, context_tokens=engine.limit_tokens)
-    return Consumer(settings, engine, record, capacity, clock, cache, threads=threads)
+    return Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
 
 
 async def serve(settings: WorkerSettings) -> None:

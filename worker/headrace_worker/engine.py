@@ -9,7 +9,7 @@ usable.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -25,6 +25,7 @@ from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.entry import Entry
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
+from headrace_worker.loading.fingerprint import block_fingerprint
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
 from headrace_worker.policy.scheduler import Outcome, Plan, PlanItem, Scheduler
 from headrace_worker.policy.sequence import Sequence as TokenSequence
@@ -76,17 +77,23 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig, clock: Clock) -> None:
         """Raises ModelError when the KV pool does not fit into memory."""
         blocks = config.kv_tokens // BLOCK_TOKENS
-        block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype)
+        block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, config.kv_dtype)
         memory.require(
             (blocks + 1) * block_bytes,
             f"a KV cache of {config.kv_tokens} tokens",
             "lower HEADRACE_KV_TOKENS",
         )
-        self._record = loaded.record
+        self.record = replace(
+            loaded.record,
+            fingerprint=block_fingerprint(loaded.record.fingerprint, config.kv_dtype),
+            # gateways refuse what would not fit here, with both numbers, instead of letting it fail
+            context_tokens=min(loaded.record.context_tokens, blocks * BLOCK_TOKENS),
+        )
+        """The model as it is served here."""
         self._config = config
         self._clock = clock
         self._pool = BlockPool(blocks)
-        self._kv = KvPool(loaded.config, blocks, loaded.dtype)
+        self._kv = KvPool(loaded.config, blocks, loaded.dtype, config.kv_dtype)
         self._runner = Runner(loaded.model, SdpaBackend(self._kv, loaded.config))
         self._scheduler = Scheduler(
             self._pool, running_max=config.max_running, step_tokens_max=config.step_tokens_max
@@ -96,11 +103,6 @@ class Engine:
         self._masks: dict[str, list[Mask]] = {}
         self._arrivals = 0
         self._result = StepResult([], [], [])
-
-    @property
-    def limit_tokens(self) -> int:
-        """The longest sequence, prompt and output, that can run here."""
-        return min(self._record.context_tokens, self._pool.total * BLOCK_TOKENS)
 
     @property
     def has_work(self) -> bool:
@@ -113,19 +115,19 @@ class Engine:
 
     def refuse(self, job: Job) -> str | None:
         """Why `job` can never run here; None when it can."""
-        if job.model != self._record.name:
-            return f"this worker serves {self._record.name!r}, not {job.model!r}"
+        if job.model != self.record.name:
+            return f"this worker serves {self.record.name!r}, not {job.model!r}"
         if not job.prompt:
             return "the prompt is empty"
-        if len(job.prompt) + min(1, job.sampling.max_tokens) > self.limit_tokens:
+        if len(job.prompt) + min(1, job.sampling.max_tokens) > self.record.context_tokens:
             return (
                 f"the prompt has {len(job.prompt)} tokens, this worker takes at most "
-                f"{self.limit_tokens - 1} and one of output"
+                f"{self.record.context_tokens - 1} and one of output"
             )
         largest = max(max(job.prompt), max(job.logged, default=0))
-        if largest >= self._record.vocab_size:
-            return f"token id {largest} is outside the vocabulary of {self._record.vocab_size}"
-        return refuse_sampling(job.sampling, self._record.vocab_size)
+        if largest >= self.record.vocab_size:
+            return f"token id {largest} is outside the vocabulary of {self.record.vocab_size}"
+        return refuse_sampling(job.sampling, self.record.vocab_size)
 
     def missing_blocks(self, job: Job) -> list[bytes]:
         """Hashes of the job's leading full blocks from the first one that is not in the pool.
@@ -133,7 +135,7 @@ class Engine:
         Safe to call from another thread: it only asks a dict what it contains.
         """
         tokens = job.prompt + job.logged
-        root = root_hash(self._record.fingerprint, job.salt)
+        root = root_hash(self.record.fingerprint, job.salt)
         hashes = block_hashes(root, tokens, (len(tokens) - 1) // BLOCK_TOKENS)
         for index, block_hash in enumerate(hashes):
             if not self._pool.contains(block_hash):
@@ -154,7 +156,7 @@ class Engine:
         assert job.id not in self._entries, "a job is added once"
         assert bool(job.sampling.grammar) == (matcher is not None), "a grammar comes compiled"
         sequence = self._make_sequence(job)
-        entry = Entry(job, sequence, matcher, self._record.vocab_size, self._clock.wall_ns())
+        entry = Entry(job, sequence, matcher, self.record.vocab_size, self._clock.wall_ns())
         self._entries[job.id] = entry
         ending = sequence.ending()
         if ending is not None and not sequence.scoring:
@@ -178,11 +180,11 @@ class Engine:
         return TokenSequence(
             job.id,
             job.prompt,
-            root=root_hash(self._record.fingerprint, job.salt),
-            tokens_max=min(len(job.prompt) + s.max_tokens, self.limit_tokens),
+            root=root_hash(self.record.fingerprint, job.salt),
+            tokens_max=min(len(job.prompt) + s.max_tokens, self.record.context_tokens),
             logged=job.logged,
             stop_ids=frozenset(s.stop_token_ids).union(
-                () if s.ignore_eos else self._record.eos_token_ids
+                () if s.ignore_eos else self.record.eos_token_ids
             ),
             band=job.band,
             arrived_ms=job.arrived_ms,

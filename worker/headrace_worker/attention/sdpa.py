@@ -29,6 +29,14 @@ SIZE_CLASS_BLOCKS_MIN = 16
 
 
 @dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a step's keys and values go; N rows."""
+
+    chunks: tuple[Tensor, ...]  # per layer, [2N]: of all keys, then of all values
+    offsets: Tensor  # [2N], the token within its chunk
+
+
+@dataclass(frozen=True, slots=True)
 class _Gather:
     """Which chunks of the pool hold some sequences' keys and values, per layer."""
 
@@ -53,7 +61,7 @@ class _Chunk:
     start: int
     stop: int
     length: int
-    gather: _Gather | None  # None: the chunk is the whole sequence so far
+    gather: _Gather | None  # None: the chunk is the whole sequence, and its keys stay exact
     masks: dict[int, Tensor | None]  # by window, [n, length], 0 or -inf; None: plain causal
 
 
@@ -64,9 +72,7 @@ class SdpaBackend:
         self._pool = pool
         self._config = config
         self._windows = sorted({config.window_of(layer) for layer in range(config.layers)})
-        self._dtype = pool.tensor.dtype
-        # chunk (block, layer, key) has number block * layers * 2 + layer * 2
-        self._layer_offsets = torch.arange(pool.layers)[:, None] * 2
+        self._layer_chunks = torch.arange(pool.layers)[:, None] * 2
 
     def prepare(self, batch: AttentionBatch) -> Attend:
         starts, lengths = batch.query_starts, batch.lengths
@@ -76,23 +82,21 @@ class SdpaBackend:
             self._chunk(starts[s], starts[s + 1], lengths[s], list(batch.block_tables[s]))
             for s in range(single, len(lengths))
         ]
-        return _Step(self._pool, self._config, self._slots(batch.slots), decodes, chunks)
+        blocks, offsets = batch.slots // BLOCK_TOKENS, batch.slots % BLOCK_TOKENS
+        places = _Places(self._chunks_of(blocks), offsets.repeat(2))
+        return _Step(self._pool, self._config, places, decodes, chunks)
 
-    def _slots(self, slots: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Rows of the pool that take this step's keys and values: layers × [N] each."""
-        block, offset = slots // BLOCK_TOKENS, slots % BLOCK_TOKENS
-        base = block * (self._pool.layers * 2 * BLOCK_TOKENS) + offset
-        keys = base[None, :] + self._layer_offsets * BLOCK_TOKENS
-        return keys.unbind(0), (keys + BLOCK_TOKENS).unbind(0)
+    def _chunks_of(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """Per layer the chunks of `blocks` [n]: [2n], all keys, then all values."""
+        base = blocks * (self._pool.layers * 2)
+        return (torch.cat((base, base + 1))[None, :] + self._layer_chunks).unbind(0)
 
     def _gather(self, tables: list[list[int]]) -> _Gather:
         width = max(map(len, tables))
         padded = np.full((len(tables), width), self._pool.padding_block, np.int64)
         for row, table in enumerate(tables):
             padded[row, : len(table)] = table
-        base = torch.from_numpy(padded).view(-1) * (self._pool.layers * 2)
-        chunks = torch.cat((base, base + 1))[None, :] + self._layer_offsets
-        return _Gather(chunks.unbind(0), width * BLOCK_TOKENS)
+        return _Gather(self._chunks_of(torch.from_numpy(padded).view(-1)), width * BLOCK_TOKENS)
 
     def _decodes(self, batch: AttentionBatch, count: int) -> list[_Decodes]:
         classes: dict[int, list[int]] = {}
@@ -119,7 +123,7 @@ class SdpaBackend:
         return groups
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        mask = torch.zeros(hidden.shape, dtype=self._dtype)
+        mask = torch.zeros(hidden.shape, dtype=self._pool.dtype)
         return mask.masked_fill_(hidden, -torch.inf)
 
     def _chunk(self, start: int, stop: int, length: int, table: list[int]) -> _Chunk:
@@ -136,7 +140,7 @@ class SdpaBackend:
             if not seen_by_all:
                 hidden |= place <= row - window
             masks[window] = self._mask(hidden)
-        if whole:
+        if whole and self._pool.exact:
             return _Chunk(start, stop, length, None, masks)
         blocks = -(-length // BLOCK_TOKENS)
         return _Chunk(start, stop, length, self._gather([table[:blocks]]), masks)
@@ -149,20 +153,18 @@ class _Step:
         self,
         pool: KvPool,
         config: ModelConfig,
-        slots: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+        places: _Places,
         decodes: list[_Decodes],
         chunks: list[_Chunk],
     ) -> None:
-        self._rows, self._pool_chunks = pool.rows, pool.chunks
-        self._kv_heads, self._head_dim = pool.kv_heads, pool.head_dim
+        self._pool = pool
         self._scale, self._window_of = config.scale, config.window_of
-        self._key_slots, self._value_slots = slots
+        self._places = places
         self._decodes = decodes
         self._chunks = chunks
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._rows.index_copy_(0, self._key_slots[layer], k.flatten(1))
-        self._rows.index_copy_(0, self._value_slots[layer], v.flatten(1))
+        self._pool.write(self._places.chunks[layer], self._places.offsets, k, v)
         if len(self._decodes) == 1 and self._decodes[0].rows is None:
             return self._decode(layer, q, self._decodes[0])
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
@@ -174,17 +176,10 @@ class _Step:
             out[chunk.start : chunk.stop] = self._prefill(layer, q, k, v, chunk)
         return out
 
-    def _kv(self, layer: int, gather: _Gather, count: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [count, kv_heads, T, head_dim]."""
-        chunks = self._pool_chunks.index_select(0, gather.chunks[layer])
-        shape = (2, count, gather.tokens, self._kv_heads, self._head_dim)
-        keys, values = chunks.view(shape).transpose(2, 3).unbind(0)
-        return keys, values
-
     def _decode(self, layer: int, q: Tensor, group: _Decodes) -> Tensor:
-        keys, values = self._kv(layer, group.gather, group.count)
+        keys, values = self._pool.read(group.gather.chunks[layer], group.count)
         # query head h belongs to KV head h // group size, so the heads fold without moving
-        folded = q.reshape(group.count, self._kv_heads, -1, self._head_dim)
+        folded = q.reshape(group.count, self._pool.kv_heads, -1, self._pool.head_dim)
         mask = group.masks[self._window_of(layer)]
         mixed = functional.scaled_dot_product_attention(
             folded, keys, values, attn_mask=mask, scale=self._scale
@@ -197,7 +192,7 @@ class _Step:
         if chunk.gather is None:
             keys, values = k[rows].transpose(0, 1)[None], v[rows].transpose(0, 1)[None]
         else:
-            keys, values = self._kv(layer, chunk.gather, 1)
+            keys, values = self._pool.read(chunk.gather.chunks[layer], 1)
             keys, values = keys[:, :, : chunk.length], values[:, :, : chunk.length]
         mask = chunk.masks[self._window_of(layer)]
         mixed = functional.scaled_dot_product_attention(

@@ -2,14 +2,17 @@
 
 Layout `LAYOUT_VERSION`: [block][layer][key, value][token][kv_head][head_dim]. So a block goes to
 and from the cache service as a single contiguous payload, and one layer's keys of a block are
-one contiguous chunk to gather.
+one contiguous chunk to gather. With `kv_dtype` int8 a chunk's numbers are int8, and behind them
+stand their scales in the model's dtype, [token][kv_head]: little more than half of bfloat16's
+bytes, for half a percent of each number at most.
 
 Invariant: every number in the pool is finite, since masked positions are multiplied by zero, not
 skipped, and zero times infinity would reach other sequences. Imports are checked; blocks of a
 sequence whose logits went bad are zeroed. One block more than asked for, always zero, pads block
 tables.
 
-Rejected: [layer][block]…, which makes a block's payload as many pieces as there are layers.
+Rejected: [layer][block]…, which makes a block's payload as many pieces as there are layers; a
+scale per block, which tokens that come later would outgrow.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +31,13 @@ from headrace.types import BLOCK_TOKENS
 from headrace_worker.model.config import ModelConfig
 
 LAYOUT_VERSION = 1
+
+KvDtype = Literal["auto", "int8"]
+"""How keys and values are kept: as the model computes them, or rounded to int8."""
+
+_LEVELS = 127
+_SCALE_MIN = 1e-30
+"""Keeps zeros from being divided by zero."""
 
 
 def _lazy_zeros(size_bytes: int) -> NDArray[np.uint8]:
@@ -40,37 +51,82 @@ def _lazy_zeros(size_bytes: int) -> NDArray[np.uint8]:
     return np.frombuffer(memory, np.uint8)
 
 
-class KvPool:
-    """KV of `blocks` blocks for one model. Holds no bookkeeping: see policy/blocks.py."""
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., head_dim] → int8 of its shape, and the scales [...] in its dtype.
 
-    def __init__(self, config: ModelConfig, blocks: int, dtype: torch.dtype) -> None:
-        self.blocks = blocks
+    int8 times scale is within half a scale of x. A NaN or an infinity makes the scale one.
+    """
+    scales = (x.abs().amax(-1) / _LEVELS).clamp_min_(_SCALE_MIN)
+    return (x.float() / scales.float()[..., None]).round_().to(torch.int8), scales
+
+
+class KvPool:
+    """KV of `blocks` blocks for one model. Holds no bookkeeping: see policy/blocks.py.
+
+    Chunk (block, layer, key or value) has the number (block * layers + layer) * 2, plus 1 for
+    values. `exact`: what is read equals what was written.
+    """
+
+    def __init__(
+        self, config: ModelConfig, blocks: int, dtype: torch.dtype, kv_dtype: KvDtype = "auto"
+    ) -> None:
+        self.blocks, self.dtype = blocks, dtype
         self.layers, self.kv_heads, self.head_dim = config.layers, config.kv_heads, config.head_dim
         self.padding_block = blocks
-        row_values = self.kv_heads * self.head_dim
-        self._bytes = _lazy_zeros((blocks + 1) * self.block_bytes(config, dtype)).reshape(
+        self.exact = kv_dtype == "auto"
+        self._bytes = _lazy_zeros((blocks + 1) * self.block_bytes(config, dtype, kv_dtype)).reshape(
             blocks + 1, -1
         )
-        self.tensor = (
-            torch.from_numpy(self._bytes)
-            .view(dtype)
-            .view(blocks + 1, self.layers, 2, BLOCK_TOKENS, row_values)
-        )
+        stored = torch.from_numpy(self._bytes).view(dtype if self.exact else torch.int8)
+        self.tensor = stored.view(blocks + 1, self.layers, 2, -1)
+        self._chunks = stored.view((blocks + 1) * self.layers * 2, -1)
+        self._values, self._scales = self._split(self._chunks)
 
     @staticmethod
-    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    def block_bytes(config: ModelConfig, dtype: torch.dtype, kv_dtype: KvDtype = "auto") -> int:
         """Size in bytes of one block's payload."""
-        return config.kv_values_per_token * BLOCK_TOKENS * dtype.itemsize
+        if kv_dtype == "auto":
+            return config.kv_values_per_token * BLOCK_TOKENS * dtype.itemsize
+        scales = config.kv_values_per_token // config.head_dim
+        return (config.kv_values_per_token + scales * dtype.itemsize) * BLOCK_TOKENS
 
-    @property
-    def rows(self) -> Tensor:
-        """[(block, layer, key or value, token), kv_heads * head_dim], a view."""
-        return self.tensor.view(-1, self.kv_heads * self.head_dim)
+    def _split(self, chunks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """n chunks as numbers [n, BLOCK_TOKENS, kv_heads, head_dim], and their scales, if any."""
+        heads = (len(chunks), BLOCK_TOKENS, self.kv_heads)
+        values = chunks[:, : BLOCK_TOKENS * self.kv_heads * self.head_dim]
+        scales = chunks[:, values.shape[1] :]
+        return (
+            values.view(*heads, self.head_dim),
+            None if self.exact else scales.view(self.dtype).view(heads),
+        )
 
-    @property
-    def chunks(self) -> Tensor:
-        """[(block, layer, key or value), BLOCK_TOKENS * kv_heads * head_dim], a view."""
-        return self.tensor.view((self.blocks + 1) * self.layers * 2, -1)
+    def write(self, chunks: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k, v [N, kv_heads, head_dim] of one layer.
+
+        `chunks`, `offsets` int64 [2N]: in which chunk and at which token of it, for keys and then
+        for values.
+        """
+        kv, places = torch.cat((k, v)), (chunks, offsets)
+        if self._scales is None:
+            self._values.index_put_(places, kv)
+            return
+        values, scales = quantize(kv)
+        self._values.index_put_(places, values)
+        self._scales.index_put_(places, scales)
+
+    def read(self, chunks: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [count, kv_heads, T, head_dim] of `count` sequences of equal length.
+
+        `chunks`, int64: all sequences' key chunks, then all their value chunks.
+        """
+        values = self._chunks.index_select(0, chunks)
+        if not self.exact:
+            numbers, scales = self._split(values)
+            assert scales is not None, "int8 has scales"
+            values = numbers.to(self.dtype).mul_(scales[..., None])
+        shape = (2, count, -1, self.kv_heads, self.head_dim)
+        keys, values = values.view(shape).transpose(2, 3).unbind(0)
+        return keys, values
 
     def export_block(self, block: int) -> bytes:
         """A copy of the block's payload."""
@@ -83,8 +139,12 @@ class KvPool:
         if len(data) != self._bytes.shape[1]:
             return False
         # a copy, since torch wants writable memory
-        values = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(self.tensor.dtype)
-        return bool(torch.isfinite(values).all())
+        stored = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(self.tensor.dtype)
+        values, scales = self._split(stored.view(self.layers * 2, -1))
+        if scales is None:
+            return bool(torch.isfinite(values).all())
+        largest = torch.finfo(self.dtype).max / (_LEVELS + 1)
+        return bool((scales.abs() <= largest).all())  # not so for NaN
 
     def import_block(self, block: int, data: bytes | memoryview) -> None:
         """Fills `block`. Raises ValueError for a payload that `accepts` refuses."""

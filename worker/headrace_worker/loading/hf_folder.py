@@ -7,48 +7,62 @@ setting that would change the computation and is not implemented stops the load 
 from __future__ import annotations
 
 import json
+import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from headrace.errors import ModelError
-from headrace_worker.loading.source import TokenizerFacts, need
-from headrace_worker.model import ModelConfig, architecture, rope
-from headrace_worker.model.config import Rope
+from headrace_worker.loading.hf_config import read_config
+from headrace_worker.loading.source import TokenizerFacts
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = frozenset({"F32", "F16", "BF16"})
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Types of weights that are read, with their sizes."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "spiece.model")
+
+_TEXT_PREFIXES = ("language_model.", "model.language_model.")
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+"""Weights of a larger model beside its text part."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor lies: its file, its name there, its type and shape."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
 
 
 class HfSource:
-    """An opened folder. Raises ModelError when it cannot be run."""
+    """An opened folder. Raises ModelError when it cannot be run.
+
+    Files stay mapped while it lives: a weight that keeps its type is never copied.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._facts = _read_json(folder / "config.json")
-        kind = str(self._facts.get("model_type"))
-        architecture(kind)
-        self._refuse_unknown()
+        read = read_config(self._facts)
+        self.config = read.model
         self.files = self._weight_files()
-        self._where, self._shapes = self._open()
-        self.config = self._config(kind)
-
-    def _refuse_unknown(self) -> None:
-        plain: dict[str, tuple[Any, ...]] = {
-            "hidden_act": ("silu",),
-            "attention_bias": (False, None),
-            "mlp_bias": (False, None),
-            "sliding_window": (None,),
-            "quantization_config": (None,),
-        }
-        for key, allowed in plain.items():
-            if key in self._facts and self._facts[key] not in allowed:
-                raise ModelError(f"config.json: {key} = {self._facts[key]!r} is not supported")
+        self._opened = {file: _open(file) for file in self.files}
+        self._tensors = self._list_tensors(read.prefixed)
 
     def _weight_files(self) -> tuple[Path, ...]:
         index = self._folder / _INDEX
@@ -61,69 +75,57 @@ class HfSource:
             files = [self._folder / name for name in sorted(names)]
         for file in files:
             if not file.exists():
-                raise ModelError(f"{self._folder.name} has no {file.name}: safetensors only")
+                raise ModelError(self._no_weights(file.name))
         return tuple(files)
 
-    def _open(self) -> tuple[dict[str, Path], dict[str, tuple[str, tuple[int, ...]]]]:
-        where: dict[str, Path] = {}
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for file in self.files:
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                        part = opened.get_slice(name)
-                        where[name] = file
-                        shapes[name] = (part.get_dtype(), tuple(part.get_shape()))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file.name} is not readable: {error}") from error
-        for name, (dtype, _) in shapes.items():
-            if dtype not in _DTYPES:
-                raise ModelError(f"tensor {name} has type {dtype}, which is not supported")
-        return where, shapes
-
-    def _config(self, kind: str) -> ModelConfig:
-        facts = self._facts
-
-        def integer(key: str, default: int | None = None) -> int:
-            if default is not None and facts.get(key) is None:
-                return default
-            return int(need(facts, key, int, "config.json"))
-
-        heads, hidden = integer("num_attention_heads"), integer("hidden_size")
-        head_dim = integer("head_dim", hidden // heads)
-        return ModelConfig(
-            architecture=kind,
-            vocab_size=integer("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=integer("intermediate_size"),
-            layers=integer("num_hidden_layers"),
-            heads=heads,
-            kv_heads=integer("num_key_value_heads", heads),
-            head_dim=head_dim,
-            norm_eps=need(facts, "rms_norm_eps", float, "config.json"),
-            context_tokens=integer("max_position_embeddings"),
-            tied=bool(facts.get("tie_word_embeddings", False)),
-            ropes=(Rope(_frequencies(facts, head_dim)),),
+    def _no_weights(self, missing: str) -> str:
+        pickles = sorted(f.name for kind in _PICKLES for f in self._folder.glob(kind))
+        if not pickles:
+            return f"{self._folder.name} has no {missing}: safetensors only"
+        return (
+            f"{self._folder.name} has its weights as pickle ({pickles[0]}), which runs code when "
+            f"it is read: safetensors only. Convert it with transformers: "
+            f"from_pretrained(…).save_pretrained(…)"
         )
 
+    def _list_tensors(self, prefixed: bool) -> dict[str, _Stored]:
+        tensors = {}
+        for file, opened in self._opened.items():
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                part = opened.get_slice(name)
+                stored = _Stored(file, name, part.get_dtype(), tuple(part.get_shape()))
+                if prefixed and _OTHER_PARTS.match(name):
+                    continue
+                tensors[_without_prefix(name) if prefixed else name] = stored
+        for name, stored in tensors.items():
+            if stored.dtype not in _BYTES:
+                raise ModelError(f"tensor {name} has type {stored.dtype}, which is not supported")
+        return tensors
+
     def index(self) -> list[str]:
-        return sorted(f"{name} {kind} {shape}" for name, (kind, shape) in self._shapes.items())
+        return sorted(f"{t.name} {t.dtype} {t.shape}" for t in self._tensors.values())
 
     def names(self) -> set[str]:
         # rotary tables that old checkpoints carry are computed here, and so is a tied head
         unused = {"lm_head.weight"} if self.config.tied else set()
-        return {name for name in self._shapes if not name.endswith("rotary_emb.inv_freq")} - unused
+        return {name for name in self._tensors if not name.endswith("rotary_emb.inv_freq")} - unused
 
     def largest_values(self) -> int:
-        return max(int(torch.Size(shape).numel()) for _, shape in self._shapes.values())
+        return max(stored.values for stored in self._tensors.values())
+
+    def stored_bytes(self, name: str) -> int:
+        stored = self._tensors[name]
+        return stored.values * _BYTES[stored.dtype]
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self._where[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+        stored = self._tensors[name]
+        tensor: Tensor = self._opened[stored.file].get_tensor(stored.name)
         return tensor
 
     def tokenizer(self) -> TokenizerFacts:
         file = self._folder / "tokenizer.json"
+        if not file.exists():
+            raise ModelError(self._no_tokenizer(), code="tokenizer")
         try:
             text = file.read_text()
             tokenizer = Tokenizer.from_str(text)
@@ -145,6 +147,16 @@ class HfSource:
             add_bos=bos is not None and start == [bos],
             chat_template=self._template(settings),
             template_tokens=named,
+        )
+
+    def _no_tokenizer(self) -> str:
+        other = next((f for f in _OTHER_TOKENIZERS if (self._folder / f).exists()), None)
+        if other is None:
+            return f"{self._folder.name} has no tokenizer.json"
+        return (
+            f"{self._folder.name} has its tokenizer as {other} only, which is not supported. Make "
+            f"a tokenizer.json of it with transformers: "
+            f"AutoTokenizer.from_pretrained(…).save_pretrained(…)"
         )
 
     def _ends(self, tokenizer: Tokenizer, named: dict[str, str]) -> tuple[int, ...]:
@@ -179,25 +191,17 @@ def _read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     return value
 
 
-def _frequencies(facts: dict[str, Any], head_dim: int) -> tuple[float, ...]:
-    """Both spellings: `rope_parameters`, and the older `rope_theta` with `rope_scaling`."""
-    rules: dict[str, Any] = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    kind = rules.get("rope_type", rules.get("type", "default"))
-    theta = float(rules.get("rope_theta", facts.get("rope_theta", 10_000.0)))
-    partial = float(rules.get("partial_rotary_factor", facts.get("partial_rotary_factor", 1.0)))
-    base = rope.frequencies(head_dim, theta)
-    if partial != 1.0:
-        raise ModelError(f"config.json: partial_rotary_factor = {partial} is not supported")
-    if kind == "default":
-        return tuple(base.tolist())
-    if kind != "llama3":
-        raise ModelError(f"config.json: rope type {kind!r} is not supported: default and llama3")
-    where = "config.json rope scaling"
-    scaled = rope.llama3_scaled(
-        base,
-        factor=need(rules, "factor", float, where),
-        low=need(rules, "low_freq_factor", float, where),
-        high=need(rules, "high_freq_factor", float, where),
-        original_tokens=int(need(rules, "original_max_position_embeddings", int, where)),
-    )
-    return tuple(scaled.tolist())
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file.name} is not readable: {error}") from error
+
+
+def _without_prefix(name: str) -> str:
+    """`language_model.model.layers…` or `model.language_model.layers…` as `model.layers…`."""
+    for prefix in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            return rest if rest.startswith(("model.", "lm_head.")) else f"model.{rest}"
+    return name

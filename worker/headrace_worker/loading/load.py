@@ -7,8 +7,8 @@ one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from headrace_worker.loading.fingerprint import fingerprint
 from headrace_worker.loading.gguf_file import GgufSource
 from headrace_worker.loading.hf_folder import HfSource
 from headrace_worker.loading.source import Source
-from headrace_worker.model import Llama, ModelConfig, architecture
+from headrace_worker.model import Decoder, ModelConfig, architecture
 from headrace_worker.model.linear import DenseLinear, Linear
+from headrace_worker.quantization import MODES, AnyLinear, Quantization, Role, make_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CPUINFO = Path("/proc/cpuinfo")
@@ -30,35 +31,54 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, what gateways need to know of it, and its shape."""
+    """A model in memory, what gateways need to know of it, and its shape.
 
-    model: Llama
+    `weight_bytes`: what its weights take, packed as they are.
+    """
+
+    model: Decoder
     record: ModelRecord
     config: ModelConfig
+    quantization: Quantization
+    weight_bytes: int
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
 
-def load_model(path: Path, name: str, dtype: str = "auto") -> LoadedModel:
+Progress = Callable[[int, int], None]
+"""Told after each tensor: bytes of the files' weights read so far, and of all of them."""
+
+
+def load_model(
+    path: Path,
+    name: str,
+    dtype: str = "auto",
+    quantization: str = "none",
+    *,
+    context_tokens: int = 0,
+    progress: Progress | None = None,
+) -> LoadedModel:
     """Reads the GGUF file or Hugging Face folder at `path`, to be served as `name`.
 
-    `dtype`: "float32", "bfloat16" or "auto". Raises ModelError, saying what is wrong and what
-    would work.
+    `dtype`: "float32", "bfloat16" or "auto". `quantization`: "none", "int8" or "int4".
+    `context_tokens`: how many tokens a sequence may have, 0 for as many as the model can; a model
+    with LongRoPE has two sets of rotary factors, and it is this number that decides between them,
+    as vLLM does it: the long ones only where it exceeds the context that the model was first
+    trained with. Raises ModelError, saying what is wrong and what would work.
     """
-    kind = resolve_dtype(dtype)
+    kind, mode = resolve_dtype(dtype), resolve_quantization(quantization)
     source = _open(path)
     facts = source.tokenizer()
-    config = source.config
-    _check_memory(source, kind)
-    weights = _Weights(source, kind)
+    config = _served(source.config, context_tokens)
+    memory.require_model(config, source.largest_values(), str(kind)[6:], mode)
+    weights = _Weights(source, kind, mode, progress)
     model = architecture(config.architecture)(config, weights)
     weights.check_all_taken()
-    model.eval()
     record = ModelRecord(
         name=name,
-        fingerprint=fingerprint(config, kind, source.files, source.index()),
+        fingerprint=fingerprint(config, kind, mode, source.files, source.index()),
         architecture=config.architecture,
         context_tokens=config.context_tokens,
         vocab_size=config.vocab_size,
@@ -69,7 +89,7 @@ def load_model(path: Path, name: str, dtype: str = "auto") -> LoadedModel:
         template_tokens=facts.template_tokens,
         tokenizer_json=facts.json,
     )
-    return LoadedModel(model, record, config)
+    return LoadedModel(model, record, config, mode, weights.bytes)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -79,6 +99,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ModelError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def resolve_quantization(name: str) -> Quantization:
+    """`name` itself. Raises ModelError where it is no way to quantize."""
+    for mode in MODES:
+        if name == mode:
+            return mode
+    raise ModelError(f"quantization {name!r} is not one of {', '.join(MODES)}")
 
 
 def _native_bfloat16() -> bool:
@@ -97,52 +125,83 @@ def _open(path: Path) -> Source:
     raise ModelError(f"{path} is neither a .gguf file nor a folder with a config.json")
 
 
-def _check_memory(source: Source, dtype: torch.dtype) -> None:
-    config = source.config
-    # packing keeps the head apart from the embedding it is tied to
-    values = config.parameters + config.vocab_size * config.hidden_size * config.tied
-    rope_values = 2 * config.context_tokens * config.head_dim
-    working = source.largest_values() * (4 + dtype.itemsize)
-    memory.require(
-        (values + rope_values) * dtype.itemsize + working,
-        f"a model of {config.parameters / 1e6:,.0f}M parameters in {str(dtype)[6:]}",
-        "use a smaller model" + (", or HEADRACE_DTYPE=bfloat16" if dtype is torch.float32 else ""),
-    )
+def _served(config: ModelConfig, context_tokens: int) -> ModelConfig:
+    """`config` with its context lowered to `context_tokens`; 0 leaves it."""
+    if context_tokens < 0:
+        raise ModelError(f"a context of {context_tokens} tokens is negative")
+    if context_tokens > config.context_tokens:
+        raise ModelError(
+            f"a context of {context_tokens} tokens is more than the model's {config.context_tokens}"
+        )
+    return replace(config, context_tokens=context_tokens or config.context_tokens)
 
 
 class _Weights:
     """Hands a source's tensors to a model, each checked, converted and handed out once."""
 
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: Source,
+        dtype: torch.dtype,
+        quantization: Quantization,
+        progress: Progress | None,
+    ) -> None:
         self._source = source
         self._dtype = dtype
+        self._quantization = quantization
+        self.bytes = 0
         self._left = source.names()
+        self._progress = progress
+        self._done_bytes, self._all_bytes = 0, sum(map(source.stored_bytes, self._left))
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._read(name, shape).to(self._dtype)
+        self.bytes += tensor.nbytes
+        return tensor
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as exact as the file has it."""
         if name not in self._left:
             raise ModelError(f"tensor {name} is missing")
         self._left.remove(name)
         tensor = self._source.read(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
-        return tensor.to(self._dtype)
+        if self._progress is not None:
+            self._done_bytes += self._source.stored_bytes(name)
+            self._progress(self._done_bytes, self._all_bytes)
+        return tensor
 
     def linear(
         self, names: Sequence[str], outs: Sequence[int], columns: int, *, bias: bool = False
     ) -> Linear:
         parts = [
-            self.take(f"{name}.weight", (rows, columns))
+            self._matrix(f"{name}.weight", (rows, columns))
             for name, rows in zip(names, outs, strict=True)
         ]
         biases = [
-            self.take(f"{name}.bias", (rows,))
+            self._read(f"{name}.bias", (rows,))
             for name, rows in zip(names, outs, strict=True)
             if bias
         ]
-        return DenseLinear(torch.cat(parts), torch.cat(biases) if bias else None)
+        role = Role.of(names[0])
+        return self._linear(torch.cat(parts), torch.cat(biases) if bias else None, role)
 
     def tied_head(self, embedding: Tensor) -> Linear:
-        return DenseLinear(embedding)
+        head = self._linear(embedding, None, Role.HEAD)
+        if isinstance(head, DenseLinear) and not head.packed:
+            self.bytes -= head.weight_bytes  # it is the embedding, counted when it was taken
+        return head
+
+    def _matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A linear layer's weights: quantized from what the file has, not from what dtype keeps."""
+        tensor = self._read(name, shape)
+        return tensor.to(self._dtype) if self._quantization == "none" else tensor
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, role: Role) -> AnyLinear:
+        linear = make_linear(self._quantization, weight, bias, role, self._dtype)
+        self.bytes += linear.weight_bytes
+        return linear
 
     def check_all_taken(self) -> None:
         """A weight that nobody asked for means another model than the one that was built."""

@@ -5,6 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 from headrace.errors import ModelError
+from headrace_worker.model.config import ModelConfig
+from headrace_worker.quantization import NARROW
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+
+_INT8_BYTES = 1 + 4 / 256
+"""Per weight: one and a share of its row's scale; rows have some hundred columns at least."""
+_INT4_BYTES = 0.5 + 4 / 32
+"""Per weight: a half and a share of its group's scale and zero point."""
+
+_SMALLER = {
+    "bfloat16": ("bfloat16", "none"),
+    "int8": ("bfloat16", "int8"),
+    "int4": ("bfloat16", "int4"),
+}
+_HOW = {
+    "bfloat16": "HEADRACE_DTYPE=bfloat16",
+    "int8": "HEADRACE_DTYPE=bfloat16 and HEADRACE_QUANTIZATION=int8",
+    "int4": "HEADRACE_DTYPE=bfloat16 and HEADRACE_QUANTIZATION=int4",
+}
+"""Options that take less memory: dtype and quantization, and the settings that choose them."""
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -49,6 +70,60 @@ def require(needed_bytes: int, what: str, advice: str) -> None:
             f"{advice}",
             code="out_of_memory",
         )
+
+
+def require_model(config: ModelConfig, largest_values: int, dtype: str, quantization: str) -> None:
+    """Raises ModelError when the model does not fit, saying which options would make it fit.
+
+    `largest_values`: numbers in the largest tensor of its files. `dtype`: "float32" or "bfloat16".
+    """
+    sizes = {
+        option: model_bytes(config, largest_values, *settings)
+        for option, settings in _SMALLER.items()
+    }
+    needed, free = model_bytes(config, largest_values, dtype, quantization), available_bytes()
+    told = {
+        option: f"{option} ({_mib(size)} MiB, {_HOW[option]})"
+        for option, size in sizes.items()
+        if size < needed
+    }
+    fitting = [text for option, text in told.items() if sizes[option] <= (free or 0)]
+    if fitting:
+        advice = f"it would fit as {' or '.join(fitting)}"
+    elif told:
+        advice = f"it would not fit as {', '.join(told.values())} either: use a smaller model"
+    else:
+        advice = "use a smaller model"
+    form = dtype if quantization == "none" else f"{dtype} with {quantization} weights"
+    require(needed, f"a model of {config.parameters / 1e6:,.0f}M parameters in {form}", advice)
+
+
+def model_bytes(config: ModelConfig, largest_values: int, dtype: str, quantization: str) -> int:
+    """What loading the model and keeping it takes: its weights, and room to convert one."""
+    itemsize = _ITEM_BYTES[dtype]
+    # a tensor as read and converted; or several joined, then packed or quantized from float32
+    per_joined = 2 * (1 + itemsize) if quantization == "none" else 9
+    joined = config.largest_linear_values * per_joined
+    working = max(largest_values * (4 + itemsize), joined)
+    return weight_bytes(config, dtype, quantization) + working
+
+
+def weight_bytes(config: ModelConfig, dtype: str, quantization: str) -> int:
+    """What the weights take in memory; for int4 at most, since some decide themselves."""
+    itemsize = _ITEM_BYTES[dtype]
+    embedding = config.vocab_size * config.hidden_size
+    plain = config.parameters - config.linear_values
+    linear = config.linear_values
+    # a tied head is the embedding itself only where it is neither packed nor quantized
+    if config.tied and (quantization != "none" or dtype == "bfloat16"):
+        linear += embedding
+    if quantization == "none":
+        return (plain + linear) * itemsize
+    eight = linear
+    if quantization == "int4":
+        narrow = config.hidden_size < NARROW
+        eight = embedding + config.qkv_values + (config.gate_up_values if narrow else 0)
+    return int(plain * itemsize + eight * _INT8_BYTES + (linear - eight) * _INT4_BYTES)
 
 
 def _mib(size_bytes: int) -> str:

@@ -42,6 +42,10 @@ class Source(Protocol):
         """One tensor, dequantized, in the shape and row order of a Hugging Face checkpoint."""
         ...
 
+    def stored_bytes(self, name: str) -> int:
+        """What the tensor takes in its file."""
+        ...
+
     def largest_values(self) -> int:
         """Numbers in the largest tensor."""
         ...

@@ -25,11 +25,28 @@ class Rope:
     """One rotary table: inverse frequencies in radians per position, scaling applied.
 
     It rotates the first 2 * len(frequencies) dimensions of a head. `factor` multiplies cosines
-    and sines (the attention factor of YaRN and LongRoPE).
+    and sines (the attention factor of YaRN and LongRoPE). LongRoPE has two tables: for a served
+    context above `short_tokens`, `long_frequencies` take the place of `frequencies`.
     """
 
     frequencies: tuple[float, ...]
     factor: float = 1.0
+    long_frequencies: tuple[float, ...] = ()
+    short_tokens: int = 0
+
+    @property
+    def rotated(self) -> int:
+        """How many dimensions of a head it rotates."""
+        return 2 * len(self.frequencies)
+
+    def for_context(self, context_tokens: int) -> tuple[float, ...]:
+        """The frequencies for a served context of this many tokens, whatever a sequence's length.
+
+        Rejected: choosing by each sequence's length. Keys in the cache are rotated already, and
+        those of a sequence that outgrows the short table would all be wrong.
+        """
+        long = self.long_frequencies and context_tokens > self.short_tokens
+        return self.long_frequencies if long else self.frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +101,18 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise ModelError(f"{self.heads} heads cannot share {self.kv_heads} KV heads evenly")
         for rope in self.ropes:
-            if not 0 < 2 * len(rope.frequencies) <= self.head_dim:
+            if not 0 < rope.rotated <= self.head_dim:
                 raise ModelError(
-                    f"a rotary embedding over {2 * len(rope.frequencies)} dimensions does not fit "
+                    f"a rotary embedding over {rope.rotated} dimensions does not fit "
                     f"heads of {self.head_dim}"
                 )
         for name, values in (("layer_ropes", self.layer_ropes), ("windows", self.windows)):
             if values and len(values) != self.layers:
                 raise ModelError(f"{len(values)} {name} for {self.layers} layers")
+        if self.experts is not None and not 0 < self.experts.per_token <= self.experts.count:
+            raise ModelError(
+                f"a token cannot go to {self.experts.per_token} of {self.experts.count} experts"
+            )
         if any(not NO_ROPE <= which < len(self.ropes) for which in self.layer_ropes):
             raise ModelError(f"layer_ropes names one of {len(self.ropes)} tables that is not there")
 
@@ -111,17 +132,43 @@ class ModelConfig:
     @property
     def parameters(self) -> int:
         """How many weights the model has, biases and the norms within attention left out."""
-        kv_size = self.kv_heads * self.head_dim
-        attention = 2 * self.hidden_size * (self.heads * self.head_dim + kv_size)
-        dense = 3 * self.hidden_size * self.intermediate_size
-        mlps = self.layers * dense
+        embedding = self.vocab_size * self.hidden_size
+        norms = (2 * self.layers + 1) * self.hidden_size
+        routers = 0
+        if self.experts is not None:
+            routers = len(self.experts.layers) * self.experts.count * self.hidden_size
+        return self.linear_values + embedding + norms + routers
+
+    @property
+    def linear_values(self) -> int:
+        """Weights of all linear layers: attention, MLPs, experts, an output head of its own."""
+        out = self.layers * self.heads * self.head_dim * self.hidden_size
+        head = 0 if self.tied else self.vocab_size * self.hidden_size
+        # an MLP's matrices are of one size, gate and up two of the three
+        return self.qkv_values + out + self.gate_up_values * 3 // 2 + head
+
+    @property
+    def qkv_values(self) -> int:
+        """Weights that make queries, keys and values."""
+        return self.layers * self.hidden_size * (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def gate_up_values(self) -> int:
+        """Weights of the gates and ups of all MLPs and experts."""
+        width = self.layers * self.intermediate_size
         if self.experts is not None:
             e = self.experts
-            sparse = e.count * self.hidden_size * (3 * e.intermediate_size + 1)
-            mlps += len(e.layers) * (sparse - dense)
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        norms = (2 * self.layers + 1) * self.hidden_size
-        return self.layers * attention + mlps + embeddings + norms
+            width += len(e.layers) * (e.count * e.intermediate_size - self.intermediate_size)
+        return 2 * self.hidden_size * width
+
+    @property
+    def largest_linear_values(self) -> int:
+        """Weights of the largest layer that is joined from several matrices."""
+        inner = self.intermediate_size
+        if self.experts is not None and len(self.experts.layers) == self.layers:
+            inner = self.experts.intermediate_size
+        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.hidden_size * max(2 * inner, qkv)
 
     @property
     def kv_values_per_token(self) -> int:

@@ -66,9 +66,11 @@ class DenseLinear:
     """A Linear whose weights stay in the model's dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """weight [out, in], bias [out]."""
+        """weight [out, in], bias [out]. Unless it is `packed`, the weight stays the caller's."""
+        self.weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
         bfloat16 = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
         self._packing = _PACKING if bfloat16 else None
+        self.packed = self._packing is not None
         if self._packing is not None:
             weight = self._packing.pack(weight.contiguous(), None)
         self._weight = weight
