@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from headrace.types import Job
+from headrace_worker.engine import Engine
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.speculation import (
     GUESS_TOKENS_MAX,
@@ -13,9 +20,10 @@ from headrace_worker.policy.speculation import (
     Economy,
     Guesser,
 )
-from worker.builders import finish_all, make_engine, make_job, random_tokens
+from worker.builders import finish_all, logits_of, make_engine, make_job, random_tokens
 
 MANY = 100
+DRAWS = 3_000
 
 
 def test_the_longest_match_is_continued() -> None:
@@ -133,3 +141,51 @@ def test_a_resumed_job_guesses_too(tiny: LoadedModel) -> None:
     for cut in (1, 7, 29):
         resumed = make_job("a", repetitive(1), max_tokens=30, logged=whole[:cut])
         assert finish_all(make_engine(tiny), [resumed]).tokens["a"] == whole[cut:]
+
+
+def test_sampled_tokens_follow_the_model(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chi-square of each position against the model, guessed or not; the draws are the same."""
+    prompt = repetitive(3)
+    with torch.inference_mode():
+        first = torch.softmax(logits_of(tiny, prompt)[-1].double() / 0.4, -1)
+        likely = int(first.argmax())
+        second = torch.softmax(logits_of(tiny, [*prompt, likely])[-1].double() / 0.4, -1)
+    # every job guesses the likeliest pair, so that a wrong acceptance would make it too frequent
+    pair = [likely, int(second.argmax())]
+    monkeypatch.setattr(Guesser, "guess", lambda *_: (pair[1], 0))
+    jobs = [
+        make_job(f"j{seed}", prompt, max_tokens=4, temperature=0.4, seed=seed)
+        for seed in range(DRAWS)
+    ]
+    plain, _ = in_rounds(make_engine(tiny, speculation=False), jobs)
+    tokens, guessed = in_rounds(make_engine(tiny), jobs)
+    assert tokens == plain and guessed > DRAWS / 2
+    firsts = [tokens[0] for tokens in plain.values()]
+    seconds = [tokens[1] for tokens in plain.values() if tokens[0] == likely]
+    assert len(seconds) > 300
+    for drawn, model in ((firsts, first), (seconds, second)):
+        assert p_value(drawn, model) > 1e-4
+        assert p_value(drawn, model.roll(1)) < 1e-4, "the test tells distributions apart"
+
+
+def in_rounds(engine: Engine, jobs: list[Job]) -> tuple[dict[str, list[int]], int]:
+    """All outputs, and how many tokens were guessed; nobody waits, so guessing is allowed."""
+    tokens: dict[str, list[int]] = {}
+    guessed = 0
+    for start in range(0, len(jobs), 60):
+        out = finish_all(engine, jobs[start : start + 60])
+        tokens |= out.tokens
+        guessed += sum(story.guessed for story in out.stories.values())
+    return tokens, guessed
+
+
+def p_value(drawn: list[int], model: torch.Tensor) -> float:
+    """Of the chi-square test, tokens expected less than five times taken as one."""
+    expected = model.numpy() * len(drawn)
+    counts = np.bincount(drawn, minlength=len(expected))
+    common = expected >= 5
+    observed = [*counts[common], counts[~common].sum()]
+    wanted = [*expected[common], expected[~common].sum()]
+    return float(stats.chisquare(observed, np.array(wanted) * sum(observed) / sum(wanted)).pvalue)
