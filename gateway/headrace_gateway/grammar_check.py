@@ -17,6 +17,7 @@ import hashlib
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import OrderedDict
+from functools import partial
 from itertools import count
 
 from headrace import wire
@@ -26,7 +27,6 @@ from headrace.types import ModelRecord
 from headrace_gateway.grammar_process import BUSY, LENGTH, frame
 
 LIMIT_S = 1.0
-"""For one check, waiting included."""
 GRACE_S = 1.0
 """A process that has not answered by then is replaced."""
 START_S = 30.0
@@ -36,6 +36,7 @@ PROCESSES_MAX = 4
 RESULTS_MAX = 1_024
 ATTEMPTS = 2
 RETRY_MS = 1_000
+COMMAND = (sys.executable, "-m", "headrace_gateway.grammar_process")
 
 
 class _Gone(Exception):
@@ -43,12 +44,13 @@ class _Gone(Exception):
 
 
 class GrammarChecker:
-    """All models' compilers, and what they said."""
+    """All models' compilers, and what they said. `limit_s` is for one check, waiting included."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
+        self._limit_s = limit_s
         self._compilers: OrderedDict[str, asyncio.Task[_Compiler]] = OrderedDict()
         self._results: OrderedDict[bytes, CallerError | None] = OrderedDict()
-        self._asking: dict[bytes, asyncio.Task[None]] = {}
+        self._asking: dict[bytes, asyncio.Task[CallerError | None]] = {}
 
     async def check(self, record: ModelRecord, grammar: str) -> None:
         """Returns when `grammar` can be used with the model of `record`.
@@ -57,31 +59,42 @@ class GrammarChecker:
         no time to find out; DependencyError when no compiler can be started.
         """
         key = hashlib.blake2b(f"{record.fingerprint}\n{grammar}".encode()).digest()
-        if key not in self._results:
-            asking = self._asking.get(key)
-            if asking is None:
-                asking = asyncio.create_task(self._find_out(record, grammar, key))
-                self._asking[key] = asking
-                asking.add_done_callback(lambda _: self._asking.pop(key, None))
+        if key in self._results:
+            self._results.move_to_end(key)
+            result = self._results[key]
+        else:
             # the first to ask may leave; the answer is for all
-            await asyncio.shield(asking)
-        self._results.move_to_end(key)
-        result = self._results[key]
+            result = await asyncio.shield(self._asked(record, grammar, key))
         if result is not None:
             raise CallerError(result.message, code=result.code)
 
     async def close(self) -> None:
-        for asking in self._asking.values():
+        for asking in list(self._asking.values()):
             asking.cancel()
         while self._compilers:
             await self._drop(self._compilers.popitem()[1])
 
-    async def _find_out(self, record: ModelRecord, grammar: str, key: bytes) -> None:
+    def _asked(
+        self, record: ModelRecord, grammar: str, key: bytes
+    ) -> asyncio.Task[CallerError | None]:
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = asyncio.create_task(self._find_out(record, grammar, key))
+            self._asking[key] = asking
+            asking.add_done_callback(partial(self._answered, key))
+        return asking
+
+    def _answered(self, key: bytes, asking: asyncio.Task[CallerError | None]) -> None:
+        del self._asking[key]
+        if not asking.cancelled():
+            asking.exception()  # whoever asked may have left: it is no news then
+
+    async def _find_out(self, record: ModelRecord, grammar: str, key: bytes) -> CallerError | None:
         for _ in range(ATTEMPTS):
             starting = await self._compiler(record)
             try:
                 compiler = await asyncio.shield(starting)
-                code, message = await compiler.ask(grammar)
+                code, message = await compiler.ask(grammar, self._limit_s)
             except _Gone:
                 if self._compilers.get(record.fingerprint) is starting:
                     del self._compilers[record.fingerprint]
@@ -89,10 +102,10 @@ class GrammarChecker:
                 continue
             if code == BUSY:
                 raise OverloadError(message, code="grammar_check_busy", retry_after_ms=RETRY_MS)
-            self._results[key] = CallerError(message, code=code) if code else None
+            result = self._results[key] = CallerError(message, code=code) if code else None
             while len(self._results) > RESULTS_MAX:
                 self._results.popitem(last=False)
-            return
+            return result
         raise DependencyError("the grammar compiler does not answer", retry_after_ms=RETRY_MS)
 
     async def _compiler(self, record: ModelRecord) -> asyncio.Task[_Compiler]:
@@ -100,9 +113,9 @@ class GrammarChecker:
         if starting is None:
             starting = asyncio.create_task(_Compiler.start(record))
             self._compilers[record.fingerprint] = starting
-            while len(self._compilers) > PROCESSES_MAX:
-                await self._drop(self._compilers.popitem(last=False)[1])
         self._compilers.move_to_end(record.fingerprint)
+        while len(self._compilers) > PROCESSES_MAX:
+            await self._drop(self._compilers.popitem(last=False)[1])
         return starting
 
     async def _drop(self, starting: asyncio.Task[_Compiler]) -> None:
@@ -125,12 +138,7 @@ class _Compiler:
     async def start(cls, record: ModelRecord) -> _Compiler:
         """Raises _Gone, or CallerError when the record's vocabulary cannot be read."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "headrace_gateway.grammar_process",
-            stdin=PIPE,
-            stdout=PIPE,
-            preexec_fn=die_with_parent(),
+            *COMMAND, stdin=PIPE, stdout=PIPE, preexec_fn=die_with_parent()
         )
         compiler = cls(process)
         try:
@@ -148,7 +156,7 @@ class _Compiler:
         compiler._reading = asyncio.create_task(compiler._read())
         return compiler
 
-    async def ask(self, grammar: str) -> tuple[str, str]:
+    async def ask(self, grammar: str, limit_s: float) -> tuple[str, str]:
         """(code, message), code '' for a grammar that can be used. Raises _Gone."""
         id = next(self._ids)
         answer: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
@@ -156,8 +164,8 @@ class _Compiler:
         try:
             if self._reading is None or self._reading.done():
                 raise _Gone
-            async with asyncio.timeout(LIMIT_S + GRACE_S):
-                await self._send({"id": id, "grammar": grammar, "ms": int(LIMIT_S * 1_000)})
+            async with asyncio.timeout(limit_s + GRACE_S):
+                await self._send({"id": id, "grammar": grammar, "ms": int(limit_s * 1_000)})
                 return await answer
         except TimeoutError as error:
             raise _Gone from error

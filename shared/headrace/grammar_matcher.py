@@ -12,7 +12,7 @@ where going back takes a microsecond).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
@@ -34,9 +34,11 @@ class Vocabulary:
         """Raises CallerError `grammar_unsupported` when the tokenizer cannot be used."""
         self.size = record.vocab_size
         self.mask_bytes = (record.vocab_size + 31) // 32 * 4
-        self.ends = frozenset(end for end in record.eos_token_ids if end < record.vocab_size)
         try:
-            self.tokenizer = self._read(record)
+            facts = _reversible(json.loads(record.tokenizer_json))
+            tokens = _token_count(facts)
+            self.ends = frozenset(record.eos_token_ids) & set(range(min(tokens, self.size)))
+            self.tokenizer = _read(facts, tokens, self.size, self.ends)
             sample = self.tokenizer.tokenize_str(_SAMPLE)
             if self.tokenizer.decode_str(sample) != _SAMPLE:
                 raise ValueError("its tokens do not spell the text they were made from")
@@ -48,29 +50,39 @@ class Vocabulary:
                 raise
             raise _unsupported(record, error) from error
         self.end_mask = self._mask_of(self.ends)
-        self.written_ends = frozenset(
+        self.real = (1 << min(tokens, self.size)) - 1
+        """The bits of tokens that the model can say."""
+        self.written_ends = self._bits(
             end for end in self.ends if not self.tokenizer.is_special_token(end)
         )
-        """Ends that are also part of texts; within a text they are not allowed."""
+        """Bits of the ends that are also part of texts; within a text they are not allowed."""
 
-    def _read(self, record: ModelRecord) -> LLTokenizer:
-        facts = json.loads(record.tokenizer_json)
-        tokens = max(record.vocab_size, _token_count(facts))
-        # a model without an end gets one that no mask has room for
-        ends = sorted(self.ends) or [tokens]
-        return LLTokenizer(
-            json.dumps(_reversible(facts)), n_vocab=max(tokens, *ends) + 1, eos_token=ends
-        )
+    @staticmethod
+    def _bits(tokens: Iterable[int]) -> int:
+        return sum(1 << token for token in tokens)
 
-    def _mask_of(self, tokens: frozenset[int]) -> bytes:
-        mask = bytearray(self.mask_bytes)
-        for token in tokens:
-            mask[token // 8] |= 1 << token % 8
-        return bytes(mask)
+    def _mask_of(self, tokens: Iterable[int]) -> bytes:
+        return self._bits(tokens).to_bytes(self.mask_bytes, "little")
 
     def only(self, token: int) -> bytearray:
         """The mask that allows `token` alone."""
-        return bytearray(self._mask_of(frozenset({token})))
+        return bytearray(self._mask_of([token]))
+
+    def mask(self, computed: bytes, *, may_end: bool) -> bytearray:
+        """What the library computed, without tokens that the model cannot say here."""
+        keep = self.real if may_end else self.real & ~self.written_ends
+        bits = int.from_bytes(computed, "little") & keep
+        return bytearray(bits.to_bytes(self.mask_bytes, "little"))
+
+
+def _read(facts: dict[str, Any], tokens: int, size: int, ends: Iterable[int]) -> LLTokenizer:
+    if not ends:
+        # the library wants an end; this one is no token of the model's
+        unseen = {"id": tokens, "content": "<|no end|>", "special": True, "normalized": False}
+        unseen |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        facts = facts | {"added_tokens": [*facts.get("added_tokens", ()), unseen]}
+        ends = [tokens]
+    return LLTokenizer(json.dumps(facts), n_vocab=max(tokens + 1, size), eos_token=sorted(ends))
 
 
 def _unsupported(record: ModelRecord, error: BaseException) -> CallerError:
@@ -117,6 +129,13 @@ def _without_prefix(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | No
         return pre_tokenizer | {"pretokenizers": kept}
     changed = {"add_prefix_space": False} if "add_prefix_space" in pre_tokenizer else {}
     return pre_tokenizer | changed
+
+
+def clear_message(message: str) -> str:
+    """What llguidance says, without its marks for what it leaves out."""
+    if message.startswith("NoExtensionBias"):
+        return "no text matches the grammar"
+    return message.removesuffix("<non-verbose/>").strip()
 
 
 class Matcher:
@@ -217,12 +236,8 @@ class Matcher:
         return self._pending
 
     def _computed(self) -> bytearray:
-        mask = bytearray(self._inner.compute_bitmask())
-        del mask[self._vocabulary.mask_bytes :]
-        if self._vocabulary.written_ends and not self._inner.is_accepting():
-            for end in self._vocabulary.written_ends:
-                mask[end // 8] &= ~(1 << end % 8) & 0xFF
-        return mask
+        computed = self._inner.compute_bitmask()
+        return self._vocabulary.mask(computed, may_end=self._inner.is_accepting())
 
     def _advance(self, token: int) -> bool:
         if not 0 <= token < self._vocabulary.size:
@@ -231,7 +246,7 @@ class Matcher:
             self._over = True
             return True
         pending = self._forced_here()
-        if self._over or token in self._vocabulary.written_ends:
+        if self._over or self._vocabulary.written_ends >> token & 1:
             return False
         if not self._inner.try_consume_tokens([token]):
             return False
@@ -250,7 +265,6 @@ class Matcher:
     def _fails(self) -> bool:
         """Whether the grammar gave up, noticing it the first time."""
         if not self.failure and self._inner.is_error():
-            message = self._inner.get_error().removesuffix("<non-verbose/>").strip()
-            self.failure = message or "the grammar gave up"
+            self.failure = clear_message(self._inner.get_error()) or "no reason given"
             self._on_failure()
         return bool(self.failure)

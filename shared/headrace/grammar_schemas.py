@@ -7,8 +7,9 @@ not know. Where readers disagree (leap seconds, keys that come twice, integers b
 narrower reading is taken or the schema refused.
 
 Objects that list `properties` and say nothing about others take no others, unless the schema
-combines schemas (`allOf`, or a reference or alternatives beside other keywords): a small model
-given the freedom invents keys until its tokens are used up, and the narrower text is as valid.
+combines schemas (`allOf`, a `oneOf` that leaves doubt, a reference or alternatives beside other
+keywords): a small model given the freedom invents keys until its tokens are used up, and the
+narrower text is as valid.
 
 Rejected: llguidance's lenient mode (it drops what it cannot enforce), and validating finished
 outputs (too late: the client has seen them).
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from urllib.parse import unquote
 
 from headrace.errors import CallerError
+from headrace.grammar_facts import TYPES, Json, Schema, all_apart, has_finite_values
 from headrace.grammar_patterns import FORMAT_PATTERNS, FORMATS, portable_pattern
 
 SCHEMA_BYTES_MAX = 256 * 1024
@@ -31,13 +33,10 @@ SCHEMA_DEPTH_MAX = 48
 """Levels of schemas or values within another: the compiler's JSON reader stops at 128 brackets."""
 EXACT_INTEGER_MAX = 2**53
 """Beyond it the compiler, and most JSON readers, round integers."""
+EXACT_DIGITS = 15
+"""Decimals of so many digits are different numbers (IEEE 754); longer ones the compiler rounds."""
 COUNT_MAX = 1_000_000
 
-Json = Any
-"""What `json.loads` gives."""
-Schema = dict[str, Json] | bool
-
-_TYPES = frozenset({"null", "boolean", "number", "integer", "string", "array", "object"})
 _ANNOTATIONS = frozenset(
     {
         "title", "description", "default", "examples", "example", "deprecated", "readOnly",
@@ -95,7 +94,9 @@ def checked_schema(schema: Json) -> dict[str, Json]:
     checked = reader.schema(schema, "#", 0)
     assert isinstance(checked, dict), "an object stays an object"
     reader.check_references()
-    _check_finite(checked, reader.places)
+    reader.settle_alternatives()
+    if not has_finite_values(checked, reader.places):
+        raise invalid("schema: no finite value is valid under it; a recursion needs a way out")
     if not reader.combines:
         reader.close_objects()
     return checked
@@ -181,6 +182,8 @@ class _Reader:
                 f"schema at {place}: minProperties beyond the required ones is not supported: "
                 "a key that comes twice would count twice"
             )
+        if checked.keys() & {"exclusiveMinimum", "exclusiveMaximum"}:
+            _keep_clear_of_bounds(checked)
         name = checked.pop("format", None)
         if name is not None:
             self._spell_format(checked, name, place)
@@ -233,6 +236,19 @@ class _Reader:
             if unquote(target) not in self.places:
                 raise invalid(f"schema at {place}: there is no schema at {_shown(target)}")
 
+    def settle_alternatives(self) -> None:
+        """`oneOf` becomes `anyOf` where no value is valid under two of its schemas.
+
+        The compiler sees that only where no reference is in the way. What remains is for it to
+        judge as it stands: a closed object is apart from others that the caller's was not.
+        """
+        for schema in self.places.values():
+            if isinstance(schema, dict) and "oneOf" in schema:
+                if "anyOf" not in schema and all_apart(schema["oneOf"], self.places):
+                    schema["anyOf"] = schema.pop("oneOf")
+                else:
+                    self.combines = True
+
     def close_objects(self) -> None:
         """No keys beyond the listed ones where nothing says so."""
         for schema in self.places.values():
@@ -260,9 +276,9 @@ def _text(value: Json, place: str) -> str:
 
 def _types(value: Json, place: str) -> Json:
     names = value if isinstance(value, list) else [value]
-    if not names or not all(isinstance(name, str) and name in _TYPES for name in names):
+    if not names or not all(isinstance(name, str) and name in TYPES for name in names):
         raise invalid(
-            f"schema at {place}: {_shown(value)} is not one of {', '.join(sorted(_TYPES))}"
+            f"schema at {place}: {_shown(value)} is not one of {', '.join(sorted(TYPES))}"
         )
     return value if isinstance(value, str) else sorted(set(names), key=names.index)
 
@@ -282,11 +298,43 @@ def _number(value: Json, place: str) -> int | float:
     return value
 
 
+def _short(value: Json, place: str) -> int | float:
+    """A number that the compiler's reader of JSON does not round."""
+    number = _number(value, place)
+    if isinstance(number, float) and float(f"{number:.{EXACT_DIGITS}g}") != number:
+        raise invalid(f"schema at {place}: {number!r} has more than {EXACT_DIGITS} digits")
+    return number
+
+
+def _lower(value: Json, place: str) -> int | float:
+    return _rounded(_number(value, place), ROUND_CEILING)
+
+
+def _upper(value: Json, place: str) -> int | float:
+    return _rounded(_number(value, place), ROUND_FLOOR)
+
+
+def _rounded(bound: int | float, rounding: str) -> int | float:
+    """Towards the inside, to as many digits as the compiler reads exactly."""
+    if isinstance(bound, int):
+        return bound
+    return float(Context(prec=EXACT_DIGITS, rounding=rounding).create_decimal(repr(bound)))
+
+
 def _positive(value: Json, place: str) -> int | float:
-    if _number(value, place) <= 0:
+    if _short(value, place) <= 0:
         raise invalid(f"schema at {place}: expected a number above 0, got {_shown(value)}")
     number: int | float = value
     return number
+
+
+def _keep_clear_of_bounds(checked: dict[str, Json]) -> None:
+    """A number just within a bound, written with enough digits, is read as the bound itself."""
+    if checked.get("type") in ("integer", ["integer"]) or "multipleOf" in checked:
+        return
+    bounds = (checked.get("exclusiveMinimum", 0), checked.get("exclusiveMaximum", 0))
+    digits = len(str(int(max(map(abs, bounds)))))
+    checked["multipleOf"] = float(f"1e-{min(9, max(0, EXACT_DIGITS - digits))}")
 
 
 def _names(value: Json, place: str) -> list[str]:
@@ -328,7 +376,7 @@ def _constant(value: Json, place: str, depth: int = 0) -> Json:
         for at, each in enumerate(value):
             _constant(each, _step(place, at), depth + 1)
     elif value is not None and not isinstance(value, bool):
-        _number(value, place)
+        _short(value, place)
     return value
 
 
@@ -359,57 +407,10 @@ _LEAVES: dict[str, Callable[[Json, str], Json]] = {
     "maxLength": _count,
     "pattern": _pattern,
     "format": _text,
-    "minimum": _number,
-    "maximum": _number,
-    "exclusiveMinimum": _number,
-    "exclusiveMaximum": _number,
+    "minimum": _lower,
+    "maximum": _upper,
+    "exclusiveMinimum": _lower,
+    "exclusiveMaximum": _upper,
     "multipleOf": _positive,
 }
 """All other keywords that are enforced."""
-
-
-def _check_finite(root: Schema, places: Mapping[str, Schema]) -> None:
-    """Refuses a schema all of whose values would be infinite, such as a list item without a leaf.
-
-    The least fixed point: a reference has finite values once its target has some.
-    """
-    targets = {
-        schema["$ref"]: places[unquote(schema["$ref"])]
-        for schema in places.values()
-        if isinstance(schema, dict) and "$ref" in schema
-    }
-    finite: set[str] = set()
-    while True:
-        found = {t for t, schema in targets.items() if t not in finite and _ends(schema, finite)}
-        if not found:
-            break
-        finite |= found
-    if not _ends(root, finite):
-        raise invalid("schema: no finite value is valid under it; a recursion needs a way out")
-
-
-def _ends(schema: Schema, finite: set[str]) -> bool:
-    return isinstance(schema, bool) or all(_endings(schema, finite))
-
-
-def _endings(schema: dict[str, Json], finite: set[str]) -> Iterator[bool]:
-    """For each keyword that could force a value to go on for ever: whether it can end."""
-    if "$ref" in schema:
-        yield schema["$ref"] in finite
-    for keyword in ("anyOf", "oneOf"):
-        if keyword in schema:
-            yield any(_ends(each, finite) for each in schema[keyword])
-    yield from (_ends(each, finite) for each in schema.get("allOf", ()))
-    types = schema.get("type", _TYPES)
-    options = {types} if isinstance(types, str) else set(types)
-    if "enum" in schema or "const" in schema or options - {"array", "object"}:
-        return
-    properties = schema.get("properties", {})
-    wide = schema.get("additionalProperties", True)
-    as_object = "object" in options and all(
-        _ends(properties.get(name, wide), finite) for name in schema.get("required", ())
-    )
-    first = schema.get("prefixItems", [])[: schema.get("minItems", 0)]
-    if schema.get("minItems", 0) > len(first):
-        first = [*first, schema.get("items", True)]
-    yield as_object or ("array" in options and all(_ends(each, finite) for each in first))

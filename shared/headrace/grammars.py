@@ -28,7 +28,7 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits
 
 from headrace.errors import CallerError
-from headrace.grammar_matcher import Matcher, Vocabulary
+from headrace.grammar_matcher import Matcher, Vocabulary, clear_message
 from headrace.grammar_schemas import checked_schema, invalid, too_complex
 from headrace.types import ModelRecord
 
@@ -74,11 +74,11 @@ _TOO_COMPLEX = (
     "fuel", "too large", "too big", "too complex", "toocomplex", "limit", "exceed", "too many",
     "too deeply", "unable to determine",
 )  # fmt: skip
-_CLEARER = {
-    "oneOf constraints are not supported": "oneOf is supported only where at most one of its "
-    "schemas can match, as different types or constants show; write anyOf",
-    "NoExtensionBias": "no text matches the grammar",
-}
+_ONE_OF = "oneOf constraints are not supported"
+_CLEARER_ONE_OF = (
+    "oneOf is supported where at most one of its schemas can match: they differ in type, or in the "
+    "constant of a required key; else write anyOf"
+)
 _LARK_PIECES = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|%json\b\s*')
 
 
@@ -190,7 +190,7 @@ def _json(value: dict[str, Any]) -> str:
 class Grammars:
     """Compiles grammars for one model. Any thread may call it.
 
-    Reading the vocabulary takes a quarter of a second and 40 MB for 50,000 tokens. Raises
+    Reading the vocabulary takes half a second and 40 MB for 50,000 tokens. Raises
     CallerError `grammar_unsupported` when it cannot be read.
     """
 
@@ -237,10 +237,9 @@ class Grammars:
 
 
 def _refusal(message: str) -> CallerError:
-    for theirs, ours in _CLEARER.items():
-        if theirs in message:
-            return invalid(ours)
-    shown = message.removesuffix("<non-verbose/>").strip()[:ERROR_CHARS_MAX]
+    if _ONE_OF in message:
+        return invalid(_CLEARER_ONE_OF)
+    shown = clear_message(message)[:ERROR_CHARS_MAX]
     if any(sign in shown.lower() for sign in _TOO_COMPLEX):
         return too_complex(shown)
     return invalid(shown)

@@ -63,16 +63,13 @@ class Runner:
 
         `asks` by sequence id.
         """
-        # the attention interface wants single rows first
-        order = sorted(range(len(items)), key=lambda i: items[i].rows > 1)
-        ordered = [items[i] for i in order]
         ran = [Ran() for _ in items]
         with torch.inference_mode():
-            logits = self._forward(ordered)
+            logits = self._forward(items)
             if logits is None:
                 return ran
             at, sampled, rows = 0, [], []
-            for i, item in zip(order, ordered, strict=True):
+            for i, item in enumerate(items):
                 ask, scored = asks[item.sequence.id], len(item.scored_rows)
                 if scored:
                     ran[i].scored = self._score(item, logits[at : at + scored], ask)

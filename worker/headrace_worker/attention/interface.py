@@ -21,7 +21,7 @@ Writes k and v to the pool first, then lets each row see its sequence up to itse
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Who the N rows of a step belong to. S sequences, those with a single row first.
+    """Who the N rows of a step belong to. S sequences.
 
     Sequence s has rows `query_starts[s]` to `query_starts[s + 1]` (S + 1 numbers, from 0 to N),
     its last row stands at position `lengths[s] - 1`, and `block_tables[s]` are its blocks, head

@@ -6,14 +6,14 @@ somebody's prompt), then those whose output ran ahead a little (a grammar forced
 larger gaps in chunks, in order of rank. Guesses (policy/speculation.py) get what is left of the
 budget and of the blocks: nobody waits and nothing is preempted for them.
 
-One rank, `(effective band, arrival time, arrival number)`, orders batch, admission and
-preemption. A sequence's band improves by one for every `PROMOTE_MS` it has been here, so that
-nothing waits for ever. Admission is strict: while the first in rank does not fit, nobody behind
-it is let in; but who would compute a prefix that somebody is computing waits for it, so that the n
-choices of a request compute their prompt once. It sets aside the blocks for all known tokens of whoever runs, so only the growth of
-outputs can make blocks run out; then the lowest band gives way, in it the one preempted least
-often, in that the one that loses least work. Every step either computes tokens that stay or
-yields output, which preemption never takes back; so everything ends.
+One rank, `(effective band, arrival time, arrival number)`, orders batch, admission and preemption.
+A sequence's band improves by one for every `PROMOTE_MS` it has been here, so that nothing waits for
+ever. Admission is strict: while the first in rank does not fit, nobody behind it is let in; but who
+would compute a prefix that somebody is computing waits for it, so that the n choices of a request
+compute their prompt once. It sets aside the blocks for all known tokens of whoever runs, so only
+the growth of outputs can make blocks run out; then the lowest band gives way, in it the one
+preempted least often, in that the one that loses least work. Every step either computes tokens that
+stay or yields output, which preemption never takes back; so everything ends.
 
 Rejected: reserving the whole possible output at admission, which leaves most of the pool idle;
 swapping KV out on preemption, which the prefix cache mostly makes unnecessary.
