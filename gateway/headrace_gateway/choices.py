@@ -1,8 +1,9 @@
 """One choice of a request: its generation's tokens, as text that stops where it should.
 
 Invariant: `completion_tokens` counts every token of the generation up to its end or up to the one
-that completed a stop string, whatever text they made; after that the generation is cancelled and
-nothing more is taken from it. A token's logprobs come with the text that the token completes: what
+that completed a stop string, or the last call that is wanted, whatever text they made; after that
+the generation is cancelled and nothing more is taken from it. Stop strings count wherever they
+stand, also within a call. A token's logprobs come with the text that the token completes: what
 is held back for an unfinished character or a possible stop string holds them back too, and those
 of tokens that made up nothing but a stop string that was cut off never come. So the logprobs of a
 stream do not depend on how it was cut into pieces.
@@ -21,6 +22,8 @@ from headrace.errors import JobFailedError
 from headrace.types import Finish, FinishReason, TokenLogprobs
 from headrace_gateway.generation import Chunk
 from headrace_gateway.tokens import Detokenizer, StopChecker
+from headrace_gateway.tools.events import Event, Text
+from headrace_gateway.tools.events import joined as joined_events
 
 
 class TokenSource(Protocol):
@@ -62,32 +65,20 @@ class Scored:
     logprobs: TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """More of the choice's tool call number `index`; `id` and `name` come with its first delta."""
-
-    index: int
-    arguments: str
-    id: str = ""
-    name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a client gets of some text: text to read, and tool calls."""
-
-    text: str = ""
-    calls: tuple[CallDelta, ...] = ()
-
-
 class Reader(Protocol):
-    """Makes of a choice's text what its client gets of it; one object a choice."""
+    """Makes of a choice's text what its client gets of it; one object a choice.
 
-    def push(self, text: str) -> Said:
+    `ended`: nothing more is wanted, and nothing more will come out.
+    """
+
+    @property
+    def ended(self) -> bool: ...
+
+    def push(self, text: str) -> list[Event]:
         """What `text` adds; a reader may hold back what it does not understand yet."""
         ...
 
-    def end(self) -> Said:
+    def finish(self) -> list[Event]:
         """What is left when the text has ended."""
         ...
 
@@ -95,11 +86,13 @@ class Reader(Protocol):
 class PlainText:
     """The Reader for text that is nothing but text."""
 
-    def push(self, text: str) -> Said:
-        return Said(text)
+    ended = False
 
-    def end(self) -> Said:
-        return Said()
+    def push(self, text: str) -> list[Event]:
+        return [Text(text)] if text else []
+
+    def finish(self) -> list[Event]:
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +100,14 @@ class Piece:
     """What one delivery added to choice `index`; `finish` with the last one (STOP or LENGTH)."""
 
     index: int
-    text: str
+    events: tuple[Event, ...]
     tokens: int
     finish: FinishReason | None
     logprobs: tuple[Scored, ...] = ()
-    calls: tuple[CallDelta, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Text))
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -119,11 +115,10 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     last = pieces[-1]
     return Piece(
         last.index,
-        "".join(piece.text for piece in pieces),
+        tuple(joined_events(event for piece in pieces for event in piece.events)),
         sum(piece.tokens for piece in pieces),
         last.finish,
         tuple(scored for piece in pieces for scored in piece.logprobs),
-        tuple(call for piece in pieces for call in piece.calls),
     )
 
 
@@ -152,29 +147,27 @@ class Choice:
         return self.logprob_sum / max(1, self.completion_tokens)
 
     async def next(self) -> Piece:
-        """The next delivery; its text is '' while a character or a stop string is unfinished.
+        """The next delivery; it says nothing while a character or a stop string is unfinished.
 
         Raises JobFailedError, DependencyError.
         """
         assert self.finish is None, "a finished choice has nothing more to say"
         chunk = await self._source.next()
         before = self.completion_tokens
-        text = self._take(chunk)
+        events = self._take(chunk)
         self.cached_tokens = chunk.cached_tokens
         self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
-        if self._text.ended:
+        if self._ended:
             self.finish = FinishReason.STOP
             await self._source.cancel()
         elif chunk.finish is not None:
-            text += self._end(chunk.finish)
-        said = self._reader.push(text) if text else Said()
+            events += self._end(chunk.finish)
         scores = self._scores.take(self._text.shown)
         if self.finish is not None:
-            rest = self._reader.end()
-            said = Said(said.text + rest.text, said.calls + rest.calls)
+            events += self._reader.finish()
             scores += self._scores.rest(self._text.shown, cut=self._text.ended)
-        tokens = self.completion_tokens - before
-        return Piece(self.index, said.text, tokens, self.finish, tuple(scores), said.calls)
+        said, tokens = tuple(joined_events(events)), self.completion_tokens - before
+        return Piece(self.index, said, tokens, self.finish, tuple(scores))
 
     async def cancel(self) -> None:
         """Give up what still runs; harmless after the end."""
@@ -182,8 +175,13 @@ class Choice:
             self.finish = FinishReason.CANCELLED
             await self._source.cancel()
 
-    def _take(self, chunk: Chunk) -> str:
-        shown: list[str] = []
+    @property
+    def _ended(self) -> bool:
+        """Nothing more is wanted of the generation, whether or not it has ended itself."""
+        return self._text.ended or self._reader.ended
+
+    def _take(self, chunk: Chunk) -> list[Event]:
+        events: list[Event] = []
         for token, logprobs in zip(chunk.tokens, chunk.logprobs or repeat(None), strict=False):
             self.completion_tokens += 1
             silent = token in self._rules.silent
@@ -192,19 +190,19 @@ class Choice:
                 self.logprob_sum += logprobs.logprob
                 if not silent or self._rules.score_end:
                     self._scores.push(token, logprobs, text)
-            shown.append(self._text.push(text, self.completion_tokens))
-            if self._text.ended:
+            events += self._reader.push(self._text.push(text, self.completion_tokens))
+            if self._ended:
                 break
-        return "".join(shown)
+        return events
 
-    def _end(self, finish: Finish) -> str:
+    def _end(self, finish: Finish) -> list[Event]:
         if finish.reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise JobFailedError(
                 finish.error or f"the generation ended early: {finish.reason}", code="cancelled"
             )
         tail = self._text.push(self._detokenizer.flush(), self.completion_tokens)
         self.finish = FinishReason.STOP if self._text.ended else finish.reason
-        return tail + self._text.flush()
+        return self._reader.push(tail + self._text.flush())
 
 
 class _StoppedText:

@@ -48,9 +48,21 @@ def _raise_exception(message: object) -> NoReturn:
     raise TemplateRefusedError(str(message))
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own `tojson` escapes HTML, which would put escapes into the prompt
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 class ChatTemplates:
@@ -69,9 +81,18 @@ class ChatTemplates:
         self._environment.globals["raise_exception"] = _raise_exception
         self._environment.globals["strftime_now"] = self._strftime_now
 
-    def render(self, record: ModelRecord, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt up to where the assistant begins to speak.
+    def render(
+        self,
+        record: ModelRecord,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt; with `add_generation_prompt` up to where the assistant begins to speak.
 
+        `tools` are {"type": "function", "function": {name, description, parameters}}; what messages
+        say of calls is in transformers' form too (`headrace_gateway.tools.conversation`).
         Raises CallerError when the model has no template, when its template refuses the messages
         or fails on them, and when the text exceeds `chars_max`.
         """
@@ -81,8 +102,8 @@ class ChatTemplates:
         try:
             for piece in template.generate(
                 messages=messages,
-                add_generation_prompt=True,
-                tools=None,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
                 documents=None,
                 **record.template_tokens,
             ):
@@ -105,6 +126,10 @@ class ChatTemplates:
                 code=CODE,
             ) from error
         return "".join(pieces)
+
+    def check(self, record: ModelRecord) -> None:
+        """Raises CallerError when the model has no template, or one that cannot be read."""
+        self._template(record)
 
     def _template(self, record: ModelRecord) -> jinja2.Template:
         found = self._compiled.get(record.fingerprint)

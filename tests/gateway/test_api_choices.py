@@ -10,18 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.types import Finish, FinishReason
-from headrace_gateway.choices import (
-    CallDelta,
-    Choice,
-    Piece,
-    PlainText,
-    Reader,
-    Said,
-    TextRules,
-    joined,
-)
+from headrace_gateway.choices import Choice, Piece, PlainText, Reader, TextRules, joined
 from headrace_gateway.generation import Chunk
 from headrace_gateway.tokens import ModelTokenizer
+from headrace_gateway.tools.events import Arguments, CallBegins, CallEnds, Event, Text
 from support.api import encode, logprobs_of, make_record, say
 
 EOS = 2
@@ -203,38 +195,64 @@ def test_the_mean_counts_every_token() -> None:
 
 
 class Brackets:
-    """A reader that takes what stands in brackets for the arguments of calls."""
+    """A reader that takes what stands in brackets for the arguments of calls, two at most."""
 
     def __init__(self) -> None:
-        self._depth = 0
         self._calls = 0
+        self._open = False
+        self.ended = False
 
-    def push(self, text: str) -> Said:
-        shown, calls = "", []
-        for character in text:
-            if character == "<":
-                calls.append(CallDelta(self._calls, "", id=f"call_{self._calls}", name="f"))
-                self._depth = 1
-            elif character == ">":
-                self._depth, self._calls = 0, self._calls + 1
-            elif self._depth:
-                calls.append(CallDelta(self._calls, character))
-            else:
-                shown += character
-        return Said(shown, tuple(calls))
+    def push(self, text: str) -> list[Event]:
+        return [event for character in text for event in self._take(character)]
 
-    def end(self) -> Said:
-        return Said("!" if self._depth else "")
+    def _take(self, character: str) -> list[Event]:
+        if self.ended:
+            return []
+        if character == "<":
+            self._open = True
+            return [CallBegins(self._calls, "f")]
+        if character == ">":
+            self._open, self._calls = False, self._calls + 1
+            self.ended = self._calls == 2
+            return [CallEnds(self._calls - 1, True)]
+        return [Arguments(self._calls, character) if self._open else Text(character)]
+
+    def finish(self) -> list[Event]:
+        return [CallEnds(self._calls, False)] if self._open else []
 
 
-def test_a_reader_turns_text_into_what_the_client_gets() -> None:
+@pytest.mark.parametrize("per_chunk", [1, 3, 100])
+def test_a_reader_turns_text_into_what_the_client_gets(per_chunk: int) -> None:
     """Text and calls as the reader has them, its rest at the end; counts are the generation's."""
-    chunks = [step for step in say("so <ab> and <c") if isinstance(step, Chunk)]
-    pieces = read(chunks, TextRules(silent=frozenset({EOS})), Brackets())
-    whole = joined(pieces)
-    assert whole.text == "so  and !"
+    said = say("so <ab> and <c", per_chunk=per_chunk)
+    chunks = [step for step in said if isinstance(step, Chunk)]
+    whole = joined(read(chunks, TextRules(silent=frozenset({EOS})), Brackets()))
+    assert whole.events == (
+        Text("so "), CallBegins(0, "f"), Arguments(0, "ab"), CallEnds(0, True), Text(" and "),
+        CallBegins(1, "f"), Arguments(1, "c"), CallEnds(1, False),
+    )  # fmt: skip
+    assert whole.text == "so  and "
     assert whole.tokens == len(encode("so <ab> and <c")) + 1
-    assert [(call.index, call.arguments) for call in whole.calls if not call.id] == [
-        (0, "a"), (0, "b"), (1, "c"),
-    ]  # fmt: skip
-    assert [call.id for call in whole.calls if call.id] == ["call_0", "call_1"]
+
+
+@pytest.mark.parametrize("per_chunk", [1, 3, 100])
+def test_a_reader_that_wants_no_more_ends_the_generation(per_chunk: int) -> None:
+    """At the token that completes what is wanted, however much came with it."""
+    said = say("<a><b> and so on", per_chunk=per_chunk)
+    source = Canned([step for step in said if isinstance(step, Chunk)])
+    choice = Choice(0, source, TOKENIZER, TextRules(), Brackets())
+
+    async def until_end() -> Piece:
+        pieces = [await choice.next()]
+        while choice.finish is None:
+            pieces.append(await choice.next())
+        return joined(pieces)
+
+    whole = asyncio.run(until_end())
+    assert whole.finish is FinishReason.STOP
+    assert source.cancelled
+    assert whole.events[-1] == CallEnds(1, True)
+    assert whole.tokens == choice.completion_tokens
+    spoken = TOKENIZER.decode(encode("<a><b> and so on")[: whole.tokens])
+    assert spoken.startswith("<a><b>")
+    assert not TOKENIZER.decode(encode("<a><b> and so on")[: whole.tokens - 1]).startswith("<a><b>")

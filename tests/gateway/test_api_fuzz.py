@@ -54,8 +54,12 @@ BAD_COMMON: dict[str, list[Any]] = {
     "min_tokens": [-1, 1.5, "x", 10**6, True],
     "bad_words": ["x", [""], [5], ["a"] * 129, {}],
     "repetition_penalty": [0, -1, 2.1, "x", True],
-    "tools": [[{"type": "function"}], "x", {}],
-    "tool_choice": ["required", {"type": "function"}],
+    "tools": [
+        [{"type": "function"}], "x", {}, [5], [None], [[]], [{"type": "web_search"}],
+        [{"type": "function", "function": {"name": "a b"}, "name": "a b"}],
+        [{"type": "function", "function": {"name": "a", "parameters": []}, "name": 5}],
+    ],
+    "tool_choice": ["required", "x", 5, {}, {"type": "function"}, {"type": "web_search"}],
     "top_logprobs": [1, "x", -1],
     "presence_penalty": [2.5, "x", True, -2.5],
     "frequency_penalty": [3, [], {}],
@@ -94,6 +98,9 @@ BAD_ITEMS: list[Any] = [
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": ["x"]}],
     [{"role": 5, "content": "x"}], [[{"role": "user", "content": "x"}]],
+    [{"role": "tool", "content": "x", "tool_call_id": "a"}],
+    [{"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function"}]}],
+    [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "["}],
 ]  # fmt: skip
 BAD: dict[str, dict[str, list[Any]]] = {
     "/v1/chat/completions": BAD_COMMON | BAD_CHOICES | {
@@ -335,6 +342,103 @@ def test_any_value_in_any_field_is_answered_without_a_bug() -> None:
         attack_with()
         runner.run(g.settled())
         runner.run(stack.aclose())
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TOOL_TALK: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "a", "content": "1"},
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {"name": "f", "description": "F", "parameters": SCHEMA, "strict": True},
+            }
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+        "parallel_tool_calls": False,
+    },
+    "/v1/responses": {
+        "input": [
+            {"role": "user", "content": "Hi"},
+            {"type": "function_call", "call_id": "a", "name": "f", "arguments": '{"a": 1}'},
+            {"type": "function_call_output", "call_id": "a", "output": "1"},
+        ],
+        "tools": [
+            {"type": "function", "name": "f", "description": "F", "parameters": SCHEMA},
+        ],
+        "tool_choice": {"type": "function", "name": "f"},
+        "parallel_tool_calls": True,
+    },
+}
+SAID = ['<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', "Hi", "<tool_call>{"]
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) within `value`."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    found = [(value, key) for key in keys]
+    for key in keys:
+        if isinstance(value[key], dict | list):
+            found += places(value[key])
+    return found
+
+
+@st.composite
+def nearly_tools(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A conversation with tools, one to three parts of which are anything else, or gone."""
+    path = draw(st.sampled_from(sorted(TOOL_TALK)))
+    body = json.loads(json.dumps(TOOL_TALK[path]))
+    for _ in range(draw(st.integers(1, 3))):
+        container, key = draw(st.sampled_from(places(body)))
+        if draw(st.integers(0, 3)):
+            container[key] = draw(
+                JSON | st.sampled_from(["f", "auto", "required", "none", "\ud800"])
+            )
+        else:
+            del container[key]
+        if not places(body):
+            break
+    return path, {"model": MODEL, **body}
+
+
+def test_tools_of_any_shape_are_answered_without_a_bug() -> None:
+    """200 or 4xx, streamed or whole, whatever the model then says."""
+    said = iter(SAID * 1_000)
+    fleet = ScriptedFleet(script=lambda job: say(next(said)))
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        g = runner.run(stack.enter_async_context(running_gateway(fleet)))
+        for path, body in TOOL_TALK.items():
+            status, answer = runner.run(g.post(path, {"model": MODEL, **body}))
+            assert status == 200, answer
+
+        @given(nearly_tools(), st.booleans())
+        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+        def attack_with(case: tuple[str, dict[str, Any]], stream: bool) -> None:
+            path, body = case
+            text = json.dumps(body | {"stream": stream}).encode()
+            status, answer = runner.run(attack_or_stream(g, path, text))
+            if status != 200:
+                check_refused(status, answer, body)
+            else:
+                assert "internal_error" not in json.dumps(answer)
+
+        attack_with()
+        runner.run(g.settled())
+        runner.run(stack.aclose())
+
+
+async def attack_or_stream(g: Running, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    headers = {"Content-Type": "application/json"}
+    async with g.http.post(path, data=body, headers=headers) as response:
+        if response.content_type == "text/event-stream":
+            return response.status, {"events": await response.text()}
+        return response.status, await response.json()
 
 
 def _has_non_finite(value: Any) -> bool:

@@ -33,7 +33,7 @@ broken_fields = st.one_of(
     st.tuples(st.just("temperature"), st.sampled_from([-1, 3, "warm", [], float("nan")])),
     st.tuples(st.just("top_p"), st.sampled_from([0, -0.5, 1.5, "x", {}])),
     st.tuples(st.just("stream"), st.sampled_from(["maybe", 7, [], {}])),
-    st.tuples(st.just("tools"), st.just([{"type": "function", "function": {"name": "f"}}])),
+    st.tuples(st.just("tools"), st.just([{"type": "web_search"}])),
 )
 content_fields = {
     PATHS[0]: ("messages", st.sampled_from([None, [], "text", [{}], [{"role": "king"}], [5]])),

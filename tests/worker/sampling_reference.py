@@ -1,19 +1,22 @@
 """Choosing a token the slow way: lists, sorts, math in double precision, one row at a time.
 
 It says what every option of Sampling means, and shares nothing with the sampler but the numbers
-from (seed, position). Where double and single precision may rightly part, at the edge of a set or
-of a drawn interval, all tokens are named that are right.
+from (seed, position) and the shape of its tree. Where double and single precision may rightly part,
+at the edge of a set or of a drawn interval, all tokens are named that are right.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from headrace.types import Sampling
+from headrace_worker.sampling.draw import FAN
 from headrace_worker.sampling.uniform import uniforms
 
 EDGE = 2e-6
@@ -50,14 +53,31 @@ def choose(
     if s.temperature == 0:
         return Answer(frozenset({logits.index(best)}), sharp=True)
     shares, sharp = distribution(logits, s)
-    number = float(uniforms([s.seed], [len(text.output)])[0])
-    right, before = set(), 0.0
-    for token in sorted(shares):
-        after = before + shares[token]
-        if not sharp or before - EDGE <= number < after + EDGE:
-            right.add(token)
+    if not sharp:
+        return Answer(frozenset(shares), sharp=False)
+    widths = [len(raw)]
+    numbers = uniforms([s.seed], [len(text.output)])[0].tolist()
+    while widths[-1] > FAN and len(widths) < len(numbers):
+        widths.append(math.ceil(widths[-1] / FAN))
+    right = descended(shares, widths, numbers)
+    return Answer(frozenset(right), len(right) == 1)
+
+
+def descended(shares: dict[int, float], widths: list[int], numbers: list[float]) -> set[int]:
+    """The tokens that may be drawn among `shares`: group by group, the smallest width first."""
+    if not widths:
+        return set(shares)
+    groups: dict[int, dict[int, float]] = {}
+    for token, share in shares.items():
+        key = functools.reduce(operator.mod, widths, token)
+        groups.setdefault(key, {})[token] = share
+    whole, right, before = math.fsum(shares.values()), set[int](), 0.0
+    for key in sorted(groups):
+        after = before + math.fsum(groups[key].values()) / whole if whole else before
+        if before - EDGE <= numbers[0] < after + EDGE and sum(groups[key].values()) > 0:
+            right |= descended(groups[key], widths[:-1], numbers[1:])
         before = after
-    return Answer(frozenset(right), sharp and len(right) == 1)
+    return right
 
 
 def edited(

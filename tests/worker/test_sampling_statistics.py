@@ -149,7 +149,7 @@ class Markov:
                 assert choice is not None
                 tokens.append(choice.token)
                 if choice.token in ends:
-                    return tokens[prompt:], accepted, refused
+                    return tokens[prompt : prompt + sampling.max_tokens], accepted, refused
                 if place < len(draft) and choice.token != draft[place]:
                     refused += 1
                     break

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from headrace.types import FinishReason
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.logprobs import prompt_entries, token_entries
 from headrace_gateway.api.requests import make_call, read_object
 from headrace_gateway.api.schemas import ChatRequest, parse_chat
 from headrace_gateway.api.text_replies import Json, TextReply, reply_to
+from headrace_gateway.api.tool_plans import make_plan
+from headrace_gateway.api.tool_replies import chunk_delta, finish_reason, whole_calls
 from headrace_gateway.api.turn import Turn
 from headrace_gateway.api.wishes import make_wish
 from headrace_gateway.choices import Piece
+from headrace_gateway.tools.events import CallBegins
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answers a chat, streamed or whole."""
     async with Turn(request.app[GATEWAY], make_call(request, "chat"), "chatcmpl-") as turn:
         parsed = parse_chat(await read_object(request))
+        messages, offer = parsed.conversation(), parsed.offer()
         turn.begin(parsed)
-        prompt = await turn.encode_chat([message.for_template() for message in parsed.messages])
-        await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt]))
+        tools = await make_plan(turn.gateway, turn.record, offer)
+        prompt = await turn.encode_chat(messages, tools)
+        await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt], tools=tools))
         return await reply_to(request, turn, parsed, ChatReply(turn, parsed))
 
 
@@ -33,6 +37,8 @@ class ChatReply(TextReply):
         super().__init__(turn, with_usage=parsed.wants_usage)
         self._with_logprobs = bool(parsed.logprobs)
         self._prompt_logprobs = parsed.prompt_logprobs
+        self._with_tools = bool(parsed.tools)
+        self._calling: set[int] = set()
 
     def whole(self, pieces: list[Piece]) -> Json:
         made = super().whole(pieces)
@@ -46,25 +52,42 @@ class ChatReply(TextReply):
         return made
 
     def whole_choice(self, piece: Piece) -> Json:
+        calls = whole_calls(piece)
+        message: Json = {
+            "role": "assistant",
+            "content": None if calls and not piece.text else piece.text,
+            "refusal": None,
+            "annotations": [],
+        }
+        if calls:
+            message["tool_calls"] = calls
         return {
             "index": piece.index,
-            "message": {
-                "role": "assistant",
-                "content": piece.text,
-                "refusal": None,
-                "annotations": [],
-            },
+            "message": message,
             "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish,
+            "finish_reason": finish_reason(piece.finish, calling=bool(calls)),
         }
 
-    def chunk_choice(self, piece: Piece) -> Json:
+    def chunks(self, piece: Piece) -> list[Json]:
+        """A chunk for each event; the delivery's logprobs come with the first of them."""
+        index, logprobs = piece.index, self._logprobs(piece)
+        deltas = [delta for event in piece.events if (delta := chunk_delta(event))]
+        if piece.logprobs and not deltas:
+            deltas.append({"content": ""})
+        made = [
+            self._delta(index, delta, None if at else logprobs) for at, delta in enumerate(deltas)
+        ]
+        if any(isinstance(event, CallBegins) for event in piece.events):
+            self._calling.add(index)
         if piece.finish is not None:
-            return self._delta(piece.index, {}, None, piece.finish)
-        return self._delta(piece.index, {"content": piece.text}, self._logprobs(piece))
+            reason = finish_reason(piece.finish, calling=index in self._calling)
+            made.append(self._delta(index, {}, None, reason))
+        return [self._chunk([choice]) for choice in made]
 
     def opening(self) -> list[Json]:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        # a message that only calls has no content at all, and it is too early to know
+        content = None if self._with_tools else ""
+        delta = {"role": "assistant", "content": content, "refusal": None}
         return [self._chunk([self._delta(c.index, delta)]) for c in self._turn.choices]
 
     def _logprobs(self, piece: Piece) -> Json | None:
@@ -77,6 +100,6 @@ class ChatReply(TextReply):
         index: int,
         delta: Json,
         logprobs: Json | None = None,
-        finish: FinishReason | None = None,
+        finish: str | None = None,
     ) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

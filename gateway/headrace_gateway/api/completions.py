@@ -80,14 +80,18 @@ class CompletionReply(TextReply):
         return made
 
     def chunks(self, piece: Piece) -> list[Json]:
+        """The echo before everything else; text and the end of a choice in chunks of their own."""
+        said = replace(piece, finish=None)
+        silent = replace(piece, events=(), logprobs=())
+        made: list[Json] = []
         if self._echoes and piece.index not in self._begun:
             self._begun.add(piece.index)
-            empty = replace(piece, text="", logprobs=(), finish=None)
-            return [self._chunk([self._choice(empty, first=True)]), *super().chunks(piece)]
-        return super().chunks(piece)
-
-    def chunk_choice(self, piece: Piece) -> Json:
-        return self._choice(piece, first=False)
+            made.append(self._choice(replace(silent, finish=None), first=True))
+        if piece.text or piece.logprobs:
+            made.append(self._choice(said, first=False))
+        if piece.finish is not None:
+            made.append(self._choice(silent, first=False))
+        return [self._chunk([choice]) for choice in made]
 
     def _choice(self, piece: Piece, *, first: bool) -> Json:
         """A choice or a part of one; the `first` begins with the prompt where that is echoed."""

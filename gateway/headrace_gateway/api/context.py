@@ -23,6 +23,7 @@ from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.templates import ChatTemplates
 from headrace_gateway.tenants import Tenant, Tenants
 from headrace_gateway.tokens import Tokenizers
+from headrace_gateway.tools.dialects import Dialects
 
 if TYPE_CHECKING:
     from headrace_gateway.api.turn import Turn
@@ -83,6 +84,7 @@ class Gateway:
         self.clock = clock
         self.tokenizers = Tokenizers()
         self.templates = ChatTemplates(clock)
+        self.dialects = Dialects(self.templates)
         self.grammars = GrammarChecker()
         self.metrics = GatewayMetrics(self.counts)
         self.turns: set[Turn] = set()

@@ -19,7 +19,7 @@ from headrace.errors import CallerError
 from headrace.types import ModelRecord
 from headrace_gateway.api.bodies import parse_object
 from headrace_gateway.api.context import Gateway
-from headrace_gateway.api.validation import STRICT, bad_value
+from headrace_gateway.api.validation import STRICT, bad_value, missing
 
 CHOICE_TEXTS_MAX = 4_096
 
@@ -33,10 +33,22 @@ Build = Callable[[], str]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One wanted form: the field that asked for it, and how to make its grammar."""
+    """One wanted form: the field that asked for it, and how to make its grammar ('': none).
+
+    `schema` makes the schema of a form that is JSON.
+    """
 
     param: str
     build: Build
+    schema: Callable[[], Schema] | None = None
+
+
+def _json_format(param: str, schema: Callable[[], Schema]) -> Format:
+    return Format(param, lambda: grammars.json_schema(schema()), schema)
+
+
+def _any_object() -> Schema:
+    return {"type": "object"}
 
 
 class JsonSchema(BaseModel):
@@ -62,11 +74,11 @@ class ResponseFormat(BaseModel):
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return Format(param, grammars.json_object)
+            return _json_format(param, _any_object)
         if self.json_schema is None:
-            raise _missing(f"{param}.json_schema")
+            raise missing(f"{param}.json_schema")
         schema = self.json_schema.schema_
-        return Format(param, lambda: grammars.json_schema(schema))
+        return _json_format(param, lambda: schema)
 
 
 class TextFormat(BaseModel):
@@ -84,11 +96,11 @@ class TextFormat(BaseModel):
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return Format(param, grammars.json_object)
+            return _json_format(param, _any_object)
         if self.name is None or self.schema_ is None:
-            raise _missing(f"{param}.{'name' if self.name is None else 'schema'}")
+            raise missing(f"{param}.{'name' if self.name is None else 'schema'}")
         schema = self.schema_
-        return Format(param, lambda: grammars.json_schema(schema))
+        return _json_format(param, lambda: schema)
 
     def told(self) -> dict[str, Any]:
         """The format as a response object repeats it."""
@@ -115,7 +127,7 @@ class StructuredOutputs(BaseModel):
         param = "structured_outputs"
         yield from _formats(param, self.json_, self.regex, self.choice, self.grammar)
         if self.json_object:
-            yield Format(param, grammars.json_object)
+            yield _json_format(param, _any_object)
 
 
 class FormatFields(BaseModel):
@@ -176,7 +188,7 @@ def _formats(
 ) -> Iterator[Format]:
     """A Format for each of the four that is given, all of them asked for by `param`."""
     if json is not None:
-        yield Format(param, lambda: grammars.json_schema(_schema_in(json)))
+        yield _json_format(param, lambda: _schema_in(json))
     if regex is not None:
         yield Format(param, lambda: grammars.regex(regex))
     if choice is not None:
@@ -189,10 +201,6 @@ def _schema_in(value: Schema | str) -> Schema:
     return parse_object(value) if isinstance(value, str) else value
 
 
-def _missing(param: str) -> CallerError:
-    return CallerError(f"{param}: Field required", param=param, code="missing_required_parameter")
-
-
 async def checked_grammar(gateway: Gateway, record: ModelRecord, wanted: Format | None) -> str:
     """The grammar of `wanted`, compiled once within the limits; '' where nothing is wanted.
 
@@ -203,8 +211,11 @@ async def checked_grammar(gateway: Gateway, record: ModelRecord, wanted: Format 
         return ""
     try:
         grammar = wanted.build()
-        await gateway.grammars.check(record, grammar)
+        if grammar:
+            await gateway.grammars.check(record, grammar)
     except CallerError as error:
+        if error.param is not None:
+            raise
         raise CallerError(
             f"{wanted.param}: {error.message}",
             status=error.status,

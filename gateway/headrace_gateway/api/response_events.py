@@ -1,23 +1,26 @@
 """The Responses API's objects and event sequence, made from what a turn delivers.
 
 Invariant: events are numbered from 0 without gaps, and every response that was created ends in
-exactly one of `completed`, `incomplete` or `failed`, with its item and part closed before. There is
-no I/O here: HTTP and WebSocket send the same events.
+exactly one of `completed`, `incomplete` or `failed`, with all its items closed before: one at a
+time is open, and there is at least one. There is no I/O here: HTTP and WebSocket send the same
+events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.errors import HeadraceError
 from headrace.types import FinishReason
 from headrace_gateway.api.logprobs import token_entries
+from headrace_gateway.api.response_items import CallItem, MessageItem
 from headrace_gateway.api.response_schemas import ResponseRequest
+from headrace_gateway.api.tool_schemas import FunctionRef
 from headrace_gateway.api.turn import Usage
 from headrace_gateway.choices import Piece
 from headrace_gateway.tokens import ModelTokenizer
+from headrace_gateway.tools.events import Arguments, CallBegins, CallEnds, Event, Text
 
 Json = dict[str, Any]
 
@@ -49,11 +52,10 @@ class ResponseEvents:
     def __init__(self, facts: ResponseFacts, tokenizer: ModelTokenizer) -> None:
         self._facts = facts
         self._tokenizer = tokenizer
-        self._item_id = f"msg_{facts.id.partition('_')[2]}"
         self._sequence = 0
-        self._text: list[str] = []
+        self._closed: list[Json] = []
+        self._item: MessageItem | CallItem | None = None
         self._logprobs: list[Json] = []
-        self._item_open = False
 
     def opening(self) -> list[Json]:
         """What goes out when the request is accepted."""
@@ -64,27 +66,62 @@ class ResponseEvents:
         )
 
     def piece(self, piece: Piece) -> list[Json]:
-        """The new text, if there is any; the item begins with the first token."""
-        events: list[Json] = []
-        if piece.tokens or piece.text:
-            events += self._open_item()
-        if piece.text or piece.logprobs:
-            events += self._number(
-                {
-                    "type": "response.output_text.delta",
-                    **self._at_part(),
-                    "delta": piece.text,
-                    "logprobs": self._keep(piece),
-                }
-            )
-        return events
+        """What the delivery adds; where only text can come, the item begins with the first token.
 
-    def _keep(self, piece: Piece) -> list[Json]:
-        """Adds `piece` to the text so far; its logprobs as they are told."""
-        self._text.append(piece.text)
-        entries = token_entries(self._tokenizer, piece.logprobs)
-        self._logprobs += entries
-        return entries
+        Logprobs are told with text; a call's tokens have none.
+        """
+        made: list[Json] = []
+        self._logprobs += token_entries(self._tokenizer, piece.logprobs)
+        if piece.tokens and not self._facts.request.tools:
+            made += self._message()[1]
+        for event in piece.events:
+            made += self._event(event)
+        if self._logprobs and isinstance(self._item, MessageItem):
+            made += self._text("")
+        return self._number(*made)
+
+    def _event(self, event: Event) -> list[Json]:
+        match event:
+            case Text(text):
+                return self._text(text)
+            case CallBegins(_, name):
+                closing = self._close("completed")
+                self._logprobs.clear()
+                self._item = CallItem(*self._next_place(), name)
+                return closing + self._item.opening()
+            case Arguments(_, delta):
+                assert isinstance(self._item, CallItem), "arguments belong to a call"
+                return [self._item.delta(delta)]
+            case CallEnds(_, complete):
+                self._logprobs.clear()
+                return self._close("completed" if complete else "incomplete")
+
+    def _text(self, text: str) -> list[Json]:
+        message, opening = self._message()
+        logprobs, self._logprobs = self._logprobs, []
+        return [*opening, message.delta(text, logprobs)]
+
+    def _message(self) -> tuple[MessageItem, list[Json]]:
+        """The open message, with the events that open it if it was not."""
+        if isinstance(self._item, MessageItem):
+            return self._item, []
+        assert self._item is None, "a call ends before text goes on"
+        self._item = message = MessageItem(*self._next_place())
+        return message, message.opening()
+
+    def _next_place(self) -> tuple[str, int]:
+        """Suffix of the next item's id, and its place in the output."""
+        at = len(self._closed)
+        suffix = self._facts.id.partition("_")[2]
+        return (f"{suffix}{at:x}" if at else suffix), at
+
+    def _close(self, status: str) -> list[Json]:
+        if self._item is None:
+            return []
+        closing = self._item.closing(status)
+        self._closed.append(self._item.told(status))
+        self._item = None
+        return closing
 
     def finished(self, finish: FinishReason | None, usage: Usage, now_s: int) -> list[Json]:
         """The end of a generation that came to one: STOP is completed, LENGTH incomplete."""
@@ -110,45 +147,16 @@ class ResponseEvents:
 
     def whole(self, piece: Piece, usage: Usage, now_s: int) -> Json:
         """The response object of an answer that is not streamed; `piece` is all of it."""
-        self._keep(piece)
+        self.piece(piece)
         last: Json = self.finished(piece.finish, usage, now_s)[-1]["response"]
         return last
 
     def _end(self, event: str, status: str, usage: Usage, **fields: Any) -> list[Json]:
-        item_status = "completed" if status == "completed" else "incomplete"
-        item = self._item(item_status, [self._part()])
-        response = self._response(status, [item]) | {"usage": usage_json(usage)} | fields
-        return [
-            *self._open_item(),
-            *self._number(
-                {
-                    "type": "response.output_text.done",
-                    **self._at_part(),
-                    "text": "".join(self._text),
-                    "logprobs": self._logprobs,
-                },
-                {"type": "response.content_part.done", **self._at_part(), "part": self._part()},
-                {"type": "response.output_item.done", "output_index": 0, "item": item},
-                {"type": f"response.{event}", "response": response},
-            ),
-        ]
-
-    def _open_item(self) -> list[Json]:
-        if self._item_open:
-            return []
-        self._item_open = True
-        return self._number(
-            {
-                "type": "response.output_item.added",
-                "output_index": 0,
-                "item": self._item("in_progress", []),
-            },
-            {
-                "type": "response.content_part.added",
-                **self._at_part(),
-                "part": self._part(),
-            },
-        )
+        empty = self._item is None and not self._closed
+        made = self._message()[1] if empty else []
+        made += self._close("completed" if status == "completed" else "incomplete")
+        response = self._response(status, self._closed) | {"usage": usage_json(usage)} | fields
+        return self._number(*made, {"type": f"response.{event}", "response": response})
 
     def _number(self, *events: Json) -> list[Json]:
         numbered = [
@@ -156,26 +164,6 @@ class ResponseEvents:
         ]
         self._sequence += len(events)
         return numbered
-
-    def _at_part(self) -> Json:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _part(self) -> Json:
-        return {
-            "type": "output_text",
-            "text": "".join(self._text),
-            "annotations": [],
-            "logprobs": list(self._logprobs),
-        }
-
-    def _item(self, status: str, content: Iterable[Json]) -> Json:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": list(content),
-        }
 
     def _response(self, status: str, output: list[Json]) -> Json:
         facts, request = self._facts, self._facts.request
@@ -203,8 +191,8 @@ class ResponseEvents:
             "store": False,  # whatever was asked: responses are not kept yet, and clients read this
             "temperature": 1.0 if request.temperature is None else request.temperature,
             "text": {"format": self._format(), "verbosity": "medium"},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": self._tool_choice(),
+            "tools": [tool.told() for tool in request.tools or ()],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
@@ -215,3 +203,9 @@ class ResponseEvents:
     def _format(self) -> Json:
         text = self._facts.request.text
         return text.format.told() if text and text.format else {"type": "text"}
+
+    def _tool_choice(self) -> str | Json:
+        choice = self._facts.request.tool_choice
+        if isinstance(choice, FunctionRef):
+            return {"type": "function", "name": choice.name}
+        return choice or "auto"

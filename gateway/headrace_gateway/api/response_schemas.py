@@ -7,23 +7,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from headrace.errors import CallerError
 from headrace.types import NO_LOGPROBS
 from headrace_gateway.api.formats import Format, TextFormat
+from headrace_gateway.api.messages import (
+    CallItem,
+    Conversation,
+    InputMessage,
+    ResultItem,
+    ShortText,
+    input_conversation,
+)
 from headrace_gateway.api.schemas import (
     MESSAGES_MAX,
-    PARTS_MAX,
     Alternatives,
     Common,
     MaxTokens,
-    ShortText,
     StreamOptions,
-    template_role,
 )
-from headrace_gateway.api.unsupported import NEUTRAL_RESPONSE, refuse_unsupported
+from headrace_gateway.api.tool_schemas import (
+    Mode,
+    ResponseToolChoice,
+    ResponseTools,
+    make_offer,
+    refuse_other_tools,
+)
+from headrace_gateway.api.unsupported import (
+    NEUTRAL_RESPONSE,
+    refuse_other_items,
+    refuse_unsupported,
+)
 from headrace_gateway.api.validation import STRICT, bad_value, validate
+from headrace_gateway.tools.offer import Offer
 
 CREATE = "response.create"
 CANCEL = "response.cancel"
@@ -32,29 +49,20 @@ INCLUDES_MAX = 32
 STREAM_ID = re.compile(r"[A-Za-z0-9_.-]{1,256}")
 
 
-class InputPart(BaseModel):
-    model_config = STRICT
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
+_KINDS = {"function_call": "call", "function_call_output": "result"}
 
 
-class InputMessage(BaseModel):
-    """One item of `input`; what a response put out goes in again as it is."""
+def _kind_of(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else None
+    return _KINDS.get(kind, "message") if isinstance(kind, str) else "message"
 
-    model_config = STRICT
 
-    type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputPart], Field(min_length=1, max_length=PARTS_MAX)]
-
-    def for_template(self) -> dict[str, Any]:
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "\n".join(part.text for part in self.content)
-        )
-        return {"role": template_role(self.role), "content": text}
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[CallItem, Tag("call")]
+    | Annotated[ResultItem, Tag("result")],
+    Discriminator(_kind_of),
+]
 
 
 class TextConfig(BaseModel):
@@ -69,12 +77,14 @@ class TextConfig(BaseModel):
 class ResponseRequest(Common):
     prompt_param = "input"
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MESSAGES_MAX)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MESSAGES_MAX)]
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
     stream_options: StreamOptions | None = None
     prompt_cache_key: ShortText | None = None
     safety_identifier: ShortText | None = None
+    tools: ResponseTools | None = None
+    tool_choice: Mode | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     include: list[ShortText] | None = Field(None, max_length=INCLUDES_MAX)
@@ -97,17 +107,20 @@ class ResponseRequest(Common):
         wanted = None if self.text is None else self.text.format
         return None if wanted is None else wanted.format("text.format")
 
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """`instructions` and `input` as chat messages."""
-        made: list[dict[str, Any]] = []
+    def offer(self) -> Offer | None:
+        """The functions that may be called. Raises CallerError."""
+        functions = [tool.function(f"tools[{at}]") for at, tool in enumerate(self.tools or ())]
+        parallel = self.parallel_tool_calls is not False
+        return make_offer(functions, self.tool_choice, parallel=parallel)
+
+    def conversation(self) -> Conversation:
+        """`instructions` and `input` as chat messages. Raises CallerError."""
+        made: Conversation = []
         if self.instructions:
             made.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
-            made.append({"role": "user", "content": self.input})
-        else:
-            made.extend(item.for_template() for item in self.input)
-        return made
+            return [*made, {"role": "user", "content": self.input}]
+        return made + input_conversation(self.input)
 
 
 def parse_response(body: Mapping[str, Any]) -> ResponseRequest:
@@ -119,6 +132,8 @@ def parse_response(body: Mapping[str, Any]) -> ResponseRequest:
             code="previous_response_not_found",
         )
     refuse_unsupported(body, NEUTRAL_RESPONSE)
+    refuse_other_tools(body)
+    refuse_other_items(body)
     parsed = validate(ResponseRequest, body)
     if parsed.top_logprobs and not parsed.with_logprobs:
         raise bad_value("top_logprobs", f"needs {LOGPROBS!r} in 'include'")

@@ -10,6 +10,7 @@ from headrace_gateway.api.requests import make_call, read_object
 from headrace_gateway.api.response_events import Json, ResponseEvents, ResponseFacts
 from headrace_gateway.api.response_schemas import ResponseRequest, parse_response
 from headrace_gateway.api.sse import EventStream
+from headrace_gateway.api.tool_plans import make_plan
 from headrace_gateway.api.turn import ClientGoneError, Turn
 from headrace_gateway.api.wishes import make_wish
 from headrace_gateway.choices import Piece
@@ -30,9 +31,11 @@ async def responses(request: web.Request) -> web.StreamResponse:
 
 async def start(turn: Turn, parsed: ResponseRequest) -> ResponseEvents:
     """Hand the response's one job to the fleet. Raises CallerError, OverloadError, …"""
+    messages, offer = parsed.conversation(), parsed.offer()
     turn.begin(parsed)
-    prompt = await turn.encode_chat(parsed.messages)
-    await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt]))
+    tools = await make_plan(turn.gateway, turn.record, offer)
+    prompt = await turn.encode_chat(messages, tools)
+    await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt], tools=tools))
     facts = ResponseFacts(turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed)
     return ResponseEvents(facts, turn.tokenizer)
 

@@ -13,25 +13,32 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.types import LOGPROBS_MAX, NO_LOGPROBS, Band
 from headrace_gateway.api.formats import Format, FormatFields, ResponseFormat
+from headrace_gateway.api.messages import Message, ShortText, chat_conversation
 from headrace_gateway.api.sampling_fields import INT32_MAX, SamplingFields, TokenId
+from headrace_gateway.api.tool_schemas import (
+    ChatToolChoice,
+    ChatTools,
+    Mode,
+    make_offer,
+    refuse_other_tools,
+)
 from headrace_gateway.api.unsupported import (
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
-    refuse_tool_calls,
+    refuse_in_messages,
     refuse_unsupported,
 )
 from headrace_gateway.api.validation import STRICT, bad_value, validate
+from headrace_gateway.tools.offer import Offer
 
 CHOICES_MAX = 8
 BEST_OF_MAX = 20
 MESSAGES_MAX = 4_096
-PARTS_MAX = 4_096
 METADATA_MAX = 16
 COMPLETION_TOKENS = 16
 """OpenAI's default `max_tokens` of the completions endpoint; chat defaults to what fits."""
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-ShortText = Annotated[str, StringConstraints(max_length=512)]
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], ShortText],
     Field(max_length=METADATA_MAX),
@@ -132,46 +139,13 @@ class Choices(Common):
             raise bad_value("prompt_logprobs", "not available in streams")
 
 
-class TextPart(BaseModel):
-    model_config = STRICT
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One chat message. Extra fields (`name`, `tool_call_id`) reach the template as they are."""
-
-    model_config = STRICT
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=PARTS_MAX)]
-    name: ShortText | None = None
-    tool_call_id: ShortText | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "\n".join(part.text for part in self.content)
-        )
-        made = {"role": template_role(self.role), "content": text}
-        if self.name is not None:
-            made["name"] = self.name
-        if self.tool_call_id is not None:
-            made["tool_call_id"] = self.tool_call_id
-        return made
-
-
-def template_role(role: str) -> str:
-    # `developer` is OpenAI's newer name for `system`; open models' templates know only the latter
-    return "system" if role == "developer" else role
-
-
 class ChatRequest(Choices):
     prompt_param = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES_MAX)]
+    tools: ChatTools | None = None
+    tool_choice: Mode | ChatToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
@@ -187,6 +161,20 @@ class ChatRequest(Choices):
     @property
     def alternatives(self) -> int:
         return (self.top_logprobs or 0) if self.logprobs else NO_LOGPROBS
+
+    def offer(self) -> Offer | None:
+        """The functions that may be called. Raises CallerError."""
+        functions = [
+            tool.function.function(f"tools[{at}].function")
+            for at, tool in enumerate(self.tools or ())
+        ]
+        choice = self.tool_choice
+        named = choice.function if isinstance(choice, ChatToolChoice) else choice
+        return make_offer(functions, named, parallel=self.parallel_tool_calls is not False)
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages in transformers' form. Raises CallerError."""
+        return chat_conversation(self.messages)
 
     def check_together(self) -> None:
         super().check_together()
@@ -259,7 +247,8 @@ class CompletionRequest(Choices):
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     """`body` as a ChatRequest. Raises CallerError naming the field."""
     refuse_unsupported(body, NEUTRAL_CHAT)
-    refuse_tool_calls(body)
+    refuse_other_tools(body)
+    refuse_in_messages(body)
     parsed = validate(ChatRequest, body)
     parsed.check_together()
     return parsed

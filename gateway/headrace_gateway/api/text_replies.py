@@ -7,7 +7,6 @@ once, here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -51,8 +50,8 @@ class TextReply(ABC):
         """A choice, all of whose pieces are joined in `piece`."""
 
     @abstractmethod
-    def chunk_choice(self, piece: Piece) -> Json:
-        """What one chunk says of a choice: text, or how it ended, never both."""
+    def chunks(self, piece: Piece) -> list[Json]:
+        """What a delivery says: its text, if there is any, and how its choice ended."""
 
     def whole(self, pieces: list[Piece]) -> Json:
         """The body of an answer that is not streamed; `pieces` are its choices."""
@@ -62,15 +61,6 @@ class TextReply(ABC):
     def opening(self) -> list[Json]:
         """Chunks that go out as soon as the request is accepted."""
         return []
-
-    def chunks(self, piece: Piece) -> list[Json]:
-        """What a delivery says: its text, if there is any, and how its choice ended."""
-        made = []
-        if piece.text or piece.logprobs:
-            made.append(self._chunk([self.chunk_choice(replace(piece, finish=None))]))
-        if piece.finish is not None:
-            made.append(self._chunk([self.chunk_choice(Piece(piece.index, "", 0, piece.finish))]))
-        return made
 
     def closing(self) -> list[Json]:
         """The chunk with the usage, if it was asked for."""

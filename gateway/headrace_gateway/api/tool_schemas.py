@@ -1,8 +1,8 @@
-"""What a client may say about tools: functions, which of them to call, calls and their results.
+"""What a client may say about tools: functions, and which of them are to be called.
 
-Invariant: what comes out is an Offer, or messages in transformers' form, that hold together: names
-differ, a named function is offered, a result answers a call. Tools of other types, and the older
-`functions` and `function_call`, are refused by name: nothing that was asked for is left out.
+Invariant: what comes out is an Offer that holds together: names differ, parameters are objects, a
+named function is offered. Tools of other types, and the older `functions` and `function_call`, are
+refused by name: nothing that was asked for is left out.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.errors import CallerError
-from headrace_gateway.api.bodies import parse_object
 from headrace_gateway.api.validation import STRICT, bad_value
 from headrace_gateway.tools.offer import NO_PARAMETERS, Freedom, Function, Offer
 
 TOOLS_MAX = 128
-CALLS_MAX = 128
 DESCRIPTION_CHARS_MAX = 16_384
 PARAMETERS_CHARS_MAX = 65_536
 """As JSON; the schemas of all functions together are held by the limits on prompt and grammar."""
 
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Mode = Literal["none", "auto", "required"]
 
 
@@ -64,6 +61,19 @@ class ResponseTool(FunctionFields):
     """A tool of the Responses API; the function's fields stand beside `type`."""
 
     type: Literal["function"]
+    async_: Literal[False] | None = Field(None, alias="async")
+    defer_loading: Literal[False] | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
+
+    def told(self) -> dict[str, Any]:
+        """The tool as a response object repeats it."""
+        return {
+            "type": self.type,
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict,
+        }
 
 
 class FunctionRef(BaseModel):
@@ -87,26 +97,8 @@ class ResponseToolChoice(FunctionRef):
     type: Literal["function"]
 
 
-class CalledFunction(BaseModel):
-    model_config = STRICT
-
-    name: FunctionName
-    arguments: str
-
-
-class AssistantCall(BaseModel):
-    """A call in an assistant's message."""
-
-    model_config = STRICT
-
-    id: CallId
-    type: Literal["function"]
-    function: CalledFunction
-
-
 ChatTools = Annotated[list[ChatTool], Field(max_length=TOOLS_MAX)]
 ResponseTools = Annotated[list[ResponseTool], Field(max_length=TOOLS_MAX)]
-AssistantCalls = Annotated[list[AssistantCall], Field(max_length=CALLS_MAX)]
 
 
 def make_offer(
@@ -114,7 +106,6 @@ def make_offer(
     choice: Mode | FunctionRef | None,
     *,
     parallel: bool,
-    choice_param: str = "tool_choice",
 ) -> Offer | None:
     """What the model is offered; None for nothing. Raises CallerError naming the field."""
     seen: set[str] = set()
@@ -125,47 +116,14 @@ def make_offer(
         seen.add(function.name)
     if isinstance(choice, FunctionRef):
         if choice.name not in seen:
-            raise bad_value(choice_param, f"no function of 'tools' is called {choice.name!r}")
+            raise bad_value("tool_choice", f"no function of 'tools' is called {choice.name!r}")
         return Offer(tuple(functions), Freedom.REQUIRED, choice.name, parallel)
     if choice == "required" and not functions:
-        raise bad_value(choice_param, "'required' needs 'tools'")
+        raise bad_value("tool_choice", "'required' needs 'tools'")
     if choice == "none" or not functions:
         return None
     freedom = Freedom.REQUIRED if choice == "required" else Freedom.AUTO
     return Offer(tuple(functions), freedom, None, parallel)
-
-
-def call_for_template(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:
-    """A call in transformers' form: its arguments are an object.
-
-    Raises CallerError naming `param` where `arguments` is no JSON object; '' means no arguments.
-    """
-    try:
-        parsed = parse_object(arguments) if arguments.strip() else {}
-    except CallerError as error:
-        raise bad_value(param, f"must be a JSON object as text: {error.message}") from error
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": parsed}}
-
-
-def name_results(messages: list[dict[str, Any]], param: str) -> None:
-    """Give each `tool` message the name of the function that it is a result of.
-
-    Raises CallerError for one that answers no call before it, and for a call id that comes twice
-    within one message; `param` is the list's field.
-    """
-    called: dict[str, str] = {}
-    for at, message in enumerate(messages):
-        calls = message.get("tool_calls", ())
-        if len({call["id"] for call in calls}) < len(calls):
-            raise bad_value(f"{param}[{at}].tool_calls", "two calls have the same id")
-        called.update((call["id"], call["function"]["name"]) for call in calls)
-        if message["role"] != "tool":
-            continue
-        if message["tool_call_id"] not in called:
-            raise bad_value(
-                f"{param}[{at}]", f"answers no call before it: {message['tool_call_id']!r}"
-            )
-        message["name"] = called[message["tool_call_id"]]
 
 
 def refuse_other_tools(body: Mapping[str, Any]) -> None:

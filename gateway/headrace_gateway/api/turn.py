@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import structlog
 from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
@@ -22,9 +23,11 @@ from headrace.errors import HeadraceError
 from headrace.types import Band, Job, ModelRecord
 from headrace_gateway.api.context import Call, Gateway
 from headrace_gateway.api.schemas import Common, band_of, tier_of
+from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.wishes import Wish, affinity_of, job_sampling
 from headrace_gateway.choices import Choice, Piece, joined
 from headrace_gateway.tokens import ModelTokenizer
+from headrace_gateway.tools.conversation import has_calls, prepared
 
 log = structlog.get_logger()
 
@@ -141,9 +144,16 @@ class Turn:
         tokenizer = await self.gateway.tokenizers.get(self.record)
         return await tokenizer.encode(text, add_bos=add_bos)
 
-    async def encode_chat(self, messages: list[dict[str, str]]) -> array[int]:
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], tools: ToolPlan | None = None
+    ) -> array[int]:
         """Token ids of chat messages; the model's template writes its own first token."""
-        text = self.gateway.templates.render(self.record, messages)
+        offered = None
+        if tools is not None or has_calls(messages):
+            functions = () if tools is None else tools.offer.functions
+            dialect = self.gateway.dialects.of(self.record)
+            messages, offered = prepared(messages, functions, dialect)
+        text = self.gateway.templates.render(self.record, messages, offered)
         return await self.encode(text, add_bos=False)
 
     async def submit(self, wish: Wish) -> None:
@@ -157,9 +167,8 @@ class Turn:
         for index in range(len(wish.prompts) * wish.n):
             job = self._make_job(wish, index, seed)
             generation = await self.gateway.fleet.submit(job, self._span)
-            self.choices.append(
-                Choice(index, generation, self._tokenizer, wish.rules, wish.reader())
-            )
+            speller = wish.speller(self._tokenizer)
+            self.choices.append(Choice(index, generation, speller, wish.rules, wish.reader()))
 
     @property
     def _labels(self) -> tuple[str, str]:

@@ -41,8 +41,8 @@ def _no_prewarm(value: Any) -> bool:
 
 
 _NEUTRAL_ANY: dict[str, Neutral] = {
-    "tools": only([]),
-    "tool_choice": only("none", "auto"),
+    "functions": only([]),
+    "function_call": only("none", "auto"),
     "moderation": only({}),
     "reasoning_effort": only("none"),
     "verbosity": only("medium"),
@@ -60,8 +60,6 @@ _NEUTRAL_ANY: dict[str, Neutral] = {
 }
 
 NEUTRAL_CHAT: dict[str, Neutral] = _NEUTRAL_ANY | {
-    "functions": only([]),
-    "function_call": only("none", "auto"),
     "modalities": only(["text"]),
     "audio": only(),
     "web_search_options": only(),
@@ -71,6 +69,8 @@ NEUTRAL_CHAT: dict[str, Neutral] = _NEUTRAL_ANY | {
 }
 
 NEUTRAL_COMPLETION: dict[str, Neutral] = _NEUTRAL_ANY | {
+    "tools": only([]),
+    "tool_choice": only("none", "auto"),
     "suffix": only(""),
     "top_logprobs": only(0),
 }
@@ -95,27 +95,47 @@ NEUTRAL_RESPONSE: dict[str, Neutral] = _NEUTRAL_ANY | {
 }
 
 
+_INSTEAD = {"functions": "use 'tools'", "function_call": "use 'tool_choice'"}
+
+
 def refuse_unsupported(body: Mapping[str, Any], neutral: Mapping[str, Neutral]) -> None:
     """Raises CallerError (`unsupported_parameter`) for the first field that is not neutral."""
     for field, is_neutral in neutral.items():
         if field in body and not is_neutral(body[field]):
             raise CallerError(
-                f"{field!r} is not supported here with this value: leave it out",
+                f"{field!r} is not supported here with this value: "
+                f"{_INSTEAD.get(field, 'leave it out')}",
                 param=field,
                 code="unsupported_parameter",
             )
 
 
-def refuse_tool_calls(body: Mapping[str, Any]) -> None:
-    """Raises CallerError for an assistant message that calls tools: rendering would drop them."""
+def refuse_in_messages(body: Mapping[str, Any]) -> None:
+    """Raises CallerError for a field of a message that rendering would drop."""
     messages = body.get("messages")
     if not isinstance(messages, list):
         return
     for at, message in enumerate(messages):
-        for field in ("tool_calls", "function_call", "audio", "refusal"):
+        for field in ("function_call", "audio", "refusal"):
             if isinstance(message, dict) and message.get(field):
                 raise CallerError(
                     f"'{field}' in a message is not supported",
                     param=f"messages[{at}].{field}",
                     code="unsupported_parameter",
                 )
+
+
+ITEMS = ("message", "function_call", "function_call_output")
+
+
+def refuse_other_items(body: Mapping[str, Any]) -> None:
+    """Raises CallerError for the first item of `input` that is of another type than ITEMS."""
+    items = body.get("input")
+    for at, item in enumerate(items if isinstance(items, list) else ()):
+        kind = item.get("type") if isinstance(item, dict) else None
+        if isinstance(kind, str) and kind not in ITEMS:
+            raise CallerError(
+                f"input[{at}].type: {kind[:100]!r} is not supported here, only {ITEMS} are",
+                param=f"input[{at}].type",
+                code="unsupported_parameter",
+            )

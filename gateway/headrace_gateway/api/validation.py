@@ -24,6 +24,11 @@ def bad_value(param: str, reason: str) -> CallerError:
     return CallerError(f"{param}: {reason}"[:1_000], param=param, code="invalid_value")
 
 
+def missing(param: str) -> CallerError:
+    """The error for a field that has to be there, because of what the others say."""
+    return CallerError(f"{param}: Field required", param=param, code="missing_required_parameter")
+
+
 def validate(kind: type[R], body: Mapping[str, Any]) -> R:
     """`body` as a `kind`. Raises CallerError naming the field in `param`."""
     try:

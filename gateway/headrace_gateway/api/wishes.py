@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headrace.errors import CallerError
@@ -19,8 +19,9 @@ from headrace_gateway.api.context import Gateway
 from headrace_gateway.api.formats import checked_grammar
 from headrace_gateway.api.sampling_fields import INT64_MAX, INT64_MIN
 from headrace_gateway.api.schemas import Common
+from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.validation import bad_value
-from headrace_gateway.choices import PlainText, Reader, TextRules
+from headrace_gateway.choices import PlainText, Reader, Speller, TextRules
 from headrace_gateway.tokens import ModelTokenizer, output_room
 
 AFFINITY_BLOCKS = 16
@@ -35,7 +36,7 @@ class Wish:
 
     `rooms` are the output tokens at most for each prompt. `sampling` is what all jobs share; its
     `max_tokens` and `seed` are settled job by job, from the room and from `seed` and the job's
-    index. `reader` makes one Reader for each choice.
+    index. `tools` says what the choices may call.
     """
 
     prompts: Sequence[array[int]]
@@ -44,7 +45,14 @@ class Wish:
     rules: TextRules
     n: int = 1
     seed: int | None = None
-    reader: Callable[[], Reader] = PlainText
+    tools: ToolPlan | None = None
+
+    def reader(self) -> Reader:
+        """A new one for each choice."""
+        return PlainText() if self.tools is None else self.tools.reader()
+
+    def speller(self, tokenizer: ModelTokenizer) -> Speller:
+        return tokenizer if self.tools is None else self.tools.speller(tokenizer)
 
 
 async def make_wish(
@@ -53,6 +61,7 @@ async def make_wish(
     request: Common,
     prompts: Sequence[array[int]],
     *,
+    tools: ToolPlan | None = None,
     score_end: bool = False,
 ) -> Wish:
     """The Wish of `request` for `prompts`. `score_end` as in TextRules.
@@ -70,12 +79,13 @@ async def make_wish(
     rooms = [_room(prompt, request, record) for prompt in prompts]
     tokenizer = await gateway.tokenizers.get(record)
     prompt_logprobs, logprobs_param = request.prompt_alternatives
+    wanted = request.format()
     sampling = replace(
         request.sampling(record.vocab_size),
         bad_words=await _bad_words(tokenizer, request.bad_words or []),
         logprobs=request.alternatives,
         prompt_logprobs=prompt_logprobs,
-        grammar=await checked_grammar(gateway, record, request.format()),
+        grammar=await checked_grammar(gateway, record, tools.hold(wanted) if tools else wanted),
     )
     _check_sizes(prompts, rooms, sampling, logprobs_param)
     rules = TextRules(
@@ -85,7 +95,7 @@ async def make_wish(
         silent=frozenset() if sampling.ignore_eos else frozenset(record.eos_token_ids),
         score_end=score_end,
     )
-    return Wish(prompts, rooms, sampling, rules, n, request.seed)
+    return Wish(prompts, rooms, sampling, rules, n, request.seed, tools)
 
 
 def _room(prompt: array[int], request: Common, record: ModelRecord) -> int:

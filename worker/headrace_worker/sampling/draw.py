@@ -1,53 +1,70 @@
-"""One index by inverse CDF: the first one whose cumulated weight exceeds u of the whole.
+"""One token by its weight, in a few small choices instead of a large one.
 
-Invariant: what is drawn has weight, and depends on the weights and u alone: every sum here is taken
-over one row, in one order, by one thread. Rejected: kernels over the whole batch, which split their
-sums by its shape and by the number of threads, so that a row's last bits would depend on its
-company; they also walk the whole batch once an operation, where a row stays in the CPU's cache.
+The tokens stand in a tree: token t is in group t % m, where m is the vocabulary divided by FAN, and
+so on until FAN groups are left. A group is drawn by inverse CDF and a number of its own, then a
+group within it, then the token: each has the probability of its weight.
+
+Invariant: what is drawn has weight, and depends on the weights and the numbers alone: every sum is
+taken over one row, in one order, by one thread. And it hardly depends on rounding. Logits differ in
+their last bits with the batch, with a cache hit, with a guess; an inverse CDF over n tokens, whose
+edges all move with them, falls into another token about n times as often as one edge is crossed.
+Measured with SmolLM2 in float32, computed and cached: up to 6 draws in 1,000 parted, with these
+three choices of FAN none in 4,000. The tree is over token ids, whatever the filters left, so that a
+token at the edge of a set moves nothing but its own weight.
+
+Rejected: one inverse CDF over the vocabulary, or over what the filters left, for that; the Gumbel
+trick, as robust, at ten times the cost; kernels over the whole batch, which split their sums by its
+shape and by the number of threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import NDArray
 
 from headrace_worker.sampling.ranking import Floats
 
+FAN = 32
 BLOCK = 256
-"""Weights summed in float32 before the sums are cumulated in float64."""
+"""Weights summed in float32 before the sums are added in float64."""
 
 
-def draw(weights: Floats, u: float) -> int:
-    """An index of unnormalized `weights`, float32 [n], by u from [0, 1). One weight is positive."""
-    start, target = 0, None
-    if len(weights) > BLOCK:
-        sums = np.cumsum(_block_sums(weights), dtype=np.float64)
-        target = u * float(sums[-1])
-        block = _place(sums, target)
-        target -= float(sums[block - 1]) if block else 0.0
-        start = block * BLOCK
-        weights = weights[start : start + BLOCK]
-    sums = np.cumsum(weights, dtype=np.float64)
-    return start + _place(sums, u * float(sums[-1]) if target is None else target)
+def draw(weights: Floats, numbers: Sequence[float]) -> int:
+    """An index of unnormalized `weights`, float32 [n], by `numbers` from [0, 1).
+
+    One weight is positive. More than FAN ** len(numbers) weights make the first choice larger.
+    """
+    levels = [weights]
+    while len(levels[-1]) > FAN and len(levels) < len(numbers):
+        levels.append(_grouped(levels[-1]))
+    index = 0
+    for at, level in enumerate(reversed(levels)):
+        width = len(levels[-at]) if at else 1
+        index += width * _place(level[index::width], numbers[at])
+    return index
 
 
 def total(weights: Floats) -> float:
     """The sum of float32 [n], at least as good as float32."""
-    sums = _block_sums(weights) if len(weights) > BLOCK else weights
-    return float(sums.sum(dtype=np.float64))
+    blocks = len(weights) // BLOCK
+    sums = np.add.reduce(weights[: blocks * BLOCK].reshape(blocks, BLOCK), axis=1)
+    rest = weights[blocks * BLOCK :]
+    return float(sums.sum(dtype=np.float64) + rest.sum(dtype=np.float64))
 
 
-def _block_sums(weights: Floats) -> Floats:
-    """Sums of BLOCK weights each, of the rest in the last one; float32 [ceil(n / BLOCK)]."""
-    blocks, rest = divmod(len(weights), BLOCK)
-    sums = np.empty(blocks + bool(rest), np.float32)
-    np.add.reduce(weights[: blocks * BLOCK].reshape(blocks, BLOCK), axis=1, out=sums[:blocks])
-    if rest:
-        sums[-1] = weights[blocks * BLOCK :].sum()
+def _grouped(weights: Floats) -> Floats:
+    """Sums of the weights whose index is the same modulo m = ceil(n / FAN); float32 [m]."""
+    width = -(-len(weights) // FAN)
+    whole = len(weights) // width * width
+    sums: Floats = np.add.reduce(weights[:whole].reshape(-1, width), axis=0)
+    rest = weights[whole:]
+    sums[: len(rest)] += rest
     return sums
 
 
-def _place(sums: NDArray[np.float64], target: float) -> int:
+def _place(weights: Floats, number: float) -> int:
+    sums = np.cumsum(weights, dtype=np.float64)
     # rounding may place a draw on the far end, where there is no weight any more
-    inside = min(target, float(np.nextafter(sums[-1], 0)))
+    inside = min(number * float(sums[-1]), float(np.nextafter(sums[-1], 0)))
     return int(np.searchsorted(sums, inside, side="right"))

@@ -6,11 +6,11 @@ a stage that a row does not ask for costs it nothing: a greedy batch is one argm
 
 The stages, each in its module: logprobs of the raw logits (`logprobs`); mask, logit_bias, bans,
 penalties (`edits`), for greedy rows too; then the first highest logit at temperature 0, else
-temperature and filters (`filters`) and one draw (`draw`) by one number from (seed, position)
-(`uniform`), along rising token ids.
+temperature and filters (`filters`) and one draw (`draw`) by numbers from (seed, position)
+(`uniform`).
 
 Speculation asks for several rows of one job at once, each with a longer draft. A draft token is
-right iff it is the token drawn for its row: the number drawn by does not depend on the draft, so
+right iff it is the token drawn for its row: the numbers drawn by do not depend on the draft, so
 the text is the same as without speculation. Rejected: accepting a draft token with its probability
 (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023), which for a
 draft without probabilities of its own accepts as often, and makes the text depend on the draft.
@@ -86,20 +86,25 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
     return chosen
 
 
-def _numbers(rows: Sequence[Row]) -> list[float | None]:
-    """The number in [0, 1) that each row draws by; None for the greedy ones."""
-    numbers: list[float | None] = [None] * len(rows)
+def _numbers(rows: Sequence[Row]) -> list[list[float] | None]:
+    """The numbers in [0, 1) that each row draws by; None for the greedy ones."""
+    numbers: list[list[float] | None] = [None] * len(rows)
     drawn = [i for i, row in enumerate(rows) if row.choosing.sampling.temperature > 0]
     if drawn:
         seeds = [rows[i].choosing.sampling.seed for i in drawn]
         positions = [rows[i].choosing.position(rows[i].draft) for i in drawn]
-        for i, number in zip(drawn, uniforms(seeds, positions).tolist(), strict=True):
-            numbers[i] = number
+        for i, made in zip(drawn, uniforms(seeds, positions).tolist(), strict=True):
+            numbers[i] = made
     return numbers
 
 
 def _choose(
-    raw: Floats, row: Row, peak: np.float32, token: int, number: float | None, room: Floats
+    raw: Floats,
+    row: Row,
+    peak: np.float32,
+    token: int,
+    numbers: list[float] | None,
+    room: Floats,
 ) -> Chosen | None:
     """Of one row of `raw` logits, float32 [vocab], with its highest logit and that one's token."""
     choosing, logits, best = row.choosing, raw, peak
@@ -111,16 +116,21 @@ def _choose(
         best = logits[token]
         if not np.isfinite(best):
             return None
-    if number is not None:
-        token = _draw(logits, best, choosing, number, room)
+    if numbers is not None:
+        token = _draw(logits, best, choosing, numbers, room)
     if not choosing.wants_logprobs:
         return Chosen(token)
     return Chosen(token, row_logprobs(raw, peak, token, choosing.sampling.logprobs, room))
 
 
-def _draw(logits: Floats, best: np.float32, choosing: Choosing, number: float, room: Floats) -> int:
+def _draw(
+    logits: Floats, best: np.float32, choosing: Choosing, numbers: list[float], room: Floats
+) -> int:
     if choosing.unfiltered:
-        return draw(weigh(logits, best, choosing.sampling.temperature, room), number)
+        return draw(weigh(logits, best, choosing.sampling.temperature, room), numbers)
     ids, weights = keep(logits, best, choosing.sampling, room)
-    place = draw(weights, number)
-    return place if ids is None else int(ids[place])
+    if ids is not None:
+        room.fill(0)
+        room[ids] = weights
+        weights = room
+    return draw(weights, numbers)

@@ -6,7 +6,7 @@ sequence, whose state would have to travel with the job.
 
 Source: SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
 OOPSLA 2014) used as a counter-based hash: its finalizer, with Stafford's constants "Mix13", over
-the mixed seed plus the position times the golden gamma.
+the mixed seed plus the position times the golden gamma, and once more for each number of a token.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+NUMBERS = 4
+"""Numbers for one token: enough choices of 32 for a million of them."""
+
+
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, position), float64 [M]. Seeds count modulo 2**64."""
+    """NUMBERS in [0, 1) per (seed, position), float64 [M, NUMBERS]. Seeds count modulo 2**64."""
     seed = np.array([s & _MASK for s in seeds], dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     # arrays wrap silently, which is what the hash wants
     mixed = _mix(_mix(seed + _GAMMA) + (position + np.uint64(1)) * _GAMMA)
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    each = _mix(mixed[:, None] + np.arange(1, NUMBERS + 1, dtype=np.uint64) * _GAMMA)
+    return (each >> np.uint64(11)).astype(np.float64) * 2.0**-53
