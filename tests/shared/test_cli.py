@@ -156,9 +156,11 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """The same fleet from flags and from HEADRACE_ variables."""
     values = {
         "host": "0.0.0.0", "port": "9000", "workers": "3", "model": "/m/x.gguf",
-        "model-name": "mine", "dtype": "bfloat16", "threads": "4", "data-dir": str(tmp_path),
-        "redis-url": "redis://r:6379/1", "api-keys": "a,b", "otlp-endpoint": "http://o:4318",
-        "kv-tokens": "8192", "max-jobs": "7", "cache-bytes": "2M",
+        "model-name": "mine", "dtype": "bfloat16", "quantization": "int4", "kv-dtype": "int8",
+        "speculation": "off", "context-tokens": "4096",
+        "threads": "4", "data-dir": str(tmp_path), "redis-url": "redis://r:6379/1",
+        "api-keys": "a,b", "otlp-endpoint": "http://o:4318", "kv-tokens": "8192",
+        "max-jobs": "7", "cache-bytes": "2M",
     }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", value)]
     env = {f"HEADRACE_{name.upper().replace('-', '_')}": value for name, value in values.items()}
@@ -167,8 +169,10 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert by_flags == by_env
     assert by_flags == stack.UpOptions(
         host="0.0.0.0", port=9000, workers=3, model="/m/x.gguf", model_name="mine",
-        dtype="bfloat16", threads=4, data_dir=tmp_path.resolve(), redis_url="redis://r:6379/1",
-        api_keys="a,b", otlp_endpoint="http://o:4318", kv_tokens=8192, max_jobs=7,
+        dtype="bfloat16", quantization="int4", kv_dtype="int8", threads=4,
+        speculation="off", context_tokens=4096,
+        data_dir=tmp_path.resolve(), redis_url="redis://r:6379/1", api_keys="a,b",
+        otlp_endpoint="http://o:4318", kv_tokens=8192, max_jobs=7,
         cache_bytes=2 << 20, no_cache=True,
     )  # fmt: skip
 
@@ -187,6 +191,8 @@ async def test_services_get_what_concerns_them(
     monkeypatch.setenv("HEADRACE_METRICS_PORT", "9100")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     flags = ("--workers", "2", "--api-keys", "secret", "--data-dir", str(tmp_path))
+    flags += ("--quantization", "int8", "--kv-dtype", "int8", "--context-tokens", "99")
+    flags += ("--speculation", "off")
     options = options_of(monkeypatch, *flags, "--redis-url", "redis://r:6379/0")
     fleet = stack.Fleet(options, "smollm2", options.redis_url, tmp_path)
     env = {service.name: service.launch().env for service in fleet.services()}
@@ -197,6 +203,9 @@ async def test_services_get_what_concerns_them(
     assert ports == ["9100", "9101", "9102"]
     assert env["worker-0"]["HEADRACE_CACHE_URL"] == env["cache"]["HEADRACE_CACHE_LISTEN"]
     assert env["worker-0"]["HEADRACE_WORKER_ID"].startswith("w0-")
+    names = ("QUANTIZATION", "KV_DTYPE", "CONTEXT_TOKENS", "SPECULATION")
+    worker = env["worker-0"]
+    assert [worker[f"HEADRACE_{name}"] for name in names] == ["int8", "int8", "99", "off"]
     assert "HEADRACE_KV_TOKENS" not in env["worker-0"], "left to the worker"
     await fleet.redis.aclose()
 

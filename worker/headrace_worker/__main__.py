@@ -93,7 +93,8 @@ def build(settings: WorkerSettings) -> Consumer:
         "model loaded",
         model=name,
         dtype=str(loaded.dtype),
-        quantization=settings.quantization,
+        quantization=loaded.quantization,
+        weight_mib=loaded.weight_bytes >> 20,
         kv_tokens=kv_tokens,
     )
     capacity = Capacity(kv_tokens, settings.max_jobs)

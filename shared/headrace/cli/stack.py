@@ -49,6 +49,10 @@ class UpOptions:
     model: str
     model_name: str
     dtype: str
+    quantization: str
+    kv_dtype: str
+    speculation: str
+    context_tokens: int | None
     threads: int | None
     data_dir: Path
     redis_url: str
@@ -234,6 +238,10 @@ def worker_env(options: UpOptions, model: str, index: int) -> dict[str, str]:
     }
     optional = {
         "HEADRACE_DTYPE": options.dtype or None,
+        "HEADRACE_QUANTIZATION": options.quantization or None,
+        "HEADRACE_KV_DTYPE": options.kv_dtype or None,
+        "HEADRACE_SPECULATION": options.speculation or None,
+        "HEADRACE_CONTEXT_TOKENS": options.context_tokens,
         "HEADRACE_KV_TOKENS": options.kv_tokens,
         "HEADRACE_MAX_JOBS": options.max_jobs,
     }

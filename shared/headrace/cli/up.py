@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,24 @@ ModelName = Annotated[
 ]
 Dtype = Annotated[
     str | None, typer.Option(envvar="HEADRACE_DTYPE", help="What the model computes in.")
+]
+Quantization = Annotated[
+    Literal["none", "int8", "int4"] | None,
+    typer.Option(envvar="HEADRACE_QUANTIZATION", help="Bits of the weights, chosen at load."),
+]
+KvDtype = Annotated[
+    Literal["auto", "int8"] | None,
+    typer.Option(envvar="HEADRACE_KV_DTYPE", help="int8 halves the KV cache."),
+]
+Speculation = Annotated[
+    Literal["ngram", "off"] | None,
+    typer.Option(envvar="HEADRACE_SPECULATION", help="Guess tokens from the text so far."),
+]
+ContextTokens = Annotated[
+    int | None,
+    typer.Option(
+        envvar="HEADRACE_CONTEXT_TOKENS", min=1, help="Longest sequence. Default: the model's own."
+    ),
 ]
 Threads = Annotated[
     int | None,
@@ -65,6 +83,10 @@ def up(
     model: Model = "smollm2",
     model_name: ModelName = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    kv_dtype: KvDtype = None,
+    speculation: Speculation = None,
+    context_tokens: ContextTokens = None,
     threads: Threads = None,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
@@ -86,6 +108,10 @@ def up(
             model=model,
             model_name=model_name or "",
             dtype=dtype or "",
+            quantization=quantization or "",
+            kv_dtype=kv_dtype or "",
+            speculation=speculation or "",
+            context_tokens=context_tokens,
             threads=threads,
             data_dir=data_dir_of(data_dir),
             redis_url=redis_url or "",
