@@ -102,9 +102,8 @@ def main() -> None:
                     rates[on] = max(rate, rates.get(on, 0.0))
             share = f"{right} of {guessed}" if guessed else "none tried"
             ratio = rates[True] / rates[False]
-            print(
-                f"{kind:>6} {batch:>7} {rates[False]:>10.0f} {rates[True]:>10.0f} {ratio:>6.2f}  {share}"
-            )
+            figures = f"{rates[False]:>10.0f} {rates[True]:>10.0f} {ratio:>6.2f}"
+            print(f"{kind:>6} {batch:>7} {figures}  {share}")
 
 
 if __name__ == "__main__":
