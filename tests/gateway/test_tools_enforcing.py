@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from headrace.errors import CallerError
 from headrace.grammars import Grammars, Matcher, json_in_lark
 from headrace_gateway.tokens import ModelTokenizer
-from headrace_gateway.tools.enforcing import grammar_for
+from headrace_gateway.tools.enforcing import REQUIRED_CALLS_MAX, grammar_for
 from headrace_gateway.tools.events import Arguments, CallBegins, CallEnds, Event, Text, joined
 from headrace_gateway.tools.formats import Format, parser_for
 from headrace_gateway.tools.markers import MarkedSpeller, marker_tokens
@@ -115,6 +115,16 @@ def check_calls(events: list[Event]) -> list[str]:
         jsonschema.validate(json.loads(arguments.delta), schema)
         names.append(begins.name)
     return names
+
+
+def test_required_calls_come_to_an_end(marked: Vocabulary) -> None:
+    """A model that would call for ever may not: small ones know no reason to stop."""
+    call = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    offer = Offer(BOTH, Freedom.REQUIRED)
+    for calls in (1, REQUIRED_CALLS_MAX, REQUIRED_CALLS_MAX + 1):
+        match = marked.matcher(Format.HERMES, offer)
+        fits = marked.takes(match, "\n".join([call] * calls))
+        assert fits is (calls <= REQUIRED_CALLS_MAX)
 
 
 @pytest.mark.parametrize("format", Format)

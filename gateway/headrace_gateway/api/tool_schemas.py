@@ -117,7 +117,8 @@ def make_offer(
     if isinstance(choice, FunctionRef):
         if choice.name not in seen:
             raise bad_value("tool_choice", f"no function of 'tools' is called {choice.name!r}")
-        return Offer(tuple(functions), Freedom.REQUIRED, choice.name, parallel)
+        # a named choice is one call, in OpenAI's API as well
+        return Offer(tuple(functions), Freedom.REQUIRED, choice.name, parallel=False)
     if choice == "required" and not functions:
         raise bad_value("tool_choice", "'required' needs 'tools'")
     if choice == "none" or not functions:

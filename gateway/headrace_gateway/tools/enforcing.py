@@ -27,6 +27,9 @@ Tokens = Mapping[str, int]
 """The markers that are tokens added to the model's vocabulary, with their ids: llguidance never
 takes those for the text that they spell, whether they are special or not."""
 
+REQUIRED_CALLS_MAX = 8
+"""Calls in a message that may hold nothing else: small models know no reason to stop."""
+
 _TEXT = r"TEXT: /(.|\n)*/"
 _ANSWER = r"ANSWER: /[^{ \t\r\n](.|\n)*/"
 
@@ -95,8 +98,7 @@ def _way(format: Format, tokens: Tokens, functions: Sequence[Function], *, paral
         return f"<[{tokens[marker]}]>" if marker in tokens else json.dumps(marker)
 
     def repeated(part: str, separator: str) -> str:
-        more = f" ({separator} {part})*" if separator else "+"
-        return part + (more if parallel else "")
+        return f"{part} ({separator} {part}){{0,{REQUIRED_CALLS_MAX - 1}}}" if parallel else part
 
     if format is Format.LLAMA:
         calls = repeated("object", '"; "')
