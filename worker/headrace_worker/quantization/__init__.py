@@ -37,16 +37,25 @@ EXACT_ERROR = 0.01
 class Role(Enum):
     """What a matrix does in a model, as far as rounding it matters."""
 
-    QKV = ("q_proj", "qkv_proj")
-    GATE_UP = ("gate_proj", "gate_up_proj", "w1")
-    HEAD = ("lm_head",)
-    OTHER = ()
+    QKV = "qkv"
+    GATE_UP = "gate_up"
+    HEAD = "head"
+    OTHER = "other"
 
     @classmethod
     def of(cls, name: str) -> Role:
         """The role of a stack of matrices whose first has this name in a checkpoint."""
-        last = name.rsplit(".", 1)[-1]
-        return next((role for role in cls if last in role.value), cls.OTHER)
+        return _ROLES.get(name.rsplit(".", 1)[-1], cls.OTHER)
+
+
+_ROLES = {
+    "q_proj": Role.QKV,
+    "qkv_proj": Role.QKV,
+    "gate_proj": Role.GATE_UP,
+    "gate_up_proj": Role.GATE_UP,
+    "w1": Role.GATE_UP,
+    "lm_head": Role.HEAD,
+}
 
 
 def make_linear(
