@@ -177,6 +177,17 @@ def test_choices_of_one_prompt_compute_it_once() -> None:
     assert computed == 70 + 3 * (70 - 64) + 4
 
 
+def test_nobody_waits_for_the_prefix_of_a_lower_band() -> None:
+    """Batch work that is pushed back again and again holds up no interactive twin of its prompt."""
+    scheduler = make_scheduler(60, step_tokens_max=32)
+    scheduler.add(make_sequence("bulk", [3] * 100, output=2, band=Band.BATCH))
+    step(scheduler)
+    scheduler.add(make_sequence("vip", [3] * 100, output=2, band=Band.INTERACTIVE, order=1))
+    plan, _ = step(scheduler)
+    assert ids(plan.admitted) == ["vip"]
+    assert plan.items[0].sequence.id == "vip" and plan.items[0].start == 32
+
+
 def test_the_lowest_band_gives_way_then_the_least_work() -> None:
     """When blocks run out, batch work goes first, within a band whoever has computed least."""
     scheduler = make_scheduler(6)

@@ -14,6 +14,7 @@ from headrace.grammars import Grammars, Matcher
 from headrace.types import Band, FinishReason, Job
 from headrace_worker.engine import Engine
 from headrace_worker.loading import LoadedModel
+from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import StepResult
 from worker.builders import Output, make_engine, make_job, random_tokens
 
@@ -171,3 +172,28 @@ def test_a_grammar_that_gives_up_costs_its_own_job(tiny: LoadedModel, compiler: 
     assert out.finishes["a"].reason is FinishReason.ERROR
     assert "out of fuel" in out.finishes["a"].error
     assert out.tokens["calm"] == run(make_engine(tiny), compiler, [jobs[1]]).tokens["calm"]
+
+
+@pytest.mark.parametrize("method", ["mask", "masks", "accept", "forced"])
+def test_a_grammar_that_breaks_costs_its_own_job(
+    tiny: LoadedModel, compiler: Grammars, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Whatever the library raises, the engine goes on and the stream beside it is whole."""
+    monkeypatch.setattr(Guesser, "guess", lambda *_: (1, 2))
+    engine, out = make_engine(tiny), Output()
+    calm = make_job("calm", random_tokens(9, 3), max_tokens=30)
+    matcher = compiler.compile(GRAMMAR)
+
+    def broken(*_: object) -> None:
+        raise ValueError("a bug of theirs")
+
+    engine.add(held(logprobs=0 if method == "mask" else -1), (), matcher)
+    engine.add(calm)
+    while engine.has_work:
+        if out.steps == 3:
+            setattr(matcher, method, broken)
+        note(out, engine.step())
+        engine.check_integrity()
+    assert out.finishes["a"].reason is FinishReason.ERROR
+    assert "a bug of theirs" in out.finishes["a"].error
+    assert out.tokens["calm"] == run(make_engine(tiny), compiler, [calm]).tokens["calm"]

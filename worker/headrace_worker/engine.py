@@ -213,6 +213,7 @@ class Engine:
         """Computes one step for who is here, and reports what ended since the last one."""
         plan = self._scheduler.schedule(self._clock.now_ms(), self._guesses())
         self._offer(plan.evicted)  # before the step overwrites them
+        plan = self._with_masks(plan)
         if plan.items:
             start_ns = self._clock.wall_ns()
             ran = self._run(plan)
@@ -249,18 +250,42 @@ class Engine:
             limit = sequence.tokens_max - sequence.known - 1
             guess = entry.guesser.guess(sequence.tokens, price, limit)
             if guess and entry.matcher is not None:
-                masks = [_mask(bits) for bits in entry.matcher.masks(guess)]
-                self._masks[sequence.id] = masks
-                guess = guess[: len(masks) - 1]
+                guess = self._held_guess(entry, entry.matcher, guess)
             if guess:
                 guesses[sequence.id] = guess
         return guesses
 
+    def _held_guess(
+        self, entry: Entry, matcher: Matcher, guess: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """As much of `guess` as the grammar allows; its masks are kept for the step."""
+        try:
+            masks = [_mask(bits) for bits in matcher.masks(guess)]
+        except Exception as error:  # a library's bug must not end the engine
+            self._fail_grammar(entry, error)
+            return ()
+        self._masks[entry.job.id] = masks
+        return guess[: len(masks) - 1]
+
+    def _with_masks(self, plan: Plan) -> Plan:
+        """The plan without those whose grammar broke; the masks of the others are ready."""
+        for item in plan.items:
+            entry = self._entries[item.sequence.id]
+            if entry.matcher is None or not item.samples or entry.job.id in self._masks:
+                continue
+            try:
+                self._masks[entry.job.id] = [_mask(entry.matcher.mask())]
+            except Exception as error:  # a library's bug must not end anybody else's job
+                self._fail_grammar(entry, error)
+        return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in self._entries))
+
+    def _fail_grammar(self, entry: Entry, error: Exception) -> None:
+        _log.error("grammar failed", job=entry.job.id, error=repr(error), exc_info=error)
+        self._fail(entry.sequence, [], f"the grammar gave up: {error}")
+
     def _ask(self, item: PlanItem) -> Ask:
         entry = self._entries[item.sequence.id]
-        masks: Sequence[Mask] = ()
-        if entry.matcher is not None and item.samples:
-            masks = self._masks.get(item.sequence.id) or [_mask(entry.matcher.mask())]
+        masks = self._masks.get(item.sequence.id, []) if item.samples else []
         return Ask(entry.choosing, masks, max(0, entry.job.sampling.prompt_logprobs))
 
     def _run(self, plan: Plan) -> list[Ran] | None:
@@ -347,7 +372,7 @@ class Engine:
             return None
         for token in tokens:
             _accept(matcher, token)
-        forced = [] if entry.wants_logprobs or matcher.ended else matcher.forced()
+        forced = [] if entry.wants_logprobs or matcher.ended else _forced(matcher)
         for token in forced:
             _accept(matcher, token)
             entry.forced += 1
@@ -413,10 +438,21 @@ class Engine:
 
 
 def _accept(matcher: Matcher, token: int) -> None:
-    if not matcher.accept(token):
+    try:
+        accepted = matcher.accept(token)
+    except Exception as error:  # a library's bug must not end the engine
+        raise GrammarFailure(f"the grammar gave up: {error}") from error
+    if not accepted:
         raise GrammarFailure(
             f"the grammar gave up: {matcher.failure or f'token {token} does not match'}"
         )
+
+
+def _forced(matcher: Matcher) -> list[int]:
+    try:
+        return matcher.forced()
+    except Exception as error:  # as above
+        raise GrammarFailure(f"the grammar gave up: {error}") from error
 
 
 def _mask(bits: bytearray) -> Mask:

@@ -174,7 +174,7 @@ class Scheduler:
                 break
             if sequence.status is Status.RUNNING:
                 self._extend(draft, sequence)
-            elif not blocked and not self._awaits_prefix(sequence):
+            elif not blocked and not self._awaits_prefix(sequence, now):
                 # one preempted a moment ago waits for the next step, or the two would trade places
                 blocked = sequence.id in draft.preempted or not self._admit(draft, sequence)
         for sequence in decoding:
@@ -289,12 +289,18 @@ class Scheduler:
         if missing > 0:
             sequence.blocks.extend(self.pool.allocate(missing))
 
-    def _awaits_prefix(self, sequence: Sequence) -> bool:
-        """Whether somebody is computing right now what `sequence` would compute first."""
+    def _awaits_prefix(self, sequence: Sequence, now: int) -> bool:
+        """Whether somebody is computing right now what `sequence` would compute first.
+
+        Somebody of a lower band is not waited for: others may go before it.
+        """
+        band = self._band(sequence, now)
         hashes = sequence.reusable_hashes()
         index = len(self.pool.match_prefix(hashes))
         return index < len(hashes) and any(
-            s.registered <= index < s.known // BLOCK_TOKENS and s.block_hash(index) == hashes[index]
+            self._band(s, now) <= band
+            and s.registered <= index < s.known // BLOCK_TOKENS
+            and s.block_hash(index) == hashes[index]
             for s in self._running.values()
         )
 

@@ -23,6 +23,8 @@ GRAM_SIZES = (4, 3, 2)
 PROBE_EVERY_TOKENS = 48
 """A sequence whose guesses do not pay tries one again after so many tokens."""
 PROBE_TOKENS = 2
+INDEXED_TOKENS_MAX = 8_192
+"""How much of a prompt, counted from its end, is looked at: an index is half a kilobyte a token."""
 PLAIN_EVERY_STEPS = 64
 """At least one step of so many goes without guesses, to know what that costs."""
 
@@ -42,6 +44,7 @@ class Economy:
     def note(self, sequences: int, guessed: int, step_ms: float) -> None:
         """A step of `sequences` decoding ones, `guessed` rows more than without guessing."""
         size = sequences.bit_length()
+        step_ms = max(0.0, step_ms)  # wall clocks are set back now and then
         plain_ms = self._plain_ms.get(size)
         if not guessed:
             self._since_plain = 0
@@ -98,7 +101,7 @@ class Guesser:
 
     def _lookup(self, tokens: Sequence[int]) -> int | None:
         """Where the latest earlier occurrence of the last tokens was followed by something."""
-        for end in range(max(1, self._indexed), len(tokens)):
+        for end in range(max(1, self._indexed, len(tokens) - INDEXED_TOKENS_MAX), len(tokens)):
             for size in GRAM_SIZES:
                 if size <= end:
                     self._after[tuple(tokens[end - size : end])] = end
