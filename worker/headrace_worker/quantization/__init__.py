@@ -7,10 +7,10 @@ int8: all linear layers. int4: all but the output head, and but those where 4 bi
 they may. Measured on SmolLM2 with weights that were not in 4 bits before, all in int4 costs 19 % of
 perplexity: 9 of them by q, k and v (6 by v alone), 5 by gate and up, 2 by down, 1 by the attention
 output. So the stack of q, k and v, a tenth of a model with grouped queries, is int8, and in models
-narrower than `NARROW` columns, where fewer errors average out, gate and up are int8 too: 3 % are
-left. A matrix that int4 holds almost exactly (see `EXACT_ERROR`), as those of a 4-bit GGUF, is int4
-whatever its role. The head costs 5 % in int4, nothing in int8. Embeddings, norms and routers of
-experts keep the model's dtype.
+narrower than `NARROW` columns, where fewer errors average out, gate and up are int8 too: 2 to 4 %
+are left. A matrix that int4 holds almost exactly (see `EXACT_ERROR`), as those of a 4-bit GGUF, is
+int4 whatever its role. The head costs 5 % in int4, nothing in int8. Embeddings, norms and routers
+of experts keep the model's dtype.
 """
 
 from __future__ import annotations
