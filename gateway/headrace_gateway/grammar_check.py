@@ -16,7 +16,8 @@ import contextlib
 import hashlib
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
 from functools import partial
 from itertools import count
 
@@ -32,7 +33,7 @@ GRACE_S = 1.0
 START_S = 30.0
 """For starting a process and reading a vocabulary: half a second for 50,000 tokens."""
 PROCESSES_MAX = 4
-"""Models with a compiler running; the least recently used one goes."""
+"""Models with a compiler running; of those not in use the least recently used one goes."""
 RESULTS_MAX = 1_024
 ATTEMPTS = 2
 RETRY_MS = 1_000
@@ -51,6 +52,8 @@ class GrammarChecker:
         self._compilers: OrderedDict[str, asyncio.Task[_Compiler]] = OrderedDict()
         self._results: OrderedDict[bytes, CallerError | None] = OrderedDict()
         self._asking: dict[bytes, asyncio.Task[CallerError | None]] = {}
+        self._users: Counter[str] = Counter()
+        self._left = asyncio.Event()
 
     async def check(self, record: ModelRecord, grammar: str) -> None:
         """Returns when `grammar` can be used with the model of `record`.
@@ -91,15 +94,15 @@ class GrammarChecker:
 
     async def _find_out(self, record: ModelRecord, grammar: str, key: bytes) -> CallerError | None:
         for _ in range(ATTEMPTS):
-            starting = await self._compiler(record)
-            try:
-                compiler = await asyncio.shield(starting)
-                code, message = await compiler.ask(grammar, self._limit_s)
-            except _Gone:
-                if self._compilers.get(record.fingerprint) is starting:
-                    del self._compilers[record.fingerprint]
-                await self._drop(starting)
-                continue
+            async with self._using(record) as starting:
+                try:
+                    compiler = await asyncio.shield(starting)
+                    code, message = await compiler.ask(grammar, self._limit_s)
+                except _Gone:
+                    if self._compilers.get(record.fingerprint) is starting:
+                        del self._compilers[record.fingerprint]
+                    await self._drop(starting)
+                    continue
             if code == BUSY:
                 raise OverloadError(message, code="grammar_check_busy", retry_after_ms=RETRY_MS)
             result = self._results[key] = CallerError(message, code=code) if code else None
@@ -108,15 +111,38 @@ class GrammarChecker:
             return result
         raise DependencyError("the grammar compiler does not answer", retry_after_ms=RETRY_MS)
 
-    async def _compiler(self, record: ModelRecord) -> asyncio.Task[_Compiler]:
-        starting = self._compilers.get(record.fingerprint)
+    @contextlib.asynccontextmanager
+    async def _using(self, record: ModelRecord) -> AsyncIterator[asyncio.Task[_Compiler]]:
+        """The model's compiler, which makes room for no other one meanwhile."""
+        name = record.fingerprint
+        try:
+            async with asyncio.timeout(START_S):
+                await self._make_room(name)
+        except TimeoutError as error:
+            message = "grammars of too many models are being checked"
+            raise OverloadError(
+                message, code="grammar_check_busy", retry_after_ms=RETRY_MS
+            ) from error
+        starting = self._compilers.get(name)
         if starting is None:
-            starting = asyncio.create_task(_Compiler.start(record))
-            self._compilers[record.fingerprint] = starting
-        self._compilers.move_to_end(record.fingerprint)
-        while len(self._compilers) > PROCESSES_MAX:
-            await self._drop(self._compilers.popitem(last=False)[1])
-        return starting
+            starting = self._compilers[name] = asyncio.create_task(_Compiler.start(record))
+        self._compilers.move_to_end(name)
+        self._users[name] += 1
+        try:
+            yield starting
+        finally:
+            self._users -= Counter([name])
+            self._left.set()
+
+    async def _make_room(self, name: str) -> None:
+        """Returns when `name` has a compiler or can get one; those that are in use stay."""
+        while name not in self._compilers and len(self._compilers) >= PROCESSES_MAX:
+            idle = next((each for each in self._compilers if not self._users[each]), None)
+            if idle is not None:
+                await self._drop(self._compilers.pop(idle))
+            else:
+                self._left.clear()
+                await self._left.wait()
 
     async def _drop(self, starting: asyncio.Task[_Compiler]) -> None:
         if not starting.done():

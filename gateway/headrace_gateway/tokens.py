@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
+import os
 import re
 from array import array
 from collections import OrderedDict
@@ -24,6 +25,9 @@ from tokenizers import Tokenizer
 
 from headrace.errors import CallerError
 from headrace.types import ModelRecord, pack_tokens
+
+# one text is one thread's work, and the library's own threads do not survive a fork
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TOKENIZERS_MAX = 8
 """Tokenizers kept; the least recently used one goes."""
@@ -131,13 +135,18 @@ class ModelTokenizer:
         if len(text) <= INLINE_CHARS_MAX:
             tokens = self._encode(text)
         else:
-            tokens = await asyncio.to_thread(self._encode, text)
+            tokens = await asyncio.to_thread(self._encode_long, text)
         if add_bos and self._bos is not None and tokens[:1] != array("I", [self._bos]):
             tokens.insert(0, self._bos)
         return tokens
 
     def _encode(self, text: str) -> array[int]:
         return pack_tokens(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _encode_long(self, text: str) -> array[int]:
+        # the library lets other threads run only while it encodes a batch
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return pack_tokens(encoding.ids)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`, special tokens skipped."""

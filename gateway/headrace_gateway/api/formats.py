@@ -8,6 +8,7 @@ grammar, which is compiled under limits before any job is made. OpenAI's `respon
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -210,7 +211,8 @@ async def checked_grammar(gateway: Gateway, record: ModelRecord, wanted: Format 
     if wanted is None:
         return ""
     try:
-        grammar = wanted.build()
+        # schemas are read in Python, for a third of a second at the worst
+        grammar = await asyncio.to_thread(wanted.build)
         if grammar:
             await gateway.grammars.check(record, grammar)
     except CallerError as error:
