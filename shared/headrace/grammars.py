@@ -79,7 +79,9 @@ _CLEARER_ONE_OF = (
     "oneOf is supported where at most one of its schemas can match: they differ in type, or in the "
     "constant of a required key; else write anyOf"
 )
-_LARK_PIECES = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|%json\b\s*')
+_LARK_PIECES = re.compile(r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*|/(?:\\.|[^/\\\n])*+/?|%json\b\s*')
+"""What `%json` is looked for between. A text or expression that its line does not end is a piece
+too, which compiling refuses: looking for its end again from each quote in it would take minutes."""
 
 
 def json_schema(schema: Mapping[str, Any] | bool) -> str:
@@ -135,13 +137,15 @@ def lark(text: str) -> str:
     """
     _check_size(text)
     written: list[str] = []
-    at = 0
+    at = schemas = 0
     while (piece := _LARK_PIECES.search(text, at)) is not None:
         written.append(text[at : piece.end()])
         at = piece.end()
         if piece[0].startswith("%json"):
             schema, at = _json_value(text, at)
             written.append(_json(_styled(schema)))
+            schemas += len(written[-1])
+            _check_length(schemas)
     return _serialized({"lark_grammar": "".join(written) + text[at:]})
 
 
@@ -166,9 +170,13 @@ def _json_value(text: str, at: int) -> tuple[Any, int]:
 
 
 def _check_size(text: str) -> None:
-    if len(text) > GRAMMAR_BYTES_MAX:
+    _check_length(len(text))
+
+
+def _check_length(characters: int) -> None:
+    if characters > GRAMMAR_BYTES_MAX:
         raise too_complex(
-            f"the grammar has {len(text)} characters; at most {GRAMMAR_BYTES_MAX} are allowed"
+            f"the grammar has {characters} characters; at most {GRAMMAR_BYTES_MAX} are allowed"
         )
 
 
