@@ -17,6 +17,10 @@ Keys of one model share the hash tag `{model}`, so that each Lua script stays on
 | `headrace:{m}:replies:<gateway>` | stream | workers, dispatcher | `REPLIES_TTL_MS`, renewed |
 | `headrace:{m}:leader` | string | gateways | `LEADER_LEASE_MS`, renewed by the dispatcher |
 | `headrace:{m}:board` | msgpack Board | dispatcher | `BOARD_TTL_MS`, renewed |
+| `headrace:{m}:service` | hash tenant → virtual counter | dispatcher | `SERVICE_TTL_MS`, renewed |
+| `headrace:{m}:blocks:<worker>` | msgpack BlockSnapshot | that worker | `BLOCKS_TTL_MS`, renewed |
+| `headrace:{m}:places:<gateway>` | msgpack Positions | dispatcher | `PLACES_TTL_MS`, renewed |
+| `headrace:limit:{<key>}:…` | see `limits.py` | gateways | until its window is over |
 | `headrace:{m}:events` | stream | the Lua scripts, workers | about `EVENTS_MAX` entries (hints) |
 """
 
@@ -35,6 +39,9 @@ JOB_TTL_MS = 24 * 3_600_000
 JOB_LINGER_MS = 60_000
 REPLIES_TTL_MS = 3_600_000
 EVENTS_MAX = 10_000
+SERVICE_TTL_MS = 24 * 3_600_000
+BLOCKS_TTL_MS = 60_000
+PLACES_TTL_MS = 3_000
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}")
 
@@ -101,3 +108,15 @@ def board(model: str) -> str:
 
 def events(model: str) -> str:
     return f"headrace:{{{model}}}:events"
+
+
+def service(model: str) -> str:
+    return f"headrace:{{{model}}}:service"
+
+
+def blocks(model: str, worker: str) -> str:
+    return f"headrace:{{{model}}}:blocks:{worker}"
+
+
+def places(model: str, gateway_id: str) -> str:
+    return f"headrace:{{{model}}}:places:{gateway_id}"

@@ -34,6 +34,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    DEADLINE = "deadline"
     ERROR = "error"
 
 
@@ -100,6 +101,13 @@ class Job:
     tokens that clients may already have seen, from earlier attempts: the worker continues after
     them. `salt` separates tenants in every cache. `affinity` is what routing hashes.
     `trace` is the W3C context of the span that put the job where it is now.
+
+    What its effective priority (policy/priority.py) is made of: `band`, `priority` (the caller's
+    own order among its jobs, lower first), `weight` (the tenant's share), `virtual` (the tenant's
+    virtual counter when it was dispatched), `ttft_by_ms` and `done_by_ms` (wall-clock instants by
+    which the first and the last token have to be there; 0: no deadline). `expected_tokens` of
+    output are predicted, `cached_tokens` of the prompt are expected in a cache. `blocks` names the
+    prompt's full blocks for the prefix index, BLOCK_KEY_BYTES of each one's hash.
     """
 
     id: str
@@ -115,18 +123,31 @@ class Job:
     attempt: int = 1
     logged: array[int] = field(default_factory=lambda: array("I"))
     trace: dict[str, str] = field(default_factory=dict)
+    priority: int = 0
+    weight: float = 1.0
+    virtual: float = 0.0
+    ttft_by_ms: int = 0
+    done_by_ms: int = 0
+    expected_tokens: int = 0
+    cached_tokens: int = 0
+    blocks: bytes = b""
+
+    @property
+    def expected_output(self) -> int:
+        """Output tokens predicted; what runs longer is paid for by preemption in the engine."""
+        return min(self.sampling.max_tokens, self.expected_tokens or EXPECTED_OUTPUT_TOKENS)
 
     @property
     def cost_tokens(self) -> int:
-        """KV tokens to reserve on a worker: the prompt plus the output expected at most.
-
-        Long outputs reserve `EXPECTED_OUTPUT_TOKENS`; what runs longer is paid for by
-        preemption inside the engine.
-        """
-        return len(self.prompt) + min(self.sampling.max_tokens, EXPECTED_OUTPUT_TOKENS)
+        """KV tokens to reserve on a worker: the prompt and the predicted output."""
+        return len(self.prompt) + self.expected_output
 
 
 EXPECTED_OUTPUT_TOKENS = 512
+"""Where nothing has been learned yet."""
+
+BLOCK_KEY_BYTES = 8
+"""How much of a block's hash the prefix index keeps: it may err, as a hit is checked by workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,15 +249,71 @@ class WorkerLoad:
 class Board:
     """The dispatcher's published view of a model's fleet, which admission decides on.
 
-    `queued` counts jobs per Band (index = band). `tokens_per_s` is the recent rate at which
-    reserved KV tokens were released. `published_ms` is wall-clock time.
+    Tuples have a value per Band (index = band). `queued` counts waiting jobs, `queued_work` sums
+    their expected work in tokens (uncached prompt + output). `waits_ms` is how long a job that
+    arrives now would wait for a worker. `work_per_s` is the rate at which the fleet does such work
+    when it is busy, 0 before it was measured; `prefill_per_s` the uncached prompt tokens per
+    second of one worker. `published_ms` is wall-clock time.
     """
 
     leader: str
     published_ms: int
     queued: tuple[int, int, int]
-    queued_tokens: int
+    queued_work: tuple[int, int, int]
+    waits_ms: tuple[int, int, int]
     capacity_tokens: int
     reserved_tokens: int
     workers: int
-    tokens_per_s: float
+    work_per_s: float
+    prefill_per_s: float
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(self.queued_work)
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a running job is: prompt tokens computed and found cached, output tokens made."""
+
+    job: str
+    computed: int
+    cached: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A worker's report to the dispatcher, a few times a second while it has something to tell.
+
+    `sequence` counts this incarnation's reports from 1: a gap means that some were lost. `jobs`:
+    those running that moved since the last report. `stored` and `removed` are blocks that its KV
+    pool gained and lost, BLOCK_KEY_BYTES each, in that order. `busy_ms` of engine steps since the
+    last report computed `prefill_tokens` of prompts and made `output_tokens`.
+    """
+
+    worker: str
+    sequence: int
+    jobs: tuple[JobProgress, ...] = ()
+    stored: bytes = b""
+    removed: bytes = b""
+    busy_ms: int = 0
+    prefill_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """A job ended on `worker`; `progress` is its last."""
+
+    worker: str
+    progress: JobProgress
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSnapshot:
+    """All blocks in a worker's pool as of its report number `sequence`."""
+
+    sequence: int
+    blocks: bytes

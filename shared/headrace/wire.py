@@ -20,7 +20,6 @@ import msgpack
 from headrace.errors import WireError
 from headrace.types import (
     Band,
-    Board,
     Delta,
     Finish,
     FinishReason,
@@ -171,6 +170,14 @@ def encode_job(job: Job) -> bytes:
             "attempt": job.attempt,
             "logged": tokens_to_bytes(job.logged),
             "trace": job.trace,
+            "priority": job.priority,
+            "weight": job.weight,
+            "virtual": job.virtual,
+            "ttft_by": job.ttft_by_ms,
+            "done_by": job.done_by_ms,
+            "expected": job.expected_tokens,
+            "cached": job.cached_tokens,
+            "blocks": job.blocks,
             "max": s.max_tokens,
             "temp": s.temperature,
             "top_p": s.top_p,
@@ -209,6 +216,14 @@ def decode_job(data: bytes) -> Job:
         attempt=f.get("attempt", int),
         logged=f.tokens("logged"),
         trace=f.texts("trace"),
+        priority=f.get("priority", int),
+        weight=f.number("weight"),
+        virtual=f.number("virtual"),
+        ttft_by_ms=f.get("ttft_by", int),
+        done_by_ms=f.get("done_by", int),
+        expected_tokens=f.get("expected", int),
+        cached_tokens=f.get("cached", int),
+        blocks=f.get("blocks", bytes),
         sampling=_decode_sampling(f),
     )
 
@@ -413,36 +428,4 @@ def decode_status(data: bytes) -> WorkerStatus:
         waiting=f.get("waiting", int),
         free_tokens=f.get("free_tokens", int),
         steps=f.get("steps", int),
-    )
-
-
-def encode_board(board: Board) -> bytes:
-    return pack(
-        {
-            "leader": board.leader,
-            "published": board.published_ms,
-            "queued": list(board.queued),
-            "queued_tokens": board.queued_tokens,
-            "capacity": board.capacity_tokens,
-            "reserved": board.reserved_tokens,
-            "workers": board.workers,
-            "rate": board.tokens_per_s,
-        }
-    )
-
-
-def decode_board(data: bytes) -> Board:
-    f = Fields("board", data)
-    queued = f.integers("queued")
-    if len(queued) != len(Band):
-        raise WireError(f"board.queued: expected {len(Band)} counts, got {len(queued)}")
-    return Board(
-        leader=f.get("leader", str),
-        published_ms=f.get("published", int),
-        queued=(queued[0], queued[1], queued[2]),
-        queued_tokens=f.get("queued_tokens", int),
-        capacity_tokens=f.get("capacity", int),
-        reserved_tokens=f.get("reserved", int),
-        workers=f.get("workers", int),
-        tokens_per_s=f.number("rate"),
     )
