@@ -16,7 +16,7 @@ import structlog
 from opentelemetry.trace import Span, SpanKind
 from redis.asyncio import Redis
 
-from headrace import keys, scripts, telemetry, wire
+from headrace import keys, scripts, telemetry, wire, wire_reports
 from headrace.clock import Clock
 from headrace.errors import DependencyError, OverloadError, WireError
 from headrace.streams import REDIS_DOWN, Scripts, as_bytes
@@ -161,7 +161,7 @@ class Channel:
         while True:
             try:
                 raw = await self._redis.get(keys.board(self.record.name))
-                self._note_board(wire.decode_board(as_bytes(raw)) if raw else None)
+                self._note_board(wire_reports.decode_board(as_bytes(raw)) if raw else None)
                 self.board_error = ""
             except REDIS_DOWN as error:
                 self.board_error = f"{type(error).__name__}: {error}"
