@@ -1,0 +1,196 @@
+"""Everything a model's dispatcher decides, as one pure object: who is next, who gets it, who pays.
+
+Invariant: the dispatcher and the simulator drive this very object with the same calls, so what one
+shows holds for the other. A decision is carried out in three steps: `next` looks, `handed_off`
+books it, and `refused` takes the booking back when Redis knew better. Nothing here is the truth
+about a job (the streams are), so losing all of it costs order and affinity, never a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headrace.policy.priority import is_late
+from headrace.types import (
+    BLOCK_TOKENS,
+    Band,
+    BlockSnapshot,
+    FinishReason,
+    Job,
+    JobDone,
+    Positions,
+    Progress,
+)
+from headrace_gateway.policy.breaker import Breakers
+from headrace_gateway.policy.fair_queue import BAND_SHARES, FairQueue, Queued
+from headrace_gateway.policy.lengths import Lengths
+from headrace_gateway.policy.outlook import Outlook, Throughput
+from headrace_gateway.policy.prefix_index import PrefixIndex
+from headrace_gateway.policy.routing import Route, Router, RoutingConfig
+from headrace_gateway.policy.workload import Charge, WorkerFacts, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """What can be tuned. `shares` are the bands' guaranteed minimum shares of the service."""
+
+    shares: tuple[float, float, float] = BAND_SHARES
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`item` goes to `route.worker`. `virtual` is its tenant's virtual counter, which the job
+    carries from now on."""
+
+    item: Queued
+    route: Route
+    virtual: float
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens that the worker is expected to compute."""
+        job = self.item.job
+        known = len(job.prompt) + len(job.logged)
+        return max(1, known - self.route.cached_blocks * BLOCK_TOKENS)
+
+
+class DispatchPolicy:
+    """One model's queue, workload, prefix index, breakers and what has been learned."""
+
+    def __init__(self, config: DispatchConfig | None = None) -> None:
+        config = config or DispatchConfig()
+        self.lengths = Lengths()
+        self.queue = FairQueue(config.shares)
+        self.workload = Workload(self.lengths.expect)
+        self.index = PrefixIndex()
+        self.breakers = Breakers()
+        self.throughput = Throughput(config.shares)
+        self._router = Router(config.routing)
+
+    def set_workers(self, facts: Sequence[WorkerFacts], now_ms: int) -> None:
+        """The workers that live and take jobs; what is known of vanished ones is forgotten."""
+        gone = set(self.workload.workers) - {each.worker for each in facts}
+        self.workload.set_workers(facts)
+        for worker in sorted(gone):
+            self.forget(worker)
+        self.throughput.set_workers(len(facts), now_ms)
+
+    def forget(self, worker: str) -> None:
+        self.workload.forget(worker)
+        self.index.forget_worker(worker)
+        self.breakers.forget(worker)
+
+    def adopt(self, worker: str, job: Job, now_ms: int) -> None:
+        """A job was found on `worker` that this object has not sent there."""
+        if not self.workload.booked(worker, job.id):
+            self.workload.book(worker, job, len(job.prompt), now_ms)
+            self.breakers.dispatched(worker, now_ms)
+
+    def push(self, item: Queued) -> bool:
+        return self.queue.push(item)
+
+    def cancel(self, job_id: str) -> Queued | None:
+        return self.queue.remove(job_id)
+
+    def next(self, now_ms: int) -> Decision | None:
+        """The next job that can go somewhere; None when none can now."""
+        for item in self.queue.heads():
+            route = self._router.choose(
+                item.job, self.workload, self.index, self.breakers, now_ms
+            )
+            if route.worker:
+                return Decision(item, route, self.queue.counters.value(item.job.tenant))
+        return None
+
+    def handed_off(self, decision: Decision, now_ms: int) -> None:
+        """Book `decision`: it leaves the queue, its tenant pays for the prompt."""
+        item, worker = decision.item, decision.route.worker
+        uncached = decision.uncached_tokens
+        # a job whose worker died pays once
+        self.queue.take(item.job.id, 0 if item.rescued_from else uncached)
+        self.workload.book(worker, item.job, uncached, now_ms)
+        self.index.expect(worker, item.job.blocks, now_ms)
+        self.breakers.dispatched(worker, now_ms)
+        self.throughput.dispatched(item.job.band, uncached + item.job.expected_output)
+
+    def refused(self, decision: Decision, *, again: bool) -> None:
+        """The hand-off did not happen; with `again` the job waits on, else it is gone."""
+        job = decision.item.job
+        if self.workload.cancel(decision.route.worker, job.id) and not decision.item.rescued_from:
+            tokens = -decision.uncached_tokens
+            self.queue.charge(job.tenant, job.weight, job.band, input_tokens=tokens)
+        if again:
+            self.queue.push(decision.item)
+
+    def progress(self, report: Progress, now_ms: int) -> None:
+        """What a worker said of its running jobs, its blocks and its speed."""
+        for charge in self.workload.progress(report):
+            self._charge(charge)
+        self.index.removed(report.worker, report.removed)
+        self.index.stored(report.worker, report.stored)
+        tokens = report.prefill_tokens + report.output_tokens
+        self.breakers.progress(report.worker, now_ms, tokens)
+        self.throughput.served(tokens)
+
+    def done(self, done: JobDone, now_ms: int) -> None:
+        """A job ended on a worker: room is free, its tenant pays the rest, its length is learned."""
+        charge = self.workload.done(done)
+        if done.reason is FinishReason.ERROR:
+            self.breakers.failed(done.worker, now_ms)
+        else:
+            self.breakers.progress(done.worker, now_ms, 1)
+        if charge is None:
+            return
+        self._charge(charge)
+        if done.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            p = done.progress
+            self.lengths.note(charge.tenant, p.output, p.computed + p.cached, p.cached)
+
+    def _charge(self, charge: Charge) -> None:
+        self.queue.charge(
+            charge.tenant,
+            charge.weight,
+            charge.band,
+            input_tokens=charge.input_tokens,
+            output_tokens=charge.output_tokens,
+        )
+
+    def snapshot(self, worker: str, snapshot: BlockSnapshot) -> None:
+        """All blocks that `worker` holds."""
+        self.index.replace(worker, snapshot.blocks)
+
+    def late(self, now_ms: int) -> list[Queued]:
+        """Waiting jobs whose deadline has passed; they stay until they are cancelled."""
+        return [item for item in self.queue.late(now_ms) if is_late(item.job, now_ms)]
+
+    def outlook(self, now_ms: int) -> Outlook:
+        """What a request that arrives now has to expect."""
+        free = any(
+            self.workload.has_slot(worker) and self.breakers.allows(worker, now_ms)
+            for worker in self.workload.workers
+        )
+        return self.throughput.outlook(
+            self.queue.counts, self.queue.work, self.workload.prefill_per_s, free, now_ms
+        )
+
+    def places(self, limit: int, now_ms: int) -> Positions:
+        """Place and predicted start of the first `limit` waiting jobs, in predicted order."""
+        rate = self.throughput.work_per_s
+        return {
+            item.job.id: (place, int(now_ms + 1000 * ahead / rate) if rate else 0)
+            for place, (item, ahead) in enumerate(self.queue.order(limit), 1)
+        }
+
+    def check_integrity(self) -> None:
+        self.queue.check_integrity()
+        self.workload.check_integrity()
+        self.index.check_integrity()
+
+
+def reason_of_lateness(item: Queued, now_ms: int) -> str:
+    """What a caller is told whose job expired in the queue."""
+    waited_ms = now_ms - item.job.arrived_ms
+    band = Band(item.job.band).label
+    return f"the deadline passed while the job waited for a worker ({waited_ms} ms, band {band})"

@@ -1,0 +1,127 @@
+"""How fast the fleet works, and how long who arrives now will wait.
+
+Invariant: rates are measured only while something waits, since an idle fleet's rate says nothing
+of what it could do; an idle one only raises them. A band's wait is what stands before it over the
+rate at which such work has been leaving: the better bands' share is in that rate (Little's law), so
+it holds under a steady overload too. Work is counted in tokens: uncached prompt plus output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.types import Band
+
+INTERVAL_MS = 500
+HALF_LIFE_MS = 8_000
+WAIT_MS_MAX = 24 * 3_600_000
+FLOOR_SHARE = 0.02
+"""Of the total rate: the least at which a band without a guaranteed share is taken to move."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The changing part of a Board; tuples have a value per Band."""
+
+    queued: tuple[int, int, int]
+    queued_work: tuple[int, int, int]
+    waits_ms: tuple[int, int, int]
+    work_per_s: float
+    band_work_per_s: tuple[float, float, float]
+    prefill_per_s: float
+
+
+class _Rate:
+    """Work per second, averaged with a half-life over the intervals that count."""
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+        self._sum = 0.0
+
+    def add(self, work: float) -> None:
+        self._sum += work
+
+    def settle(self, elapsed_ms: int, *, counts: bool) -> None:
+        """Close an interval; one that does not count may only raise the rate."""
+        measured, self._sum = 1000 * self._sum / elapsed_ms, 0.0
+        keep = 0.5 ** (elapsed_ms / HALF_LIFE_MS)
+        if self.per_s == 0 and measured > 0:
+            self.per_s = measured
+        elif counts or measured > self.per_s:
+            self.per_s = keep * self.per_s + (1 - keep) * measured
+
+
+class Throughput:
+    """What has been served and dispatched lately."""
+
+    def __init__(self, shares: tuple[float, float, float]) -> None:
+        self._shares = shares
+        self._served = _Rate()
+        self._bands = tuple(_Rate() for _ in Band)
+        self._backlogged = [False] * len(Band)
+        self._workers = 0
+        self._settled_ms = -1
+
+    @property
+    def work_per_s(self) -> float:
+        """Of the fleet when it is busy; 0 before anything was measured."""
+        return self._served.per_s
+
+    def set_workers(self, count: int, now_ms: int) -> None:
+        """A fleet that grew or shrank is taken to be faster or slower by as much."""
+        if self._workers and count and count != self._workers:
+            for rate in (self._served, *self._bands):
+                rate.per_s *= count / self._workers
+        self._workers = count
+        if self._settled_ms < 0:
+            self._settled_ms = now_ms
+
+    def served(self, work: int) -> None:
+        self._served.add(work)
+
+    def dispatched(self, band: Band, work: int) -> None:
+        self._bands[band].add(work)
+
+    def outlook(
+        self,
+        queued: tuple[int, int, int],
+        work: tuple[int, int, int],
+        prefill_per_s: float,
+        free: bool,
+        now_ms: int,
+    ) -> Outlook:
+        """`free`: some worker has a slot, so that nobody behind an empty queue waits."""
+        self._settle(queued, now_ms)
+        waits = [self._wait_ms(band, work, free) for band in Band]
+        return Outlook(
+            queued,
+            work,
+            (waits[0], waits[1], waits[2]),
+            self.work_per_s,
+            (self._band_rate(0), self._band_rate(1), self._band_rate(2)),
+            prefill_per_s,
+        )
+
+    def _settle(self, queued: tuple[int, int, int], now_ms: int) -> None:
+        elapsed = now_ms - self._settled_ms
+        backlogged = [count > 0 for count in queued]
+        if elapsed >= INTERVAL_MS:
+            # both ends of the interval have to be busy for it to say what the fleet can do
+            both = [was and now for was, now in zip(self._backlogged, backlogged, strict=True)]
+            self._served.settle(elapsed, counts=any(both))
+            for rate, counts in zip(self._bands, both, strict=True):
+                rate.settle(elapsed, counts=counts)
+            self._settled_ms, self._backlogged = now_ms, backlogged
+
+    def _band_rate(self, band: int) -> float:
+        floor = max(self._shares[band], FLOOR_SHARE) * self.work_per_s
+        return min(self.work_per_s, max(floor, self._bands[band].per_s))
+
+    def _wait_ms(self, band: int, work: tuple[int, int, int], free: bool) -> int:
+        ahead = sum(work[: band + 1])
+        if self.work_per_s <= 0 or (free and not ahead):
+            return 0
+        wait_s = ahead / self.work_per_s
+        if self._backlogged[band]:
+            wait_s = max(wait_s, work[band] / self._band_rate(band))
+        return min(WAIT_MS_MAX, int(1000 * wait_s))
