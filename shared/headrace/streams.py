@@ -151,6 +151,14 @@ class Tail:
         rows = await self._redis.xrevrange(self.stream, count=1)
         return parse_entries(rows)[0].id if rows else "0-0"
 
+    async def settle(self) -> None:
+        """Turn "$" into an id, so that what is read elsewhere from now on is older than the tail.
+
+        Raises what redis-py raises.
+        """
+        if self.after == "$":
+            self.after = await self._last_id()
+
     async def close(self) -> None:
         self._stopping = True
         await self._redis.aclose()
@@ -160,8 +168,7 @@ class Tail:
         while not self._stopping:
             try:
                 async with asyncio.timeout(BLOCK_MS / 1000 + WATCHDOG_GRACE_S):
-                    if self.after == "$":
-                        self.after = await self._last_id()
+                    await self.settle()
                     answer = await self._redis.xread(
                         {self.stream: self.after}, count=READ_COUNT_MAX, block=BLOCK_MS
                     )
@@ -195,13 +202,14 @@ class Scripts:
 
     async def call(self, source: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run `source`. Raises what redis-py raises."""
-        digest = self._digest(source)
+        digest = self.sha(source)
         try:
             return await self._redis.evalsha(digest, len(keys), *keys, *args)
         except NoScriptError:
             return await self._redis.eval(source, len(keys), *keys, *args)
 
-    def _digest(self, source: str) -> str:
+    def sha(self, source: str) -> str:
+        """The hash by which `source` is called."""
         script = self._scripts.get(source)
         if script is None:
             script = self._scripts[source] = Script(self._redis, source)  # type: ignore[arg-type]

@@ -252,8 +252,9 @@ class Board:
     Tuples have a value per Band (index = band). `queued` counts waiting jobs, `queued_work` sums
     their expected work in tokens (uncached prompt + output). `waits_ms` is how long a job that
     arrives now would wait for a worker. `work_per_s` is the rate at which the fleet does such work
-    when it is busy, 0 before it was measured; `prefill_per_s` the uncached prompt tokens per
-    second of one worker. `published_ms` is wall-clock time.
+    when it is busy, 0 before it was measured, `band_work_per_s` that at which each band's leaves
+    the queue; `prefill_per_s` the uncached prompt tokens per second of one worker. `published_ms`
+    is wall-clock time.
     """
 
     leader: str
@@ -266,6 +267,7 @@ class Board:
     workers: int
     work_per_s: float
     prefill_per_s: float
+    band_work_per_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def queued_tokens(self) -> int:
@@ -317,3 +319,7 @@ class BlockSnapshot:
 
     sequence: int
     blocks: bytes
+
+
+Positions = dict[str, tuple[int, int]]
+"""Job id → (its place in the queue from 1, the predicted start in wall-clock ms or 0)."""

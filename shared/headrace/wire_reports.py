@@ -17,6 +17,7 @@ from headrace.types import (
     FinishReason,
     JobDone,
     JobProgress,
+    Positions,
     Progress,
 )
 from headrace.wire import Fields, pack, unpack
@@ -35,12 +36,16 @@ def encode_board(board: Board) -> bytes:
             "workers": board.workers,
             "rate": board.work_per_s,
             "prefill": board.prefill_per_s,
+            "band_rates": list(board.band_work_per_s),
         }
     )
 
 
 def decode_board(data: bytes) -> Board:
     f = Fields("board", data)
+    rates = f.numbers("band_rates")
+    if len(rates) != len(Band):
+        raise WireError(f"board.band_rates: expected {len(Band)} numbers, got {len(rates)}")
     return Board(
         leader=f.get("leader", str),
         published_ms=f.get("published", int),
@@ -52,6 +57,7 @@ def decode_board(data: bytes) -> Board:
         workers=f.get("workers", int),
         work_per_s=f.number("rate"),
         prefill_per_s=f.number("prefill"),
+        band_work_per_s=(rates[0], rates[1], rates[2]),
     )
 
 
@@ -132,10 +138,6 @@ def decode_snapshot(data: bytes) -> BlockSnapshot:
             _check_keys(blocks)
             return BlockSnapshot(sequence, blocks)
     raise WireError("snapshot: not of a known form")
-
-
-Positions = dict[str, tuple[int, int]]
-"""Job id → (its place in the queue from 1, the predicted start in wall-clock ms or 0)."""
 
 
 def encode_positions(positions: Positions) -> bytes:

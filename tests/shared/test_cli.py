@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from typer.testing import CliRunner
 
-from headrace import keys, wire
+from headrace import keys, wire, wire_reports
 from headrace.cli import main, stack, up
 from headrace.cli.common import RunFile, parse_size
 from headrace.errors import SettingsError
@@ -58,8 +58,8 @@ async def put_fleet(redis: Redis) -> None:
     gateway = {"id": "gw-1", "pid": 103, "host": "127.0.0.1", "port": 8000, "started": 18}
     await redis.set(keys.gateway("gw-1"), wire.pack(gateway), px=60_000)
     await redis.set(keys.leader(MODEL), b"gw-1", px=60_000)
-    board = Board("gw-1", 1_000, (1, 2, 3), 600, 4_096, 1_096, 1, 12.5)
-    await redis.set(keys.board(MODEL), wire.encode_board(board), px=60_000)
+    board = Board("gw-1", 1_000, (1, 2, 3), (1, 2, 597), (0, 5, 9), 4_096, 1_096, 1, 12.5, 0.0)
+    await redis.set(keys.board(MODEL), wire_reports.encode_board(board), px=60_000)
 
 
 def headrace(*arguments: str) -> tuple[int, str, str]:

@@ -10,15 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace import wire
+from headrace import wire, wire_reports
 from headrace.errors import WireError
 from headrace.types import (
+    BLOCK_KEY_BYTES,
     Band,
+    BlockSnapshot,
     Board,
     Delta,
     Finish,
     FinishReason,
     Job,
+    JobDone,
+    JobProgress,
+    Progress,
     Sampling,
     TokenLogprobs,
     WorkerState,
@@ -65,6 +70,31 @@ jobs = st.builds(
     attempt=st.integers(1, 2**31),
     logged=tokens.map(pack_tokens),
     trace=st.dictionaries(st.text(max_size=10), st.text(max_size=60), max_size=2),
+    priority=st.integers(-600, 600),
+    weight=st.floats(0.01, 100),
+    virtual=st.floats(0, 1e12),
+    ttft_by_ms=st.integers(0, 2**50),
+    done_by_ms=st.integers(0, 2**50),
+    expected_tokens=st.integers(0, 2**31),
+    cached_tokens=st.integers(0, 2**31),
+    blocks=st.binary(max_size=40),
+)
+block_keys = st.lists(st.binary(min_size=8, max_size=8), max_size=5).map(b"".join)
+counts = st.integers(0, 2**40)
+job_progress = st.builds(JobProgress, st.text(max_size=20), counts, counts, counts)
+events = st.one_of(
+    st.builds(
+        Progress,
+        st.text(max_size=20),
+        counts,
+        st.lists(job_progress, max_size=4).map(tuple),
+        block_keys,
+        block_keys,
+        counts,
+        counts,
+        counts,
+    ),
+    st.builds(JobDone, st.text(max_size=20), job_progress, st.sampled_from(FinishReason)),
 )
 finishes = st.builds(Finish, st.sampled_from(FinishReason), st.text(max_size=30))
 token_logprobs = st.builds(
@@ -112,15 +142,41 @@ def test_a_steps_deltas_survive_the_wire(step: list[Delta]) -> None:
 def test_status_and_board_survive_the_wire() -> None:
     status = WorkerStatus(WorkerState.DRAINING, 3, 2, 100, 9)
     assert wire.decode_status(wire.encode_status(status)) == status
-    board = Board("g", 5, (1, 2, 3), 4, 5, 6, 7, 8.5)
-    assert wire.decode_board(wire.encode_board(board)) == board
+    board = Board("g", 5, (1, 2, 3), (4, 5, 6), (7, 8, 9), 5, 6, 7, 8.5, 9.5, (1.5, 2.5, 3.5))
+    assert wire_reports.decode_board(wire_reports.encode_board(board)) == board
+    assert board.queued_tokens == 15
+
+
+@given(events)
+def test_workers_reports_survive_the_wire(event: Progress | JobDone) -> None:
+    encode = {Progress: wire_reports.encode_progress, JobDone: wire_reports.encode_done}
+    assert wire_reports.decode_event(encode[type(event)](event)) == event  # type: ignore[operator]
+
+
+@given(block_keys, counts)
+def test_snapshots_places_and_news_survive_the_wire(blocks: bytes, number: int) -> None:
+    snapshot = BlockSnapshot(number, blocks)
+    assert wire_reports.decode_snapshot(wire_reports.encode_snapshot(snapshot)) == snapshot
+    places = {"a": (1, number), "b": (2, 0)}
+    assert wire_reports.decode_positions(wire_reports.encode_positions(places)) == places
+    assert wire_reports.decode_event(wire_reports.encode_news("join", "w")) == "join"
+
+
+def test_block_keys_that_are_cut_short_are_refused() -> None:
+    half = b"\0" * (BLOCK_KEY_BYTES // 2)
+    for report in (Progress("w", 1, stored=half), Progress("w", 1, removed=half)):
+        with pytest.raises(WireError, match="block keys"):
+            wire_reports.decode_event(wire_reports.encode_progress(report))
+    with pytest.raises(WireError, match="block keys"):
+        wire_reports.decode_snapshot(wire_reports.encode_snapshot(BlockSnapshot(1, half)))
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_and_nothing_else_happens(data: bytes) -> None:
     for decode in (
         wire.decode_job, wire.decode_deltas, wire.decode_model, wire.decode_worker,
-        wire.decode_status, wire.decode_board,
+        wire.decode_status, wire_reports.decode_board, wire_reports.decode_event,
+        wire_reports.decode_snapshot, wire_reports.decode_positions,
     ):  # fmt: skip
         with contextlib.suppress(WireError):
             decode(data)

@@ -11,7 +11,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from headrace import keys, wire
+from headrace import keys, wire, wire_reports
 from headrace.errors import WireError
 from headrace.types import Band, WorkerState
 
@@ -55,7 +55,7 @@ async def _model(redis: Redis, name: str, problems: list[str]) -> dict[str, Any]
     if data is None:
         return facts
     try:
-        board = wire.decode_board(data)
+        board = wire_reports.decode_board(data)
     except WireError as error:
         problems.append(f"board of {name}: {error.message}")
         return facts
@@ -64,7 +64,8 @@ async def _model(redis: Redis, name: str, problems: list[str]) -> dict[str, Any]
         "queued_tokens": board.queued_tokens,
         "capacity_tokens": board.capacity_tokens,
         "reserved_tokens": board.reserved_tokens,
-        "tokens_per_s": board.tokens_per_s,
+        "waits_ms": {band.label: board.waits_ms[band] for band in Band},
+        "work_per_s": round(board.work_per_s, 1),
         "board_age_ms": max(0, time.time_ns() // 1_000_000 - board.published_ms),
     }
 
