@@ -16,7 +16,7 @@ INTERVAL_MS = 500
 HALF_LIFE_MS = 8_000
 WAIT_MS_MAX = 24 * 3_600_000
 FLOOR_SHARE = 0.02
-"""Of the total rate: the least at which a band without a guaranteed share is taken to move."""
+"""Of the total rate: the least at which a band with a smaller guaranteed share is taken to move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ class Throughput:
     """What has been served and dispatched lately."""
 
     def __init__(self, shares: tuple[float, float, float]) -> None:
-        self._shares = shares
+        # the best band has whatever is not guaranteed to the others
+        self._floors = (1 - sum(shares[1:]), *(max(each, FLOOR_SHARE) for each in shares[1:]))
         self._served = _Rate()
         self._bands = tuple(_Rate() for _ in Band)
         self._backlogged = [False] * len(Band)
@@ -114,7 +115,7 @@ class Throughput:
             self._settled_ms, self._backlogged = now_ms, backlogged
 
     def _band_rate(self, band: int) -> float:
-        floor = max(self._shares[band], FLOOR_SHARE) * self.work_per_s
+        floor = self._floors[band] * self.work_per_s
         return min(self.work_per_s, max(floor, self._bands[band].per_s))
 
     def _wait_ms(self, band: int, work: tuple[int, int, int], free: bool) -> int:
