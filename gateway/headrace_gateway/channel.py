@@ -18,12 +18,22 @@ from redis.asyncio import Redis
 
 from headrace import keys, scripts, telemetry, wire, wire_reports
 from headrace.clock import Clock
-from headrace.errors import DependencyError, OverloadError, WireError
+from headrace.errors import DependencyError, WireError
 from headrace.streams import REDIS_DOWN, Scripts, as_bytes
-from headrace.types import Board, Job, ModelRecord
+from headrace.types import Band, Board, Job, ModelRecord
 from headrace_gateway.dispatcher import Dispatcher
 from headrace_gateway.generation import Generation
-from headrace_gateway.policy.admission import Admission, AdmissionFacts, AdmissionLimits, decide
+from headrace_gateway.places import Places
+from headrace_gateway.policy.admission import (
+    Admission,
+    AdmissionFacts,
+    AdmissionLimits,
+    Ask,
+    PerBand,
+    ask_of,
+    decide,
+)
+from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.replies import Replies
 
 log = structlog.get_logger()
@@ -58,8 +68,9 @@ class Channel:
         self.dispatcher = Dispatcher(url, redis, model, gateway_id, clock)
         self.board: Board | None = None
         self.board_error = ""
-        self._recent_jobs = 0
-        self._recent_tokens = 0
+        self.places = Places(redis, model, gateway_id, self.replies.live, lambda: self.board, clock)
+        self.lengths = Lengths()
+        self._recent = _Recent()
         self._chores: set[asyncio.Task[None]] = set()
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
@@ -68,13 +79,30 @@ class Channel:
             self.replies.run(),
             self.dispatcher.run(),
             self._poll_board(),
+            self.places.run(),
             self._trim_loop(),
             self._keep_loop(),
         ]
 
+    def admit(self, ask: Ask) -> Admission:
+        """Whether `ask` may enter as things stand; costs no round trip and changes nothing."""
+        if self.board_error:
+            return Admission(
+                503, "unavailable", f"the queue is out of reach: {self.board_error}", 1_000
+            )
+        facts = AdmissionFacts(
+            self.board,
+            self._recent.jobs,
+            self._recent.work,
+            len(self.replies.live),
+            self.lengths.token_ms,
+        )
+        return decide(ask, facts, self._limits)
+
     async def submit(self, job: Job, span: Span) -> Generation:
         """Admit `job` and make it durable. Raises OverloadError (429) or DependencyError (503)."""
-        admission = self._admit(job)
+        ask = ask_of(job, self._clock.wall_ms())
+        admission = self.admit(ask)
         send = telemetry.tracer().start_span(
             f"send intake {job.model}",
             telemetry.under(span),
@@ -90,26 +118,15 @@ class Channel:
         try:
             if not admission.admitted:
                 send.set_attribute("headrace.admission.code", admission.code)
-                raise _refusal(admission)
+                raise admission.refusal()
+            self._recent.note(ask)
             return await self._accept(replace(job, trace=telemetry.inject(send)))
         finally:
             send.end()
 
-    def _admit(self, job: Job) -> Admission:
-        if self.board_error:
-            return Admission(
-                503, "unavailable", f"the queue is out of reach: {self.board_error}", 1_000
-            )
-        facts = AdmissionFacts(
-            self.board, self._recent_jobs, self._recent_tokens, len(self.replies.live)
-        )
-        return decide(job.cost_tokens, facts, self._limits)
-
     async def _accept(self, job: Job) -> Generation:
         generation = Generation(job, self._drop)
         self.replies.live[job.id] = generation
-        self._recent_jobs += 1
-        self._recent_tokens += job.cost_tokens
         payload = wire.encode_job(job)
         try:
             generation.accepted_id = await self._accept_durably(job, payload)
@@ -171,7 +188,7 @@ class Channel:
 
     def _note_board(self, board: Board | None) -> None:
         if board is None or self.board is None or board.published_ms != self.board.published_ms:
-            self._recent_jobs = self._recent_tokens = 0
+            self._recent = _Recent()
         self.board = board
 
     async def _keep_loop(self) -> None:
@@ -211,11 +228,21 @@ class Channel:
             await asyncio.sleep(TRIM_EVERY_MS / 1000)
 
 
-def _refusal(admission: Admission) -> OverloadError | DependencyError:
-    kind = OverloadError if admission.status == 429 else DependencyError
-    return kind(
-        admission.reason,
-        status=admission.status,
-        code=admission.code,
-        retry_after_ms=admission.retry_after_ms,
-    )
+class _Recent:
+    """Jobs and work that were accepted here since the last board, by Band."""
+
+    def __init__(self) -> None:
+        self._jobs = [0] * len(Band)
+        self._work = [0] * len(Band)
+
+    def note(self, ask: Ask) -> None:
+        self._jobs[ask.band] += 1
+        self._work[ask.band] += ask.work_tokens
+
+    @property
+    def jobs(self) -> PerBand:
+        return self._jobs[0], self._jobs[1], self._jobs[2]
+
+    @property
+    def work(self) -> PerBand:
+        return self._work[0], self._work[1], self._work[2]

@@ -22,7 +22,8 @@ from headrace.streams import REDIS_DOWN, as_bytes, connect
 from headrace.types import Job, ModelRecord
 from headrace_gateway.channel import Channel
 from headrace_gateway.generation import Generation
-from headrace_gateway.policy.admission import AdmissionLimits
+from headrace_gateway.policy.admission import Admission, AdmissionLimits, Ask
+from headrace_gateway.policy.lengths import Lengths
 
 log = structlog.get_logger()
 
@@ -111,6 +112,14 @@ class Fleet:
         if not any(board is not None and board.workers > 0 for board in boards):
             return "no worker is ready"
         return ""
+
+    def lengths(self, model: str) -> Lengths:
+        """What this gateway has learned of `model`'s generations. Raises NotFoundError."""
+        return self._channel(model).lengths
+
+    def admit(self, model: str, ask: Ask) -> Admission:
+        """Whether `ask` may enter now; costs no round trip. Raises NotFoundError."""
+        return self._channel(model).admit(ask)
 
     async def submit(self, job: Job, span: Span) -> Generation:
         """Admit and durably accept `job`.

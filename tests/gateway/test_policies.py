@@ -1,16 +1,14 @@
-"""The gateway's pure policies: order of the queue, choice of a worker, admission."""
+"""The gateway's pure policies: order of the queue, choice of a worker."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.types import Band, Board, Job, Sampling, pack_tokens
-from headrace_gateway.policy.admission import AdmissionFacts, AdmissionLimits, decide
+from headrace.types import Band, Job, Sampling, pack_tokens
 from headrace_gateway.policy.fair_queue import FairQueue, Queued
 from headrace_gateway.policy.routing import LOAD_BOUND, Candidate, choose
 
@@ -130,51 +128,3 @@ def test_a_full_fleet_makes_the_job_wait_and_says_why() -> None:
 def test_an_idle_worker_takes_a_job_larger_than_what_is_usually_free() -> None:
     alone = Candidate("w0", 0, 0, 100, 4)
     assert choose(key(1), 1_000, [alone]).worker == "w0"
-
-
-def a_board(**facts: object) -> Board:
-    values: dict[str, object] = {
-        "leader": "g",
-        "published_ms": 0,
-        "queued": (0, 0, 0),
-        "queued_tokens": 0,
-        "capacity_tokens": 1_000,
-        "reserved_tokens": 0,
-        "workers": 1,
-        "tokens_per_s": 100.0,
-    }
-    return Board(**(values | facts))  # type: ignore[arg-type]  # a builder over all fields
-
-
-LIMITS = AdmissionLimits(queue_jobs_max=10, queue_tokens_max=5_000, live_jobs_max=100)
-
-
-@pytest.mark.parametrize("board", [None, a_board(workers=0)])
-def test_without_a_worker_nobody_is_kept_waiting(board: Board | None) -> None:
-    decision = decide(10, AdmissionFacts(board, 0, 0, 0), LIMITS)
-    assert (decision.status, decision.code) == (503, "no_worker")
-    assert decision.retry_after_ms > 0
-
-
-def test_a_full_queue_refuses_with_a_wait_from_the_rate_of_release() -> None:
-    board = a_board(queued=(2, 5, 3), queued_tokens=2_000, tokens_per_s=500.0)
-    decision = decide(1_000, AdmissionFacts(board, 0, 0, 0), LIMITS)
-    assert decision.status == 429
-    assert decision.retry_after_ms == 2_000
-
-
-def test_a_burst_between_two_boards_counts() -> None:
-    board = a_board(reserved_tokens=1_000)
-    assert decide(10, AdmissionFacts(board, 9, 900, 0), LIMITS).admitted
-    assert decide(10, AdmissionFacts(board, 10, 1_000, 0), LIMITS).status == 429
-
-
-def test_waiting_tokens_are_bounded_but_free_room_is_not_a_queue() -> None:
-    idle = a_board(capacity_tokens=100_000)
-    assert decide(90_000, AdmissionFacts(idle, 0, 10_000, 0), LIMITS).admitted
-    assert decide(95_000, AdmissionFacts(idle, 0, 10_000, 0), LIMITS).admitted
-    assert decide(95_001, AdmissionFacts(idle, 0, 10_000, 0), LIMITS).status == 429
-
-
-def test_streams_of_one_gateway_are_bounded() -> None:
-    assert decide(1, AdmissionFacts(a_board(), 0, 0, 100), LIMITS).status == 429

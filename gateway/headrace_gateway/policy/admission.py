@@ -1,46 +1,95 @@
-"""Whether a request may enter: a bounded queue and a bounded sum of waiting tokens.
+"""Whether a request may enter: ceilings that lower bands reach first, and deadlines.
 
-Invariant: what is refused is refused at once, with the status a client acts on and a wait that is
-computed from how fast room is being released. 429 means full, 503 means nobody could serve it.
+Invariant: what is refused is refused at once, with the status a client acts on and the time after
+which it would be admitted if nobody else came. 429 means no room or no time, 503 that nobody could
+serve it. A band's ceilings are never above those of a better one, so that overload is refused to
+batch first, then to standard, to interactive last.
+
+A ceiling holds what stands there already, without the asking job's own work. So a job of unknown
+cost gets the same answer before its prompt was even read, one job at most goes over, and at the
+ceiling small jobs have no better chance than large ones. Rejected: one ceiling a band on that
+band's own queue, which leaves the total to whoever comes first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from headrace.types import Board
+from headrace.errors import DependencyError, OverloadError
+from headrace.types import EXPECTED_OUTPUT_TOKENS, Band, Board, Job
 
 RETRY_MS_MIN = 250
-RETRY_MS_MAX = 60_000
+"""About how old a board gets: sooner, nobody here would know better."""
+RETRY_MS_MAX = 3_600_000
 RETRY_MS_UNKNOWN = 1_000
+
+PerBand = tuple[int, int, int]
+"""A value for each Band (index = band)."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """Named limits of one model's queue, and of the streams that one gateway keeps."""
+    """Named limits of one model's queue, and of the streams that one gateway keeps.
+
+    `wait_ms_max`: the longest predicted wait for a worker in which a band still takes jobs.
+    `shares`: percent of the other limits that a band may fill, all bands counted together.
+    """
 
     queue_jobs_max: int = 1_024
-    queue_tokens_max: int = 4_000_000
+    queue_work_max: int = 4_000_000
     live_jobs_max: int = 4_096
+    wait_ms_max: PerBand = (10_000, 60_000, 600_000)
+    shares: PerBand = (100, 80, 60)
+
+    def ceiling(self, limit: int, band: Band) -> int:
+        """What `band` may fill of `limit`; at least 1, so that no band is shut out by rounding."""
+        return max(1, limit * self.shares[band] // 100)
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:
     """What is known when a request arrives.
 
-    `recent_jobs` and `recent_tokens` were accepted here since `board` was published, so that a
-    burst between two boards is counted. `live_jobs` are this gateway's unfinished jobs.
+    `recent_jobs` and `recent_work` were accepted here since `board` was published, so that a burst
+    between two boards is counted. `live_jobs` are this gateway's unfinished jobs. `token_ms` lie
+    between two tokens of one stream, 0 while unknown.
     """
 
     board: Board | None
-    recent_jobs: int
-    recent_tokens: int
-    live_jobs: int
+    recent_jobs: PerBand = (0, 0, 0)
+    recent_work: PerBand = (0, 0, 0)
+    live_jobs: int = 0
+    token_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What wants to enter at wall-clock `now_ms`; the tokens are 0 while they are not known.
+
+    Deadlines are wall-clock ms, 0 for none.
+    """
+
+    band: Band
+    now_ms: int = 0
+    uncached_tokens: int = 0
+    output_tokens: int = 0
+    ttft_by_ms: int = 0
+    done_by_ms: int = 0
+
+    @property
+    def work_tokens(self) -> int:
+        return self.uncached_tokens + self.output_tokens
+
+
+def ask_of(job: Job, now_ms: int) -> Ask:
+    """The Ask of a whole job."""
+    uncached = max(0, len(job.prompt) - job.cached_tokens)
+    return Ask(job.band, now_ms, uncached, job.expected_output, job.ttft_by_ms, job.done_by_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The decision. `status` is 200, 429 or 503."""
+    """The decision. `status` is 200, 429 or 503; `retry_after_ms` 0 means that no wait helps."""
 
     status: int
     code: str
@@ -51,35 +100,141 @@ class Admission:
     def admitted(self) -> bool:
         return self.status == 200
 
+    def refusal(self) -> OverloadError | DependencyError:
+        """The error that tells a client of it."""
+        assert not self.admitted, "only a refusal is an error"
+        kind = OverloadError if self.status == 429 else DependencyError
+        return kind(
+            self.reason,
+            status=self.status,
+            code=self.code,
+            retry_after_ms=self.retry_after_ms or None,
+        )
 
-def decide(cost_tokens: int, facts: AdmissionFacts, limits: AdmissionLimits) -> Admission:
-    """Whether a job of `cost_tokens` may enter now."""
+
+def decide(ask: Ask, facts: AdmissionFacts, limits: AdmissionLimits) -> Admission:
+    """Whether `ask` may enter now; of several obstacles the one that lasts longest is told."""
     board = facts.board
     if board is None or board.workers == 0:
         return Admission(
             503, "no_worker", "no worker serves this model at the moment", RETRY_MS_UNKNOWN
         )
-    free = max(0, board.capacity_tokens - board.reserved_tokens)
-    jobs = sum(board.queued) + facts.recent_jobs
-    waiting = max(0, board.queued_tokens + facts.recent_tokens + cost_tokens - free)
-    if facts.live_jobs >= limits.live_jobs_max:
-        return _full(f"this gateway already streams {facts.live_jobs} jobs", board, cost_tokens)
-    if jobs >= limits.queue_jobs_max:
-        return _full(
-            f"the queue is full: {jobs} jobs wait, {limits.queue_jobs_max} may", board, cost_tokens
+    queue = _Queue(board, facts)
+    obstacles = [
+        *_ceilings(ask.band, queue, limits),
+        *_live(ask.band, queue, facts.live_jobs, limits),
+        *_deadlines(ask, queue, facts.token_ms),
+    ]
+    if not obstacles:
+        return Admission(
+            200, "admitted", f"{queue.jobs} jobs wait, about {queue.wait_ms(ask.band)} ms"
         )
-    if waiting > limits.queue_tokens_max:
-        return _full(
-            f"the queue is full: {waiting} tokens would wait, {limits.queue_tokens_max} may",
-            board,
-            waiting - limits.queue_tokens_max,
-        )
-    return Admission(200, "admitted", f"{jobs} jobs wait, {free} tokens free")
+    worst = max(obstacles, key=lambda obstacle: (obstacle.for_ever, obstacle.lasts_ms))
+    wait_ms = max(RETRY_MS_MIN, min(RETRY_MS_MAX, round(worst.lasts_ms)))
+    return Admission(429, worst.code, worst.reason, 0 if worst.for_ever else wait_ms)
 
 
-def _full(reason: str, board: Board, tokens_to_release: int) -> Admission:
-    if board.tokens_per_s <= 0:
-        wait_ms = RETRY_MS_UNKNOWN
-    else:
-        wait_ms = int(1000 * tokens_to_release / board.tokens_per_s)
-    return Admission(429, "queue_full", reason, max(RETRY_MS_MIN, min(RETRY_MS_MAX, wait_ms)))
+@dataclass(frozen=True, slots=True)
+class _Obstacle:
+    """Why not, and how long that lasts when the queue only drains."""
+
+    code: str
+    reason: str
+    lasts_ms: float
+    for_ever: bool = False
+
+
+@dataclass(slots=True)
+class _Queue:
+    """The queue as the board and what came since make it. Work that fits at once does not wait."""
+
+    board: Board
+    facts: AdmissionFacts
+    queued: list[int] = field(init=False)
+    work: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        board, facts = self.board, self.facts
+        self.queued, self.work = list(board.queued), list(board.queued_work)
+        # late binding: where somebody waits, what is free is free for nobody who would come behind
+        free = 0 if any(board.queued) else board.capacity_tokens - board.reserved_tokens
+        for band in Band:
+            came = facts.recent_work[band]
+            waits = max(0, came - max(0, free))
+            free -= came
+            if waits:
+                self.queued[band] += facts.recent_jobs[band]
+                self.work[band] += waits
+
+    @property
+    def jobs(self) -> int:
+        return sum(self.queued)
+
+    def drain_ms(self, work: float) -> float:
+        """How long the fleet takes for `work` tokens."""
+        rate = self.board.work_per_s
+        return 1000 * work / rate if rate > 0 else RETRY_MS_UNKNOWN
+
+    def leave_ms(self, count: int) -> float:
+        """Until `count` jobs have left, the better bands first."""
+        work = 0.0
+        for queued, queued_work in zip(self.queued, self.work, strict=True):
+            leaving = min(count, queued)
+            work += leaving * queued_work / queued if queued else 0
+            count -= leaving
+        return self.drain_ms(work + count * EXPECTED_OUTPUT_TOKENS)
+
+    def wait_ms(self, band: Band) -> int:
+        """The predicted wait of a job that comes now."""
+        rate = self.board.work_per_s
+        came = sum(self.work[: band + 1]) - sum(self.board.queued_work[: band + 1])
+        return self.board.waits_ms[band] + (round(1000 * came / rate) if rate > 0 else 0)
+
+
+def _ceilings(band: Band, queue: _Queue, limits: AdmissionLimits) -> list[_Obstacle]:
+    found = []
+    jobs_max = limits.ceiling(limits.queue_jobs_max, band)
+    if queue.jobs >= jobs_max:
+        reason = f"the queue is full for {band.label}: {queue.jobs} jobs wait, {jobs_max} may"
+        found.append(_Obstacle("queue_full", reason, queue.leave_ms(queue.jobs - jobs_max + 1)))
+    work, work_max = sum(queue.work), limits.ceiling(limits.queue_work_max, band)
+    if work >= work_max:
+        reason = f"the queue is full for {band.label}: {work} tokens wait, {work_max} may"
+        found.append(_Obstacle("queue_full", reason, queue.drain_ms(work - work_max + 1)))
+    wait_ms, wait_ms_max = queue.wait_ms(band), limits.wait_ms_max[band]
+    if wait_ms > wait_ms_max:
+        reason = (
+            f"the queue is too long for {band.label}: the wait would be about {wait_ms} ms, "
+            f"{wait_ms_max} may be"
+        )
+        found.append(_Obstacle("queue_full", reason, wait_ms - wait_ms_max))
+    return found
+
+
+def _live(band: Band, queue: _Queue, live: int, limits: AdmissionLimits) -> list[_Obstacle]:
+    live_max = limits.ceiling(limits.live_jobs_max, band)
+    if live < live_max:
+        return []
+    reason = f"this gateway already has {live} jobs, {live_max} may be for {band.label}"
+    return [_Obstacle("queue_full", reason, queue.leave_ms(live - live_max + 1))]
+
+
+def _deadlines(ask: Ask, queue: _Queue, token_ms: float) -> list[_Obstacle]:
+    """What would come too late even if all goes as predicted."""
+    rate = queue.board.prefill_per_s
+    prefill_ms = 1000 * ask.uncached_tokens / rate if rate > 0 else 0
+    wait_ms = queue.wait_ms(ask.band)
+    found = []
+    for name, by_ms, work_ms in (
+        ("first token", ask.ttft_by_ms, prefill_ms),
+        ("end", ask.done_by_ms, prefill_ms + ask.output_tokens * token_ms),
+    ):
+        late_ms = ask.now_ms + wait_ms + work_ms - by_ms
+        if by_ms and late_ms > 0:
+            reason = (
+                f"the deadline cannot be met: the {name} is due in {by_ms - ask.now_ms} ms and "
+                f"would take about {round(wait_ms + work_ms)} ms, {wait_ms} of them in the queue"
+            )
+            # the next try has as much time as this one, so only a shorter queue helps
+            found.append(_Obstacle("deadline_unreachable", reason, late_ms, late_ms > wait_ms))
+    return found
