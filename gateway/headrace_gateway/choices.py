@@ -20,7 +20,7 @@ from typing import Protocol
 
 from headrace.errors import JobFailedError
 from headrace.types import Finish, FinishReason, TokenLogprobs
-from headrace_gateway.generation import Chunk
+from headrace_gateway.generation import Chunk, Standing
 from headrace_gateway.tokens import Detokenizer, StopChecker
 from headrace_gateway.tools.events import Event, Text
 from headrace_gateway.tools.events import joined as joined_events
@@ -95,15 +95,24 @@ class PlainText:
         return []
 
 
+_WHOLE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE)
+"""Ends that leave the text which there is an answer; whether one of DEADLINE is, its turn says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one delivery added to choice `index`; `finish` with the last one (STOP or LENGTH)."""
+    """What one delivery added to choice `index`.
+
+    `finish` comes with the last one: STOP, LENGTH or DEADLINE. A piece with a `standing` tells of
+    the queue and holds nothing else; none comes after tokens.
+    """
 
     index: int
     events: tuple[Event, ...]
     tokens: int
     finish: FinishReason | None
     logprobs: tuple[Scored, ...] = ()
+    standing: Standing | None = None
 
     @property
     def text(self) -> str:
@@ -123,13 +132,17 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 
 
 class Choice:
-    """`prompt_logprobs` (as in Delta) are there from the first piece on, where they were asked."""
+    """`prompt_logprobs` (as in Delta) are there from the first piece on, where they were asked.
+
+    `reason` says in words why it ended, where the fleet had something to say about that.
+    """
 
     def __init__(
         self, index: int, source: TokenSource, speller: Speller, rules: TextRules, reader: Reader
     ) -> None:
         self.index = index
         self.finish: FinishReason | None = None
+        self.reason = ""
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
@@ -153,6 +166,8 @@ class Choice:
         """
         assert self.finish is None, "a finished choice has nothing more to say"
         chunk = await self._source.next()
+        if chunk.standing is not None:
+            return Piece(self.index, (), 0, None, standing=chunk.standing)
         before = self.completion_tokens
         events = self._take(chunk)
         self.cached_tokens = chunk.cached_tokens
@@ -196,7 +211,8 @@ class Choice:
         return events
 
     def _end(self, finish: Finish) -> list[Event]:
-        if finish.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        self.reason = finish.error
+        if finish.reason not in _WHOLE:
             raise JobFailedError(
                 finish.error or f"the generation ended early: {finish.reason}", code="cancelled"
             )

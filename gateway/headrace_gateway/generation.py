@@ -2,7 +2,8 @@
 
 Invariant: the reader task only appends, the one consumer only moves its own cursor; what a slow
 client leaves unread is bounded by the job's `max_tokens` token ids, so the reader never waits for
-anybody.
+anybody. News of the queue is one value that newer news replaces, and tokens go before it: telling
+places costs a token nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,29 @@ from headrace.errors import DependencyError, HeadraceError, JobFailedError
 from headrace.policy.reply_log import ReplyLog
 from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs, pack_tokens
 
+PLACE_EVERY_MS = 500
+"""No client is told its place more often."""
+START_MOVED_MS = 500
+"""A predicted start that moved less is no news."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job stands in the queue, as known here at `at_ms` (this process's monotonic clock).
+
+    `place` counts from 1; 0: it has left the queue for a worker. `start_ms` is the predicted start
+    in wall-clock ms, 0 where nothing can be predicted.
+    """
+
+    place: int
+    start_ms: int
+    at_ms: int
+
+    def is_news_after(self, told: Standing) -> bool:
+        """Whether a client that knows `told` has something to learn."""
+        moved_ms = abs(self.start_ms - told.start_ms)
+        return self.place != told.place or moved_ms >= START_MOVED_MS
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -22,6 +46,7 @@ class Chunk:
 
     `cached_tokens`: prompt tokens that came from a cache. `logprobs`: one for each of `tokens`
     where the job asked for them, else none. `prompt_logprobs` as in Delta, with the first chunk.
+    A chunk with a `standing` tells of the queue and holds nothing else; none comes after tokens.
     """
 
     tokens: tuple[int, ...]
@@ -29,6 +54,7 @@ class Chunk:
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    standing: Standing | None = None
 
 
 class Generation:
@@ -42,6 +68,8 @@ class Generation:
         self._cursor = 0
         self._failure: HeadraceError | None = None
         self._news = asyncio.Event()
+        self._told: Standing | None = None
+        self._untold: Standing | None = None
 
     @property
     def ended(self) -> bool:
@@ -54,6 +82,24 @@ class Generation:
     @property
     def attempt(self) -> int:
         return self._log.attempt
+
+    @property
+    def waits(self) -> bool:
+        """Whether this job may still be in the queue, for all that is known here."""
+        left = self._told is not None and self._told.place == 0
+        return not left and not self._log.tokens and not self.ended
+
+    def note_place(self, standing: Standing) -> None:
+        """Take what the dispatcher says of this job; it is told as far as it is news."""
+        told = self._told
+        if not self.waits:
+            return
+        if told is not None and standing.place:
+            too_soon = standing.at_ms - told.at_ms < PLACE_EVERY_MS
+            if too_soon or not standing.is_news_after(told):
+                return
+        self._told = self._untold = standing
+        self._news.set()
 
     def offer(self, delta: Delta) -> None:
         """Take what the reply stream says; called by the reader task only."""
@@ -86,7 +132,9 @@ class Generation:
             self._news.set()
 
     async def next(self) -> Chunk:
-        """The tokens since the last call; waits until there is something to say.
+        """The tokens since the last call, or news of the queue while there are none.
+
+        Waits until there is something to say.
 
         Raises JobFailedError when the job ended in an error, DependencyError when the log was lost.
         """
@@ -100,6 +148,9 @@ class Generation:
                 return chunk
             if self._failure is not None:
                 raise self._failure
+            if self._untold is not None:
+                standing, self._untold = self._untold, None
+                return Chunk((), None, standing=standing)
             self._news.clear()
             await self._news.wait()
 

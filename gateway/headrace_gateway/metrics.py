@@ -13,6 +13,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40)
+QUEUE_WAIT_BUCKETS_S = (0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 600, 3_600)
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
@@ -60,6 +61,19 @@ class GatewayMetrics:
             "Mean time per token between two deliveries of one stream, one sample a delivery",
             ["model", "band"],
             buckets=ITL_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.queue_wait = Histogram(
+            "headrace_gateway_queue_wait_seconds",
+            "From a job's acceptance to its leaving the queue, as far as it was seen in there",
+            ["model", "band"],
+            buckets=QUEUE_WAIT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.deadline_ends = Counter(
+            "headrace_gateway_deadline_ends",
+            "Jobs that their deadline ended; stage is waiting (no token yet) or decoding",
+            ["model", "band", "stage"],
             registry=self.registry,
         )
         self.duration = Histogram(

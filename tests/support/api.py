@@ -31,7 +31,7 @@ from headrace.types import (
 )
 from headrace_gateway.api.context import GATEWAY, Gateway
 from headrace_gateway.app import make_app, make_runner
-from headrace_gateway.generation import Chunk
+from headrace_gateway.generation import Chunk, Standing
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.tenants import load_tenants
 
@@ -111,6 +111,14 @@ def say(
     ]
 
 
+def queued(place: int, start_ms: int = 0, at_ms: int = 0) -> Chunk:
+    """A step that tells of the queue; the first of a script may. `start_ms` is wall-clock time."""
+    return Chunk((), None, standing=Standing(place, start_ms, at_ms))
+
+
+HANDED_OFF = queued(0)
+
+
 def logprobs_of(token: int, top: int) -> TokenLogprobs:
     """What the scripted engine reports of `token`: always the second most probable one."""
     own, vocab = -1 - token / 1_000, tiny_tokenizer().get_vocab_size()
@@ -137,7 +145,9 @@ def scored(job: Job, steps: Sequence[Step]) -> list[Step]:
         ]
     if sampling.prompt_logprobs != NO_LOGPROBS:
         found = tuple(logprobs_of(t, sampling.prompt_logprobs) for t in job.prompt[1:])
-        at, first = next((at, s) for at, s in enumerate(made) if isinstance(s, Chunk))
+        at, first = next(
+            (at, s) for at, s in enumerate(made) if isinstance(s, Chunk) and s.standing is None
+        )
         made[at] = replace(first, prompt_logprobs=found)
     return made
 
@@ -173,7 +183,8 @@ class ScriptedGeneration:
 class ScriptedFleet:
     """Plays `script` for each job, with logprobs for those that ask for them.
 
-    `refusal` is raised instead of accepting.
+    `refusal` is raised instead of accepting. A job is known to be handed off at once, unless its
+    script begins with its place in the queue, or `silent` says that nothing is known of that.
     """
 
     def __init__(self, *records: ModelRecord, script: Script | None = None) -> None:
@@ -181,6 +192,7 @@ class ScriptedFleet:
         self.records = {record.name: record for record in records or (make_record(),)}
         self.script = script or (lambda job: say("Hello, world!"))
         self.refusal: HeadraceError | None = None
+        self.silent = False
         self.reason = ""
         self.generations: list[ScriptedGeneration] = []
         self.spans: list[Span] = []
@@ -208,7 +220,10 @@ class ScriptedFleet:
         if self.refusal is not None:
             raise self.refusal
         assert job.id not in {known.id for known in self.jobs}, "job ids are unique for ever"
-        generation = ScriptedGeneration(job, scored(job, self.script(job)), self)
+        steps = scored(job, self.script(job))
+        if not (self.silent or (isinstance(steps[0], Chunk) and steps[0].standing)):
+            steps.insert(0, HANDED_OFF)
+        generation = ScriptedGeneration(job, steps, self)
         self.generations.append(generation)
         self.spans.append(span)
         self.live.add(job.id)

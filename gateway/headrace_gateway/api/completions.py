@@ -127,12 +127,18 @@ class CompletionReply(TextReply):
         return self._turn.tokenizer.decode(prompt)
 
     def _best(self, pieces: list[Piece]) -> list[Piece]:
-        """The `n` most probable of each prompt's choices, by the mean over their tokens."""
+        """The `n` most probable of each prompt's choices, by the mean over their tokens.
+
+        One that its deadline left without any is the last.
+        """
         best: list[Piece] = []
         for at in range(0, len(pieces), self._jobs_a_prompt):
             ranked = sorted(
                 pieces[at : at + self._jobs_a_prompt],
-                key=lambda piece: -self._turn.choices[piece.index].mean_logprob,
+                key=lambda piece: (
+                    not piece.tokens,
+                    -self._turn.choices[piece.index].mean_logprob,
+                ),
             )
             best += ranked[: self._parsed.n or 1]
         return best

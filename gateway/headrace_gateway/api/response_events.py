@@ -2,8 +2,9 @@
 
 Invariant: events are numbered from 0 without gaps, and every response that was created ends in
 exactly one of `completed`, `incomplete` or `failed`, with all its items closed before: one at a
-time is open, and there is at least one. There is no I/O here: HTTP and WebSocket send the same
-events.
+time is open, and there is at least one in a response that was in progress. `queued` may come any
+number of times, then `in_progress` once, then items. There is no I/O here: HTTP and WebSocket send
+the same events.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from headrace_gateway.api.logprobs import token_entries
 from headrace_gateway.api.response_items import CallItem, MessageItem
 from headrace_gateway.api.response_schemas import ResponseRequest
 from headrace_gateway.api.tool_schemas import FunctionRef
-from headrace_gateway.api.turn import Usage
+from headrace_gateway.api.turn import STATUS_EXPIRED, Usage
+from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
 from headrace_gateway.tokens import ModelTokenizer
 from headrace_gateway.tools.events import Arguments, CallBegins, CallEnds, Event, Text
@@ -47,12 +49,13 @@ def usage_json(usage: Usage) -> Json:
 
 
 class ResponseEvents:
-    """Builds one response: `opening`, then `piece` after `piece`, then one of the endings."""
+    """Builds one response: `opening`, `place`s, `piece` after `piece`, then one of the endings."""
 
     def __init__(self, facts: ResponseFacts, tokenizer: ModelTokenizer) -> None:
         self._facts = facts
         self._tokenizer = tokenizer
         self._sequence = 0
+        self._in_progress = False
         self._closed: list[Json] = []
         self._item: MessageItem | CallItem | None = None
         self._logprobs: list[Json] = []
@@ -60,17 +63,29 @@ class ResponseEvents:
     def opening(self) -> list[Json]:
         """What goes out when the request is accepted."""
         response = self._response("in_progress", [])
-        return self._number(
-            {"type": "response.created", "response": response},
-            {"type": "response.in_progress", "response": response},
-        )
+        return self._number({"type": "response.created", "response": response})
+
+    def place(self, place: Place | None) -> list[Json]:
+        """News of the queue; None: the response has left it."""
+        if self._in_progress:
+            return []
+        if place is None:
+            return self._number(*self._begin())
+        queue = {"position": place.position, "predicted_start_ms": place.start_in_ms}
+        response = self._response("queued", [])
+        return self._number({"type": "response.queued", "response": response, "queue": queue})
+
+    def _begin(self) -> list[Json]:
+        self._in_progress = True
+        response = self._response("in_progress", [])
+        return [{"type": "response.in_progress", "response": response}]
 
     def piece(self, piece: Piece) -> list[Json]:
         """What the delivery adds; where only text can come, the item begins with the first token.
 
         Logprobs are told with text; a call's tokens have none.
         """
-        made: list[Json] = []
+        made = [] if self._in_progress else self._begin()
         self._logprobs += token_entries(self._tokenizer, piece.logprobs)
         if piece.tokens and not self._facts.request.tools:
             made += self._message()[1]
@@ -124,12 +139,12 @@ class ResponseEvents:
         return closing
 
     def finished(self, finish: FinishReason | None, usage: Usage, now_s: int) -> list[Json]:
-        """The end of a generation that came to one: STOP is completed, LENGTH incomplete."""
+        """The end of a generation that came to one: STOP is completed, others are incomplete."""
         if finish is FinishReason.STOP:
             return self._end("completed", "completed", usage, completed_at=now_s)
-        return self._end(
-            "incomplete", "incomplete", usage, incomplete_details={"reason": "max_output_tokens"}
-        )
+        # OpenAI has no word of its own for a deadline
+        reason = "deadline" if finish is FinishReason.DEADLINE else "max_output_tokens"
+        return self._end("incomplete", "incomplete", usage, incomplete_details={"reason": reason})
 
     def cancelled(self, usage: Usage) -> list[Json]:
         """The end after `response.cancel`: the event is `incomplete`, the status `cancelled`.
@@ -143,6 +158,8 @@ class ResponseEvents:
     def failed(self, error: HeadraceError, usage: Usage) -> list[Json]:
         """The end of a generation that broke."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        if error.status == STATUS_EXPIRED:
+            code = str(error.code)
         return self._end("failed", "failed", usage, error={"code": code, "message": error.message})
 
     def whole(self, piece: Piece, usage: Usage, now_s: int) -> Json:
@@ -152,7 +169,7 @@ class ResponseEvents:
         return last
 
     def _end(self, event: str, status: str, usage: Usage, **fields: Any) -> list[Json]:
-        empty = self._item is None and not self._closed
+        empty = self._in_progress and self._item is None and not self._closed
         made = self._message()[1] if empty else []
         made += self._close("completed" if status == "completed" else "incomplete")
         response = self._response(status, self._closed) | {"usage": usage_json(usage)} | fields

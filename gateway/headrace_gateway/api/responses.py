@@ -12,6 +12,7 @@ from headrace_gateway.api.response_schemas import ResponseRequest, parse_respons
 from headrace_gateway.api.sse import EventStream
 from headrace_gateway.api.tool_plans import make_plan
 from headrace_gateway.api.turn import ClientGoneError, Turn
+from headrace_gateway.api.waiting import Place
 from headrace_gateway.api.wishes import make_wish
 from headrace_gateway.choices import Piece
 
@@ -59,9 +60,12 @@ async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> w
         async def send(piece: Piece) -> None:
             await send_all(events.piece(piece))
 
+        async def tell(place: Place | None) -> None:
+            await send_all(events.place(place))
+
         try:
             await send_all(events.opening())
-            await turn.run(send)
+            await turn.run(send, tell)
             await send_all(finished(turn, events))
         except ClientGoneError:
             raise

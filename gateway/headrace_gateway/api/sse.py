@@ -68,6 +68,10 @@ class EventStream:
         name = f"event: {event}\n" if event else ""
         await self._write(f"{name}data: {dump(value)}\n\n".encode())
 
+    async def comment(self, text: str) -> None:
+        """One line that clients skip and people see. Raises StreamGoneError like `send`."""
+        await self._write(f": {text}\n\n".encode())
+
     async def done(self) -> None:
         """The marker that ends OpenAI's chat and completion streams."""
         await self._write(_DONE)

@@ -15,6 +15,7 @@ from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.schemas import Choices
 from headrace_gateway.api.sse import EventStream
 from headrace_gateway.api.turn import ClientGoneError, Turn, Usage
+from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
 
 Json = dict[str, Any]
@@ -106,10 +107,14 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
             for chunk in reply.chunks(piece):
                 await events.send(chunk)
 
+        async def tell(place: Place | None) -> None:
+            if place is not None:
+                await events.comment(_queued(place))
+
         try:
             for chunk in reply.opening():
                 await events.send(chunk)
-            await turn.run(send)
+            await turn.run(send, tell)
             for chunk in reply.closing():
                 await events.send(chunk)
         except ClientGoneError:
@@ -119,3 +124,9 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
             await events.send(as_headrace_error(error, request.path).body())
         await events.done()
     return events.response
+
+
+def _queued(place: Place) -> str:
+    """The place as a comment, as these streams have no event for it."""
+    start = "" if place.start_in_ms is None else f" predicted_start_ms={place.start_in_ms}"
+    return f"queued position={place.position}{start}"

@@ -20,10 +20,11 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
 
 from headrace import telemetry
 from headrace.errors import HeadraceError
-from headrace.types import Band, Job, ModelRecord
+from headrace.types import Band, FinishReason, Job, ModelRecord
 from headrace_gateway.api.context import Call, Gateway
 from headrace_gateway.api.schemas import Common, band_of, tier_of
 from headrace_gateway.api.tool_plans import ToolPlan
+from headrace_gateway.api.waiting import Place, Waiting
 from headrace_gateway.api.wishes import Wish, affinity_of, job_sampling
 from headrace_gateway.choices import Choice, Piece, joined
 from headrace_gateway.tokens import ModelTokenizer
@@ -34,8 +35,11 @@ log = structlog.get_logger()
 STATUS_OK = 200
 STATUS_CLIENT_GONE = 499
 STATUS_BUG = 500
+STATUS_EXPIRED = 504
 
 Sink = Callable[[Piece], Awaitable[None]]
+Tell = Callable[[Place | None], Awaitable[None]]
+"""Takes news of the queue: a place there, None when the turn has left it."""
 
 
 class ClientGoneError(Exception):
@@ -71,6 +75,7 @@ class Turn:
         self._n = 1
         self._tokenizer: ModelTokenizer | None = None
         self._last_ms: dict[int, int] = {}
+        self._expired: list[Piece] = []
         self._span = telemetry.tracer().start_span(
             call.operation,
             telemetry.extract(call.trace),
@@ -174,21 +179,25 @@ class Turn:
     def _labels(self) -> tuple[str, str]:
         return self.record.name, self.band.label
 
-    async def run(self, sink: Sink) -> None:
+    async def run(self, sink: Sink, tell: Tell | None = None) -> None:
         """Feed `sink` until every choice has finished; several choices do not wait for each other.
 
-        Raises what the generations raise, or `sink`.
+        `tell` hears of the queue until the first token. Raises what the generations raise, or
+        `sink`, or `tell`; and HeadraceError (504) when the deadline left no choice a token.
         """
         self._itl = self.gateway.metrics.itl.labels(*self._labels)
+        observe = self.gateway.metrics.queue_wait.labels(*self._labels).observe
+        self._waiting = Waiting(self._span, self.gateway.clock, observe)
         if len(self.choices) == 1:
-            await self._pump(self.choices[0], sink)
-            return
-        try:
-            async with asyncio.TaskGroup() as group:
-                for choice in self.choices:
-                    group.create_task(self._pump(choice, sink))
-        except BaseExceptionGroup as several:
-            raise _first_of(several) from None
+            await self._pump(self.choices[0], sink, tell)
+        else:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for choice in self.choices:
+                        group.create_task(self._pump(choice, sink, tell))
+            except BaseExceptionGroup as several:
+                raise _first_of(several) from None
+        await self._end_expired(sink)
 
     async def collect(self) -> list[Piece]:
         """Each choice whole, as one Piece."""
@@ -246,11 +255,34 @@ class Turn:
             sampling=job_sampling(wish, at, index, seed),
         )
 
-    async def _pump(self, choice: Choice, sink: Sink) -> None:
+    async def _pump(self, choice: Choice, sink: Sink, tell: Tell | None) -> None:
         while choice.finish is None:
             piece = await choice.next()
             if piece.tokens:
                 self._time(piece)
+            elif piece.standing is not None:
+                place = self._waiting.note(piece.index, piece.standing)
+                if tell is not None and (place is not None or self._waiting.over):
+                    await tell(place)
+                continue
+            elif choice.finish is FinishReason.DEADLINE and not choice.completion_tokens:
+                self._expired.append(piece)
+                break
+            await sink(piece)
+        self._waiting.leave(choice.index, self.gateway.clock.now_ms())
+
+    async def _end_expired(self, sink: Sink) -> None:
+        """Choices without a token are an answer only beside others that have some."""
+        if self._expired and not any(choice.completion_tokens for choice in self.choices):
+            # the time is up, whatever a client's own patience with errors is
+            self._call.reply_headers["x-should-retry"] = "false"
+            reason = self.choices[self._expired[0].index].reason
+            raise HeadraceError(
+                reason or "the deadline passed before the first token",
+                status=STATUS_EXPIRED,
+                code="deadline_exceeded",
+            )
+        for piece in self._expired:
             await sink(piece)
 
     def _time(self, piece: Piece) -> None:
@@ -258,11 +290,24 @@ class Turn:
         last_ms = self._last_ms.get(piece.index)
         if last_ms is not None:
             self._itl.observe((now_ms - last_ms) / 1000 / piece.tokens)
-        elif not self._last_ms:
-            waited_s = (now_ms - self._call.arrived_ms) / 1000
-            self.gateway.metrics.ttft.labels(*self._labels).observe(waited_s)
-            self._span.set_attribute("gen_ai.response.time_to_first_chunk", waited_s)
+        else:
+            self._waiting.leave(piece.index, now_ms)
+            if not self._last_ms:
+                waited_s = (now_ms - self._call.arrived_ms) / 1000
+                self.gateway.metrics.ttft.labels(*self._labels).observe(waited_s)
+                self._span.set_attribute("gen_ai.response.time_to_first_chunk", waited_s)
         self._last_ms[piece.index] = now_ms
+
+    def _tell_deadline(self) -> None:
+        """Count what the deadline ended, and say on the span how far the turn had come."""
+        ended = [choice for choice in self.choices if choice.finish is FinishReason.DEADLINE]
+        for choice in ended:
+            stage = "decoding" if choice.completion_tokens else "waiting"
+            self.gateway.metrics.deadline_ends.labels(*self._labels, stage).inc()
+        if ended:
+            begun = any(choice.completion_tokens for choice in self.choices)
+            outcome = "expired_decoding" if begun else "expired_waiting"
+            self._span.set_attribute("headrace.deadline", outcome)
 
     def _tell(self) -> None:
         """The figures of the ended turn: span, metrics, one line of log."""
@@ -271,6 +316,7 @@ class Turn:
         self._span.set_attribute("http.response.status_code", self.status)
         if self._record is None or not self.choices:
             return
+        self._tell_deadline()
         finishes = [str(choice.finish) for choice in self.choices]
         self._span.set_attribute("gen_ai.response.model", self._record.name)
         self._span.set_attribute("gen_ai.response.finish_reasons", finishes)

@@ -31,6 +31,7 @@ from headrace_gateway.api.response_schemas import (
 from headrace_gateway.api.responses import ID_PREFIX, finished, start
 from headrace_gateway.api.sse import dump
 from headrace_gateway.api.turn import STATUS_OK, ClientGoneError, Turn
+from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
 
 log = structlog.get_logger()
@@ -164,9 +165,12 @@ class _Connection:
         async def send(piece: Piece) -> None:
             await send_all(events.piece(piece))
 
+        async def tell(place: Place | None) -> None:
+            await send_all(events.place(place))
+
         try:
             await send_all(events.opening())
-            await turn.run(send)
+            await turn.run(send, tell)
             work.settled = True
             await send_all(finished(turn, events))
         except ClientGoneError:
