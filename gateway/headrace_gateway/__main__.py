@@ -34,6 +34,7 @@ async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
         host=settings.host,
         port=settings.port,
         clock=clock,
+        limits=settings.admission,
         on_broken=stop.set,
     )
     app = make_app(settings, fleet, tenants, clock)

@@ -11,6 +11,7 @@ import secrets
 from pydantic import Field
 
 from headrace.config import ServiceSettings
+from headrace_gateway.policy.admission import AdmissionLimits
 
 
 def _new_gateway_id() -> str:
@@ -31,8 +32,27 @@ class GatewaySettings(ServiceSettings):
         default="",
         repr=False,
         description="`key`, `key:tenant` or `key:tenant:band+band`, comma separated, or `@file` "
-        "with one a line; empty lets everyone in as tenant `default`",
+        "with one a line; empty lets everyone in as tenant `default`. Behind an entry, after "
+        "spaces: `weight=` (the tenant's share), `requests_per_minute=`, `tokens_per_minute=` and "
+        "`concurrency=` of the key, over all gateways",
     )
+
+    queue_jobs_max: int = Field(
+        default=1_024,
+        ge=1,
+        description="waiting jobs of one model; batch fills 60 %, standard 80 %",
+    )
+    queue_work_max: int = Field(
+        default=4_000_000, ge=1, description="uncached prompt and expected output tokens, likewise"
+    )
+    live_jobs_max: int = Field(
+        default=4_096, ge=1, description="unfinished jobs of one model at this gateway, likewise"
+    )
+    wait_interactive_ms_max: int = Field(
+        default=10_000, ge=1, description="a longer predicted wait refuses the band's requests"
+    )
+    wait_standard_ms_max: int = Field(default=60_000, ge=1)
+    wait_batch_ms_max: int = Field(default=600_000, ge=1)
 
     body_bytes_max: int = Field(default=4 * 1024 * 1024, ge=1_024, le=16 * 1024 * 1024)
     body_read_ms: int = Field(default=30_000, ge=100)
@@ -53,3 +73,17 @@ class GatewaySettings(ServiceSettings):
     ws_lanes_max: int = Field(default=16, ge=1, description="busy lanes of one connection")
     ws_queue_max: int = Field(default=64, ge=1, description="turns waiting in one connection")
     ws_heartbeat_ms: int = Field(default=20_000, ge=100)
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        """What admission goes by."""
+        return AdmissionLimits(
+            queue_jobs_max=self.queue_jobs_max,
+            queue_work_max=self.queue_work_max,
+            live_jobs_max=self.live_jobs_max,
+            wait_ms_max=(
+                self.wait_interactive_ms_max,
+                self.wait_standard_ms_max,
+                self.wait_batch_ms_max,
+            ),
+        )
