@@ -1,8 +1,22 @@
-"""The dispatcher's queue: bands first, then arrival.
+"""The dispatcher's queue: bands, then tenants by what they have had, then due time and arrival.
 
-Invariant: jobs leave in the order of (band, arrival, sequence); a job that is handed on after its
-worker died keeps its arrival and so goes before later ones. Each operation costs O(log n); a
-removal is lazy.
+Invariant: the next job is the first of the highest band that waits, unless a lower band has earned
+its next one (policy/band_shares.py). Within a band it is of the tenant with the least virtual
+counter (policy/virtual_counters.py); among equals, and among a tenant's own jobs, the one that is
+due first, then the one that arrived first, then the one pushed first. Whatever has room goes:
+`heads` is empty only when nothing waits.
+
+Bounds. Let a tenant begin to wait in a band with n others, with nothing owed: its first job goes
+after at most one job of each of these n (corrections aside). A tenant that is ahead of the least counter by g goes when
+each of the others has been charged at most g and one job since. The band as a whole, with share s,
+hands out its next k jobs of work w_1..w_k before the queue has handed out (w_1+..+w_k)/s and one
+job. A tenant's own job is overtaken only by its own jobs that are due earlier, and `due_ms` counts
+from the arrival, so those end too.
+
+Cost: each operation is O(log n) amortized (`order`: O(n), and the log for each place that it
+gives). Counters of waiting tenants nearly always grow, so a heap entry may be out of date as long
+as it is too low: it is renewed when it surfaces. Rejected: a sorted list over all jobs, which every
+charge of a tenant would reorder.
 """
 
 from __future__ import annotations
@@ -10,7 +24,18 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from headrace.policy.priority import due_ms
 from headrace.types import Band, Job
+from headrace_gateway.policy.band_shares import BandShares
+from headrace_gateway.policy.timeline import Timeline
+from headrace_gateway.policy.virtual_counters import VirtualCounters, virtual_tokens
+
+BAND_SHARES = (0.0, 0.10, 0.05)
+"""Least share of the service (work tokens) of a band that waits: interactive goes first anyway."""
+DEAD_MIN = 16
+"""Dead heap entries that may lie about however few live ones there are."""
+RUNNING_MAX = 65_536
+"""Jobs handed off whose end is awaited to put their band's share right; the oldest are let go."""
 
 
 @dataclass(slots=True)
@@ -24,21 +49,193 @@ class Queued:
     rescued_from: str = ""
 
 
-@dataclass(order=True, slots=True)
+def input_tokens_of(job: Job) -> int:
+    """Prompt tokens that somebody is expected to compute; the last one always is."""
+    return max(1, len(job.prompt) - job.cached_tokens)
+
+
+def work_of(job: Job) -> int:
+    """Tokens of work expected: uncached prompt and output."""
+    return max(0, len(job.prompt) - job.cached_tokens) + job.expected_output
+
+
+@dataclass(slots=True, eq=False)
 class _Slot:
-    rank: tuple[int, int, int]
-    item: Queued | None = field(compare=False)
+    """One waiting job and its order among its tenant's; `number` is its sequence."""
+
+    item: Queued
+    due_ms: int
+    number: int
+    work: int
+    live: bool = True
+
+
+Entry = tuple[int, int, int, _Slot]
+"""Due time, arrival, sequence: the sequence is unique, so slots are never compared."""
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One tenant's jobs in one band. `number`: its valid entry in the band's heap."""
+
+    tenant: str
+    jobs: list[Entry] = field(default_factory=list)
+    count: int = 0
+    key: tuple[float, int, int, int] | None = None
+    number: int = 0
+
+    def push(self, slot: _Slot) -> None:
+        heapq.heappush(self.jobs, (slot.due_ms, slot.item.job.arrived_ms, slot.number, slot))
+        self.count += 1
+
+    def drop(self, slot: _Slot) -> None:
+        slot.live = False
+        self.count -= 1
+        if len(self.jobs) > 2 * self.count + DEAD_MIN:
+            self.jobs = [entry for entry in self.jobs if entry[3].live]
+            heapq.heapify(self.jobs)
+
+    def first(self) -> Entry:
+        """The job to serve first; there is one."""
+        while not self.jobs[0][3].live:
+            heapq.heappop(self.jobs)
+        return self.jobs[0]
+
+
+class _Queue:
+    """One band's tenants that wait, least counter first."""
+
+    def __init__(self, band: int, counters: VirtualCounters) -> None:
+        self._band = band
+        self._counters = counters
+        self.lines: dict[str, _Line] = {}
+        self._heap: list[tuple[float, int, int, int, int, _Line]] = []
+        self._entries = 0
+
+    def push(self, slot: _Slot, lift: bool) -> None:
+        tenant = slot.item.job.tenant
+        line = self.lines.get(tenant)
+        if line is None:
+            if lift:
+                self._counters.lift(tenant, self._band, self.least())
+            else:
+                self._counters.keep(tenant, self._band)
+            line = self.lines[tenant] = _Line(tenant)
+        line.push(slot)
+        self.lowered(tenant)
+
+    def drop(self, slot: _Slot) -> None:
+        line = self.lines[slot.item.job.tenant]
+        line.drop(slot)
+        if not line.count:
+            del self.lines[line.tenant]
+            line.number = 0
+            self._counters.leave(line.tenant, self._band)
+            self._clean()
+
+    def lowered(self, tenant: str) -> None:
+        """`tenant` may come earlier than its heap entry says."""
+        line = self.lines.get(tenant)
+        if line is not None:
+            key = self._key(line)
+            if line.key is None or key < line.key:
+                heapq.heappush(self._heap, self._entry(line, key))
+                self._clean()
+
+    def first(self) -> _Line | None:
+        """Whose turn it is."""
+        heap = self._heap
+        while heap:
+            entry = heap[0]
+            line = entry[5]
+            if entry[4] != line.number:
+                heapq.heappop(heap)
+                continue
+            key = self._key(line)
+            if key == line.key:
+                self._counters.advance(self._band, key[0])
+                return line
+            heapq.heapreplace(heap, self._entry(line, key))
+        return None
+
+    def least(self) -> float | None:
+        """The least counter of those that wait."""
+        line = self.first()
+        return None if line is None else self._counters.value(line.tenant, self._band)
+
+    def order(self, limit: int) -> list[_Slot]:
+        """The first `limit` jobs in the order in which they go if all do the expected work."""
+        start = [(*self._key(line), line) for line in self.lines.values()]
+        heapq.heapify(start)
+        copies: dict[str, list[Entry]] = {}
+        found: list[_Slot] = []
+        while start and len(found) < limit:
+            virtual, _, _, _, line = start[0]
+            jobs = copies.get(line.tenant)
+            if jobs is None:
+                jobs = copies[line.tenant] = line.jobs.copy()
+            slot = heapq.heappop(jobs)[3]
+            found.append(slot)
+            while jobs and not jobs[0][3].live:
+                heapq.heappop(jobs)
+            if not jobs:
+                heapq.heappop(start)
+                continue
+            job = slot.item.job
+            virtual += virtual_tokens(job.weight, input_tokens_of(job), job.expected_output)
+            heapq.heapreplace(start, (virtual, *jobs[0][:3], line))
+        return found
+
+    def check_integrity(self) -> None:
+        valid = {id(e[5]): e for e in self._heap if e[4] == e[5].number}
+        assert len(valid) == len(self.lines), "each tenant that waits has one valid entry"
+        for tenant, line in self.lines.items():
+            live = [entry for entry in line.jobs if entry[3].live]
+            assert line.count == len(live) > 0, "a line counts its jobs and is never empty"
+            assert all(slot.item.job.tenant == tenant for *_, slot in live), "each in its own line"
+            assert valid[id(line)][:4] == line.key, "the entry stands under the line's key"
+            assert line.key is not None and line.key <= self._key(line), "keys are never too high"
+
+    def _key(self, line: _Line) -> tuple[float, int, int, int]:
+        due, arrived, number, _ = line.first()
+        return (self._counters.value(line.tenant, self._band), due, arrived, number)
+
+    def _entry(
+        self, line: _Line, key: tuple[float, int, int, int]
+    ) -> tuple[float, int, int, int, int, _Line]:
+        self._entries += 1
+        line.key, line.number = key, self._entries
+        return (*key, self._entries, line)
+
+    def _clean(self) -> None:
+        if len(self._heap) > 2 * len(self.lines) + DEAD_MIN:
+            self._heap = [entry for entry in self._heap if entry[4] == entry[5].number]
+            heapq.heapify(self._heap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """What `take` assumed of a job. `ahead`: it went before a higher band."""
+
+    band: int
+    expected_output: int
+    ahead: bool
 
 
 class FairQueue:
-    """Jobs that wait for a worker."""
+    """Jobs that wait for a worker. `shares`: each band's guaranteed minimum of the service."""
 
-    def __init__(self) -> None:
-        self._heap: list[_Slot] = []
+    def __init__(self, shares: tuple[float, float, float] = BAND_SHARES) -> None:
+        self.counters = VirtualCounters()
+        self._shares = BandShares(shares)
+        self._queues = tuple(_Queue(int(band), self.counters) for band in Band)
         self._slots: dict[str, _Slot] = {}
+        self._deadlines: Timeline[Queued] = Timeline()
+        self._waits: Timeline[Queued] = Timeline()
+        self._running: dict[str, _Running] = {}
         self._sequence = 0
-        self._counts = [0] * len(Band)
-        self._tokens = 0
+        self._counts = [0 for _ in Band]
+        self._work = [0 for _ in Band]
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -52,48 +249,152 @@ class FairQueue:
         return (self._counts[0], self._counts[1], self._counts[2])
 
     @property
-    def tokens(self) -> int:
-        """KV tokens that the waiting jobs will reserve."""
-        return self._tokens
+    def work(self) -> tuple[int, int, int]:
+        """Tokens of expected work that wait, per Band."""
+        return (self._work[0], self._work[1], self._work[2])
 
     def push(self, item: Queued) -> bool:
-        """Queue `item`; False if its job waits already."""
+        """Queue `item`; False if its job waits already. A tenant back from idle is lifted."""
+        return self._add(item, lift=True)
+
+    def put_back(self, item: Queued, input_tokens: int) -> bool:
+        """Undo `take`: nobody took the job after all. False if it waits already."""
+        job = item.job
+        running = self._running.pop(job.id, None)
+        if running is not None:
+            work = -_taken_work(input_tokens, running.expected_output)
+            self._shares.corrected(running.band, work, self._waiting(), running.ahead)
+        self.charge(job.tenant, job.weight, job.band, input_tokens=-max(1, input_tokens))
+        return self._add(item, lift=False)
+
+    def remove(self, job_id: str) -> Queued | None:
+        """Take `job_id` out, unserved; None if it does not wait."""
+        slot = self._slots.get(job_id)
+        return None if slot is None else self._drop(slot)
+
+    def heads(self) -> list[Queued]:
+        """The next job of each band that waits, in the order in which to try them.
+
+        If the first finds no room the next may go. A lower band's stands before a higher one's
+        where it has earned its turn.
+        """
+        ranked: list[tuple[bool, int, Queued]] = []
+        for band, queue in enumerate(self._queues):
+            line = queue.first()
+            if line is not None:
+                slot = line.first()[3]
+                due = bool(ranked) and self._shares.is_due(band, slot.work)
+                ranked.append((not due, band, slot.item))
+        ranked.sort(key=lambda each: each[:2])
+        return [item for _, _, item in ranked]
+
+    def take(self, job_id: str, input_tokens: int) -> Queued | None:
+        """`job_id` was handed off; its tenant is charged `input_tokens`, at least one, of prompt.
+
+        Output is charged as it appears (`charge`); say `finished` at the end. None if the job does
+        not wait.
+        """
+        slot = self._slots.get(job_id)
+        if slot is None:
+            return None
+        job = slot.item.job
+        work = _taken_work(input_tokens, job.expected_output)
+        ahead = self._shares.taken(job.band, work, self._waiting())
+        self._running[job_id] = _Running(job.band, job.expected_output, ahead)
+        if len(self._running) > RUNNING_MAX:
+            del self._running[next(iter(self._running))]
+        item = self._drop(slot)
+        self.charge(job.tenant, job.weight, job.band, input_tokens=max(1, input_tokens))
+        return item
+
+    def charge(
+        self, tenant: str, weight: float, band: int, input_tokens: int = 0, output_tokens: int = 0
+    ) -> None:
+        """`tenant` was served so many tokens more in `band`; negative ones correct a charge."""
+        self.counters.charge(tenant, weight, band, input_tokens, output_tokens)
+        if input_tokens < 0 or output_tokens < 0:
+            self._queues[band].lowered(tenant)
+
+    def finished(self, job_id: str, output_tokens: int) -> None:
+        """A job that was taken has ended with `output_tokens`: its band's share is put right."""
+        running = self._running.pop(job_id, None)
+        if running is not None:
+            more = output_tokens - running.expected_output
+            self._shares.corrected(running.band, more, self._waiting(), running.ahead)
+
+    def late(self, now_ms: int) -> list[Queued]:
+        """Jobs whose deadline has passed, the earliest first; they wait until they are removed."""
+        return self._deadlines.passed(now_ms)
+
+    def queued_before(self, instant_ns: int) -> list[Queued]:
+        """The jobs that have waited since before `instant_ns`, those that wait longest first."""
+        return self._waits.passed(instant_ns - 1)
+
+    def order(self, limit: int) -> list[tuple[Queued, int]]:
+        """The predicted order of service with the tokens of work ahead of each, bands strictly.
+
+        Each job is assumed to do the work expected of it, and nobody else to come.
+        """
+        places: list[tuple[Queued, int]] = []
+        ahead = 0
+        for queue in self._queues:
+            for slot in queue.order(limit - len(places)):
+                places.append((slot.item, ahead))
+                ahead += slot.work
+        return places
+
+    def check_integrity(self) -> None:
+        """Assert that all views of the waiting jobs agree."""
+        for band, queue in enumerate(self._queues):
+            queue.check_integrity()
+            slots = [slot for slot in self._slots.values() if slot.item.job.band == band]
+            assert sum(line.count for line in queue.lines.values()) == len(slots), "lines add up"
+            assert self._counts[band] == len(slots), "counts add up"
+            assert self._work[band] == sum(slot.work for slot in slots), "work adds up"
+        assert all(slot.live for slot in self._slots.values()), "the index holds live jobs"
+        assert len(self._waits) == len(self._slots), "each job's wait is watched"
+        assert len(self._running) <= RUNNING_MAX, "few enough running jobs are remembered"
+        for part in (self._deadlines, self._waits, self.counters):
+            part.check_integrity()
+        self._shares.check_integrity(self._waiting())
+
+    def _add(self, item: Queued, lift: bool) -> bool:
         job = item.job
         if job.id in self._slots:
             return False
+        self.finished(job.id, len(job.logged))
         self._sequence += 1
-        slot = _Slot((int(job.band), job.arrived_ms, self._sequence), item)
+        slot = _Slot(item, due_ms(job), self._sequence, work_of(job))
         self._slots[job.id] = slot
-        heapq.heappush(self._heap, slot)
+        self._queues[job.band].push(slot, lift)
         self._counts[job.band] += 1
-        self._tokens += job.cost_tokens
+        self._work[job.band] += slot.work
+        self._waits.add(item.queued_ns, slot.number, item)
+        if deadline := _deadline_ms(job):
+            self._deadlines.add(deadline, slot.number, item)
         return True
 
-    def peek(self) -> Queued | None:
-        """The job to serve next."""
-        while self._heap and self._heap[0].item is None:
-            heapq.heappop(self._heap)
-        return self._heap[0].item if self._heap else None
+    def _drop(self, slot: _Slot) -> Queued:
+        job = slot.item.job
+        del self._slots[job.id]
+        self._queues[job.band].drop(slot)
+        self._counts[job.band] -= 1
+        self._work[job.band] -= slot.work
+        self._waits.drop(slot.number)
+        self._deadlines.drop(slot.number)
+        if not self._counts[job.band]:
+            self._shares.idle(job.band)
+        return slot.item
 
-    def remove(self, job_id: str) -> Queued | None:
-        """Take `job_id` out, wherever it stands; None if it does not wait."""
-        slot = self._slots.pop(job_id, None)
-        if slot is None:
-            return None
-        item = slot.item
-        assert item is not None, "a slot in the index holds its item"
-        slot.item = None
-        self._counts[item.job.band] -= 1
-        self._tokens -= item.job.cost_tokens
-        return item
+    def _waiting(self) -> tuple[bool, ...]:
+        return tuple(bool(count) for count in self._counts)
 
-    def queued_before(self, instant_ns: int) -> list[Queued]:
-        """The jobs that have waited since before `instant_ns`, in order of arrival here."""
-        items = (slot.item for slot in self._slots.values())
-        return [item for item in items if item is not None and item.queued_ns < instant_ns]
 
-    def check_integrity(self) -> None:
-        live = [slot.item for slot in self._heap if slot.item is not None]
-        assert len(live) == len(self._slots), "heap and index hold the same jobs"
-        assert sum(self._counts) == len(live), "band counts add up"
-        assert self._tokens == sum(item.job.cost_tokens for item in live), "tokens add up"
+def _taken_work(input_tokens: int, expected_output: int) -> int:
+    return max(1, input_tokens + expected_output)
+
+
+def _deadline_ms(job: Job) -> int:
+    """When `job` is late (as priority.is_late has it); 0: never."""
+    first = 0 if job.logged else job.ttft_by_ms
+    return min((at for at in (first, job.done_by_ms) if at), default=0)
