@@ -18,7 +18,7 @@ from headrace_gateway.api.logprobs import token_entries
 from headrace_gateway.api.response_items import CallItem, MessageItem
 from headrace_gateway.api.response_schemas import ResponseRequest
 from headrace_gateway.api.tool_schemas import FunctionRef
-from headrace_gateway.api.turn import STATUS_EXPIRED, Usage
+from headrace_gateway.api.turn import CODE_EXPIRED, Usage
 from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
 from headrace_gateway.tokens import ModelTokenizer
@@ -158,8 +158,8 @@ class ResponseEvents:
     def failed(self, error: HeadraceError, usage: Usage) -> list[Json]:
         """The end of a generation that broke."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        if error.status == STATUS_EXPIRED:
-            code = str(error.code)
+        if error.code == CODE_EXPIRED:
+            code = CODE_EXPIRED
         return self._end("failed", "failed", usage, error={"code": code, "message": error.message})
 
     def whole(self, piece: Piece, usage: Usage, now_s: int) -> Json:
