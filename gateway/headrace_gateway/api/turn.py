@@ -36,6 +36,7 @@ STATUS_OK = 200
 STATUS_CLIENT_GONE = 499
 STATUS_BUG = 500
 STATUS_EXPIRED = 504
+CODE_EXPIRED = "deadline_exceeded"
 
 Sink = Callable[[Piece], Awaitable[None]]
 Tell = Callable[[Place | None], Awaitable[None]]
@@ -280,7 +281,7 @@ class Turn:
             raise HeadraceError(
                 reason or "the deadline passed before the first token",
                 status=STATUS_EXPIRED,
-                code="deadline_exceeded",
+                code=CODE_EXPIRED,
             )
         for piece in self._expired:
             await sink(piece)
