@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from headrace import __version__
+from headrace.cli.bench import bench
 from headrace.cli.chat import chat
 from headrace.cli.pull import pull
 from headrace.cli.status import status
@@ -38,6 +39,7 @@ def main(
 
 for command in (up, chat, status, pull):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 if __name__ == "__main__":

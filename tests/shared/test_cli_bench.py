@@ -1,0 +1,81 @@
+"""`headrace bench`: what it hands to the process that measures, and what it refuses before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from headrace.cli import bench, main
+
+
+@dataclass
+class Started:
+    """The processes that were to be started; each ends with `code`."""
+
+    code: int = 0
+    argv: list[list[str]] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+
+    def run(self, argv: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+        self.argv.append(argv)
+        self.env = env
+        return subprocess.CompletedProcess(argv, self.code)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
+        monkeypatch.delenv(name)
+    started = Started()
+    monkeypatch.setattr(bench.subprocess, "run", started.run)
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    return started
+
+
+def headrace(*arguments: str) -> Any:
+    return CliRunner().invoke(main.app, ["bench", *arguments])
+
+
+def test_calibrate_measures_one_of_the_workers_that_share_the_machine(started: Started) -> None:
+    """Two workers on four cores: two threads each, and the other one steps beside."""
+    done = headrace("calibrate", "--workers", "2", "--max-jobs", "8", "--quantization", "int8")
+    assert done.exit_code == 0, done.output
+    (argv,) = started.argv
+    assert argv[1:3] == ["-m", "headrace_worker.calibrate"]
+    assert argv[argv.index("--beside") + 1] == "1"
+    assert argv[argv.index("--out") + 1] == "cost.json"
+    told = {name: value for name, value in started.env.items() if name.startswith("HEADRACE_")}
+    assert told == {
+        "HEADRACE_MODEL": "smollm2",
+        "HEADRACE_THREADS": "2",
+        "HEADRACE_MAX_JOBS": "8",
+        "HEADRACE_QUANTIZATION": "int8",
+    }
+
+
+def test_a_failed_measurement_fails_the_command(started: Started) -> None:
+    """What went wrong was said by the process itself."""
+    started.code = 1
+    assert headrace("calibrate", "--threads", "1").exit_code == 1
+    assert started.env["OMP_NUM_THREADS"] == "1"
+
+
+def test_calibrate_needs_the_worker(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway's installation is told what to install, before anything starts."""
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    done = headrace("calibrate")
+    assert (done.exit_code, started.argv) == (1, [])
+    assert "pip install 'headrace[worker]'" in done.output
+
+
+def test_calibrate_refuses_a_folder_that_is_not_there(started: Started, tmp_path: Path) -> None:
+    """Two minutes of measuring must not end in an error about a file."""
+    done = headrace("calibrate", "--out", str(tmp_path / "none" / "cost.json"))
+    assert (done.exit_code, started.argv) == (1, [])
+    assert "there is no folder" in done.output
