@@ -22,6 +22,7 @@ from headrace.streams import REDIS_DOWN, as_bytes, connect
 from headrace.types import Job, ModelRecord
 from headrace_gateway.channel import Channel
 from headrace_gateway.generation import Generation
+from headrace_gateway.limits import Limiter
 from headrace_gateway.policy.admission import Admission, AdmissionLimits, Ask
 from headrace_gateway.policy.lengths import Lengths
 
@@ -51,6 +52,7 @@ class Fleet:
         self._clock = clock or SystemClock()
         self._limits = limits or AdmissionLimits()
         self._redis: Redis = connect(redis_url)
+        self.limiter = Limiter(self._redis, self._clock)
         self._channels: dict[str, Channel] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._redis_error = "not connected yet"
@@ -67,6 +69,7 @@ class Fleet:
     async def start(self) -> None:
         self._spawn(self._discover_loop())
         self._spawn(self._heartbeat_loop())
+        self._spawn(self.limiter.run())
 
     def _spawn(self, loop: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(loop)
@@ -85,6 +88,7 @@ class Fleet:
         """End the loops; leads no more. Jobs that still run go on in their workers."""
         for channel in self._channels.values():
             await channel.settle()
+        await self.limiter.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -43,6 +43,12 @@ class GatewayMetrics:
             ["route", "status"],
             registry=self.registry,
         )
+        self.refusals = Counter(
+            "headrace_gateway_refusals",
+            "Requests that were understood and not accepted, by error code",
+            ["code", "band"],
+            registry=self.registry,
+        )
         self.tokens = Counter(
             "headrace_gateway_tokens",
             "Tokens of finished requests; kind is prompt, cached or completion",

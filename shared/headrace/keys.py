@@ -120,3 +120,11 @@ def blocks(model: str, worker: str) -> str:
 
 def places(model: str, gateway_id: str) -> str:
     return f"headrace:{{{model}}}:places:{gateway_id}"
+
+
+def limit_used(key_id: str) -> str:
+    return f"headrace:limit:{{{key_id}}}:used"
+
+
+def limit_running(key_id: str) -> str:
+    return f"headrace:limit:{{{key_id}}}:running"

@@ -110,3 +110,81 @@ redis.call('HDEL', KEYS[2], ARGV[2])
 redis.call('DEL', KEYS[3], KEYS[4], KEYS[6])
 return 'ok'
 """
+
+_LIMIT_USE = """
+-- What a key has used of its minute, requests and tokens, drained evenly since it was stored.
+-- Redis' own time, so that the gateways' clocks do not matter.
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+local held = redis.call('HMGET', KEYS[1], 'requests', 'tokens', 'at')
+local elapsed = math.max(0, now - (held[3] or now))
+local limits = {tonumber(ARGV[2]), tonumber(ARGV[3])}
+local used = {}
+for i = 1, 2 do
+  used[i] = math.max(0, tonumber(held[i] or 0) - elapsed * limits[i] / 60000000)
+  if limits[i] == 0 then used[i] = 0 end
+end
+local function exact(number) return string.format('%.17g', number) end
+local function keep()
+  local full = 0
+  for i = 1, 2 do
+    if limits[i] > 0 then full = math.max(full, used[i] / limits[i]) end
+  end
+  if full == 0 then return redis.call('DEL', KEYS[1]) end
+  redis.call('HSET', KEYS[1], 'requests', exact(used[1]), 'tokens', exact(used[2]),
+    'at', string.format('%.0f', now))
+  redis.call('PEXPIRE', KEYS[1], math.ceil(full * 60000) + 1000)
+end
+"""
+
+LIMIT_TAKE = f"""
+-- KEYS used, running; ARGV lease, limits a minute of requests and tokens, of running requests
+-- (0: none), tokens to take, lease_ms
+-- One request, its tokens and its place among the running, all or nothing. Answers what stood in
+-- the way ('' when it was taken), how long it does in us, and what is used now.
+{_LIMIT_USE}
+local asked = {{1, tonumber(ARGV[5])}}
+local reason, wait = '', 0
+for i, name in ipairs({{'requests', 'tokens'}}) do
+  local over = used[i] + asked[i] - limits[i]
+  -- what is left of dividing and drained in parts is no use
+  if limits[i] > 0 and over > 0.000001 and over * 60000000 / limits[i] > wait then
+    reason, wait = name, over * 60000000 / limits[i]
+  end
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%.0f', now))
+local running = redis.call('ZCARD', KEYS[2])
+local most = tonumber(ARGV[4])
+if reason == '' and most > 0 and running >= most then reason = 'concurrency' end
+if reason == '' then
+  for i = 1, 2 do
+    if limits[i] > 0 then used[i] = used[i] + asked[i] end
+  end
+  keep()
+  if most > 0 then
+    redis.call('ZADD', KEYS[2], string.format('%.0f', now + ARGV[6] * 1000), ARGV[1])
+    redis.call('PEXPIRE', KEYS[2], ARGV[6])
+  end
+end
+return {{reason, exact(wait), exact(used[1]), exact(used[2])}}
+"""
+
+LIMIT_SETTLE = f"""
+-- KEYS used, running; ARGV lease, limits a minute of requests and tokens, what to add to the use
+-- of each (below 0: to give back). Ends the lease. Answers what is used now.
+{_LIMIT_USE}
+for i = 1, 2 do
+  if limits[i] > 0 then used[i] = math.max(0, used[i] + tonumber(ARGV[3 + i])) end
+end
+keep()
+redis.call('ZREM', KEYS[2], ARGV[1])
+return {{exact(used[1]), exact(used[2])}}
+"""
+
+LIMIT_RENEW = """
+-- KEYS running; ARGV lease_ms, leases: what still runs, also where its lease ran out meanwhile.
+local time = redis.call('TIME')
+local ends = string.format('%.0f', time[1] * 1000000 + time[2] + ARGV[1] * 1000)
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ends, ARGV[i]) end
+return redis.call('PEXPIRE', KEYS[1], ARGV[1])
+"""

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from headrace.clock import Clock, SystemClock
 from headrace.errors import HeadraceError, NotFoundError
+from headrace.streams import connect
 from headrace.types import (
     NO_LOGPROBS,
     Finish,
@@ -32,6 +33,9 @@ from headrace.types import (
 from headrace_gateway.api.context import GATEWAY, Gateway
 from headrace_gateway.app import make_app, make_runner
 from headrace_gateway.generation import Chunk, Standing
+from headrace_gateway.limits import Limiter
+from headrace_gateway.policy.admission import Admission, Ask
+from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.tenants import load_tenants
 
@@ -183,12 +187,17 @@ class ScriptedGeneration:
 class ScriptedFleet:
     """Plays `script` for each job, with logprobs for those that ask for them.
 
-    `refusal` is raised instead of accepting. A job is known to be handed off at once, unless its
-    script begins with its place in the queue, or `silent` says that nothing is known of that.
+    `refusal` is raised instead of accepting; `admission` is what `admit` answers. Limits of keys
+    need a `limiter` that has a Redis. A job is known to be handed off at once, unless its script
+    begins with its place in the queue, or `silent` says that nothing is known of that.
     """
 
     def __init__(self, *records: ModelRecord, script: Script | None = None) -> None:
         self.gateway_id = "gw-test"
+        self.limiter = Limiter(connect("redis://nowhere.invalid"), SystemClock())
+        self.admission = Admission(200, "admitted", "nothing waits")
+        self.asks: list[Ask] = []
+        self.learned: dict[str, Lengths] = {}
         self.records = {record.name: record for record in records or (make_record(),)}
         self.script = script or (lambda job: say("Hello, world!"))
         self.refusal: HeadraceError | None = None
@@ -215,6 +224,13 @@ class ScriptedFleet:
 
     def ready(self) -> str:
         return self.reason
+
+    def lengths(self, model: str) -> Lengths:
+        return self.learned.setdefault(model, Lengths())
+
+    def admit(self, model: str, ask: Ask) -> Admission:
+        self.asks.append(ask)
+        return self.admission
 
     async def submit(self, job: Job, span: Span) -> ScriptedGeneration:
         if self.refusal is not None:

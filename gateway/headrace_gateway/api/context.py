@@ -18,7 +18,10 @@ from headrace.errors import DependencyError
 from headrace.types import Job, ModelRecord
 from headrace_gateway.generation import Chunk
 from headrace_gateway.grammar_check import GrammarChecker
+from headrace_gateway.limits import Limiter
 from headrace_gateway.metrics import GatewayMetrics
+from headrace_gateway.policy.admission import Admission, Ask
+from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.templates import ChatTemplates
 from headrace_gateway.tenants import Tenant, Tenants
@@ -44,12 +47,17 @@ class FleetSeam(Protocol):
     """The fleet, as `headrace_gateway.fleet` defines it."""
 
     gateway_id: str
+    limiter: Limiter
 
     def models(self) -> list[ModelRecord]: ...
 
     def model(self, name: str) -> ModelRecord: ...
 
     def ready(self) -> str: ...
+
+    def lengths(self, model: str) -> Lengths: ...
+
+    def admit(self, model: str, ask: Ask) -> Admission: ...
 
     async def submit(self, job: Job, span: Span) -> GenerationSeam: ...
 
@@ -60,8 +68,9 @@ class FleetSeam(Protocol):
 class Call:
     """One request, or one turn on a WebSocket, before anything in it is understood.
 
-    `trace` are the client's W3C headers. `arrived_ms` is on the gateway's monotonic clock. What a
-    handler puts into `reply_headers` goes out with the response, also with an error.
+    `trace` are the client's W3C headers, `deadline` and `session` our own as they were sent, '' for
+    none. `arrived_ms` is on the gateway's monotonic clock. What a handler puts into `reply_headers`
+    goes out with the response, also with an error.
     """
 
     tenant: Tenant
@@ -70,6 +79,8 @@ class Call:
     trace: dict[str, str]
     arrived_ms: int
     reply_headers: dict[str, str] = field(default_factory=dict)
+    deadline: str = ""
+    session: str = ""
 
 
 class Gateway:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import web
 
-from headrace.errors import CallerError, HeadraceError
+from headrace.errors import CallerError, HeadraceError, OverloadError
 from headrace_gateway.api.context import GATEWAY, REPLY_HEADERS, TENANT
 from headrace_gateway.api.turn import STATUS_CLIENT_GONE, ClientGoneError
 
@@ -60,9 +60,12 @@ def as_headrace_error(error: Exception, what: str) -> HeadraceError:
 
 
 def retry_headers(error: HeadraceError) -> dict[str, str]:
-    """`retry-after-ms` and, rounded up, the standard header, where a wait is known."""
+    """`retry-after-ms` and, rounded up, the standard header, where a wait is known.
+
+    An overload that no wait ends is not to be tried again.
+    """
     if error.retry_after_ms is None:
-        return {}
+        return {"x-should-retry": "false"} if isinstance(error, OverloadError) else {}
     seconds = math.ceil(error.retry_after_ms / 1000)
     return {"retry-after-ms": str(error.retry_after_ms), "retry-after": str(seconds)}
 
@@ -134,9 +137,11 @@ async def add_reply_headers(request: web.Request, response: web.StreamResponse) 
 
 @web.middleware
 async def auth_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Whatever lies under /v1/ needs a key, where keys are set."""
+    """Whatever lies under /v1/ needs a key, where keys are set; its limits are told every time."""
     if request.path.startswith("/v1/"):
-        request[TENANT] = request.app[GATEWAY].tenants.identify(
-            request.headers.get("Authorization")
-        )
+        gateway = request.app[GATEWAY]
+        tenant = gateway.tenants.identify(request.headers.get("Authorization"))
+        request[TENANT] = tenant
+        if tenant.limits is not None:
+            request[REPLY_HEADERS].update(gateway.fleet.limiter.headers(tenant.limits))
     return await handler(request)

@@ -9,7 +9,9 @@ from aiohttp import web
 
 from headrace_gateway.api.bodies import parse_object
 from headrace_gateway.api.context import GATEWAY, REPLY_HEADERS, TENANT, Call
+from headrace_gateway.api.deadlines import DEADLINE_HEADER
 from headrace_gateway.api.errors import http_error
+from headrace_gateway.api.sessions import SESSION_HEADER
 
 _TRACE_HEADERS = ("traceparent", "tracestate")
 
@@ -29,6 +31,8 @@ def make_call(request: web.Request, operation: str, protocol: str = "http") -> C
         trace={name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
         arrived_ms=request.app[GATEWAY].clock.now_ms(),
         reply_headers=request[REPLY_HEADERS] if protocol == "http" else {},
+        deadline=request.headers.get(DEADLINE_HEADER, ""),
+        session=request.headers.get(SESSION_HEADER, ""),
     )
 
 

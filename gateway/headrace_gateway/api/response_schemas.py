@@ -81,7 +81,6 @@ class ResponseRequest(Common):
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
     stream_options: StreamOptions | None = None
-    prompt_cache_key: ShortText | None = None
     safety_identifier: ShortText | None = None
     tools: ResponseTools | None = None
     tool_choice: Mode | ResponseToolChoice | None = None

@@ -11,7 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
+from headrace.policy.priority import LEVELS_MAX
 from headrace.types import LOGPROBS_MAX, NO_LOGPROBS, Band
+from headrace_gateway.api.deadlines import DeadlineField
 from headrace_gateway.api.formats import Format, FormatFields, ResponseFormat
 from headrace_gateway.api.messages import Message, ShortText, chat_conversation
 from headrace_gateway.api.sampling_fields import INT32_MAX, SamplingFields, TokenId
@@ -76,6 +78,9 @@ class Common(SamplingFields, FormatFields):
     model: ModelName
     stream: bool | None = None
     service_tier: Tier | None = None
+    priority: int | None = Field(None, ge=-LEVELS_MAX, le=LEVELS_MAX)
+    deadline_ms: DeadlineField | None = None
+    prompt_cache_key: ShortText | None = None
     user: ShortText | None = None
     metadata: Metadata | None = None
     store: bool | None = None

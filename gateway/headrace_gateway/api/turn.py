@@ -19,14 +19,18 @@ import structlog
 from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
 
 from headrace import telemetry
-from headrace.errors import HeadraceError
+from headrace.errors import DependencyError, HeadraceError, OverloadError
 from headrace.types import Band, FinishReason, Job, ModelRecord
+from headrace_gateway.api.accounts import Account
 from headrace_gateway.api.context import Call, Gateway
+from headrace_gateway.api.deadlines import deadline_of
 from headrace_gateway.api.schemas import Common, band_of, tier_of
+from headrace_gateway.api.sessions import PromptNames, name_prompts, session_of
 from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.waiting import Place, Waiting
-from headrace_gateway.api.wishes import Wish, affinity_of, job_sampling
+from headrace_gateway.api.wishes import Wish, job_sampling
 from headrace_gateway.choices import Choice, Piece, joined
+from headrace_gateway.policy.admission import Ask, ask_of
 from headrace_gateway.tokens import ModelTokenizer
 from headrace_gateway.tools.conversation import has_calls, prepared
 
@@ -71,6 +75,11 @@ class Turn:
         self.band = Band.STANDARD
         self.status = STATUS_OK
         self._call = call
+        self._account = Account(gateway, call)
+        self._arrived_ms = gateway.clock.wall_ms() - (gateway.clock.now_ms() - call.arrived_ms)
+        self._ttft_by_ms = self._done_by_ms = 0
+        self._priority = 0
+        self._session = ""
         self._record: ModelRecord | None = None
         self._prompts: Sequence[array[int]] = ()
         self._n = 1
@@ -132,11 +141,15 @@ class Turn:
             await self.stop()
         finally:
             self.gateway.turns.discard(self)
+            self._account.close(self.usage().total_tokens, accepted=bool(self.choices))
             self._tell()
             self._span.end()
 
     def begin(self, request: Common) -> None:
-        """Look the model up and settle the Band. Raises NotFoundError, DependencyError."""
+        """Look the model up, settle Band and deadlines, and refuse at once what will be refused.
+
+        Raises NotFoundError, CallerError, OverloadError, DependencyError.
+        """
         self.gateway.check_open()
         self._span.update_name(f"{self._call.operation} {request.model}")
         self._span.set_attribute("gen_ai.request.model", request.model)
@@ -144,6 +157,26 @@ class Turn:
         self._record = self.gateway.fleet.model(request.model)
         self.band = self._call.tenant.grant(band_of(request.service_tier))
         self._span.set_attribute("headrace.band", self.band.label)
+        self._priority = request.priority or 0
+        self._session = session_of(request.prompt_cache_key, self._call.session)
+        deadline = deadline_of(request.deadline_ms, self._call.deadline)
+        self._ttft_by_ms, self._done_by_ms = deadline.instants(self._arrived_ms)
+        self._account.open(request.model)
+        self._check_admission(
+            Ask(
+                self.band,
+                self.gateway.clock.wall_ms(),
+                ttft_by_ms=self._ttft_by_ms,
+                done_by_ms=self._done_by_ms,
+            )
+        )
+
+    def _check_admission(self, ask: Ask) -> None:
+        """Raises what the fleet would refuse `ask` with; nothing is sent or taken for it."""
+        admission = self.gateway.fleet.admit(self.record.name, ask)
+        self._span.set_attribute("headrace.admission.reason", admission.reason)
+        if not admission.admitted:
+            raise admission.refusal()
 
     async def encode(self, text: str, *, add_bos: bool) -> array[int]:
         """Token ids of a prompt's text."""
@@ -170,11 +203,25 @@ class Turn:
         self._tokenizer = await self.gateway.tokenizers.get(self.record)
         self._prompts, self._n = wish.prompts, wish.n
         seed = secrets.randbits(63) if wish.seed is None else wish.seed
-        for index in range(len(wish.prompts) * wish.n):
-            job = self._make_job(wish, index, seed)
+        names = await name_prompts(
+            self.record.fingerprint, self._call.tenant.salt, wish.prompts, self._session
+        )
+        jobs = [
+            self._make_job(wish, index, seed, names[index // wish.n])
+            for index in range(len(wish.prompts) * wish.n)
+        ]
+        await self._take_limits(jobs)
+        for index, job in enumerate(jobs):
             generation = await self.gateway.fleet.submit(job, self._span)
             speller = wish.speller(self._tokenizer)
             self.choices.append(Choice(index, generation, speller, wish.rules, wish.reader()))
+
+    async def _take_limits(self, jobs: list[Job]) -> None:
+        """Of the key's limits. What would not be admitted takes nothing."""
+        if self._account.limited:
+            self._check_admission(ask_of(jobs[0], self.gateway.clock.wall_ms()))
+            prompts = sum(len(prompt) for prompt in self._prompts)
+            await self._account.take(self.id, prompts + sum(job.expected_output for job in jobs))
 
     @property
     def _labels(self) -> tuple[str, str]:
@@ -198,6 +245,7 @@ class Turn:
                         group.create_task(self._pump(choice, sink, tell))
             except BaseExceptionGroup as several:
                 raise _first_of(several) from None
+        await self._account.settle(self.usage().total_tokens)
         await self._end_expired(sink)
 
     async def collect(self) -> list[Piece]:
@@ -236,24 +284,33 @@ class Turn:
         self.status = error.status if isinstance(error, HeadraceError) else STATUS_BUG
         code = error.code if isinstance(error, HeadraceError) else None
         self._span.set_attribute("error.type", code or type(error).__name__)
+        if isinstance(error, OverloadError | DependencyError) and not self.choices:
+            self.gateway.metrics.refusals.labels(error.code, self.band.label).inc()
         if self.status >= STATUS_BUG:
             self._span.set_status(Status(StatusCode.ERROR, str(error)[:500]))
             self._span.record_exception(error)
 
-    def _make_job(self, wish: Wish, index: int, seed: int) -> Job:
-        at = index // wish.n
-        prompt, salt = wish.prompts[at], self._call.tenant.salt
+    def _make_job(self, wish: Wish, index: int, seed: int, names: PromptNames) -> Job:
+        at, tenant = index // wish.n, self._call.tenant
+        sampling = job_sampling(wish, at, index, seed)
         return Job(
             id=f"{self.id}-{index}",
             model=self.record.name,
-            tenant=self._call.tenant.name,
+            tenant=tenant.name,
             band=self.band,
-            arrived_ms=self.gateway.clock.wall_ms(),
+            arrived_ms=self._arrived_ms,
             gateway=self.gateway.fleet.gateway_id,
-            prompt=prompt,
-            salt=salt,
-            affinity=affinity_of(self.record.fingerprint, salt, prompt),
-            sampling=job_sampling(wish, at, index, seed),
+            prompt=wish.prompts[at],
+            salt=tenant.salt,
+            affinity=names.affinity,
+            sampling=sampling,
+            priority=self._priority,
+            weight=tenant.weight,
+            ttft_by_ms=self._ttft_by_ms,
+            done_by_ms=self._done_by_ms,
+            expected_tokens=self._account.expect(sampling),
+            cached_tokens=self._account.expect_cached(wish.prompts[at]),
+            blocks=names.blocks,
         )
 
     async def _pump(self, choice: Choice, sink: Sink, tell: Tell | None) -> None:
@@ -293,6 +350,7 @@ class Turn:
             self._itl.observe((now_ms - last_ms) / 1000 / piece.tokens)
         else:
             self._waiting.leave(piece.index, now_ms)
+            self._account.time(piece.index, piece.tokens, now_ms)
             if not self._last_ms:
                 waited_s = (now_ms - self._call.arrived_ms) / 1000
                 self.gateway.metrics.ttft.labels(*self._labels).observe(waited_s)
@@ -318,6 +376,7 @@ class Turn:
         if self._record is None or not self.choices:
             return
         self._tell_deadline()
+        self._account.learn(self.choices, self._prompts, self._n, self._last_ms)
         finishes = [str(choice.finish) for choice in self.choices]
         self._span.set_attribute("gen_ai.response.model", self._record.name)
         self._span.set_attribute("gen_ai.response.finish_reasons", finishes)

@@ -7,13 +7,11 @@ reply stream. So nothing that can be known here fails later, when a stream has b
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headrace.errors import CallerError
-from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import ModelRecord, Sampling
 from headrace_gateway.api.context import Gateway
 from headrace_gateway.api.formats import checked_grammar
@@ -24,7 +22,6 @@ from headrace_gateway.api.validation import bad_value
 from headrace_gateway.choices import PlainText, Reader, Speller, TextRules
 from headrace_gateway.tokens import ModelTokenizer, output_room
 
-AFFINITY_BLOCKS = 16
 BAD_WORD_TOKENS_MAX = 1_024
 PROMPT_LOGPROBS_MAX = 2**19
 """Numbers that one job may report of its prompt (12 bytes each, in one entry of a reply stream)."""
@@ -148,13 +145,6 @@ def _check_sizes(
 def job_sampling(wish: Wish, prompt: int, index: int, seed: int) -> Sampling:
     """The Sampling of the request's job `index`, which continues prompt number `prompt`."""
     return replace(wish.sampling, max_tokens=wish.rooms[prompt], seed=_wrap_int64(seed + index))
-
-
-def affinity_of(fingerprint: str, salt: bytes, prompt: array[int]) -> bytes:
-    """What routing hashes: the prompt's first blocks, or all of a prompt shorter than a block."""
-    root = root_hash(fingerprint, salt)
-    hashes = block_hashes(root, prompt, AFFINITY_BLOCKS)
-    return hashes[-1] if hashes else hashlib.sha256(root + prompt.tobytes()).digest()
 
 
 def _wrap_int64(value: int) -> int:
