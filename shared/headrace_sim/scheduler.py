@@ -1,0 +1,418 @@
+"""What a simulated worker computes in its next step: the real scheduler's rules over counts.
+
+Invariant: it decides as headrace_worker/policy/scheduler.py and turns.py do: each effective band's
+streams and then its prompts in chunks, the best band first; a better band's prompt makes a hurried
+step without the lower bands, at most HURRIED_STEPS_MAX in a row; lower bands' prompts are limited
+while a better one is about; admission is strict and sets aside KV for all known tokens; who would
+compute a prefix that somebody is computing waits for it; the lowest band gives way when KV runs
+out. Rejected: driving the real scheduler, which lists every token of every sequence and looks at
+each sequence in each step.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.policy.cost_model import CostModel
+from headrace.types import BLOCK_TOKENS, Band
+from headrace_sim.kv_cache import KvCache, PrefixBlock, round_up
+from headrace_sim.lane import Lane
+from headrace_sim.sequence import SimSequence
+from headrace_worker.policy.scheduler import CALM_MS, LOWER_PREFILL_TOKENS
+from headrace_worker.policy.turns import HURRIED_STEPS_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`fcfs`: by arrival alone, everybody in every step, the newest gives way; as engines without
+    bands do. The others are the real scheduler's own settings."""
+
+    fcfs: bool = False
+    lower_prefill_tokens: int = LOWER_PREFILL_TOKENS
+    calm_ms: float = CALM_MS
+
+
+@dataclass(slots=True)
+class Chunk:
+    """`count` tokens of a prompt in a step. `stay`: which stay of `sequence` it was planned for."""
+
+    sequence: SimSequence
+    count: int
+    stay: int
+
+
+@dataclass(slots=True)
+class SimPlan:
+    """One step: the lanes that take part with a row for each member, and chunks of prompts.
+
+    `again`: the next step may well be another one, though nothing happens in between.
+    """
+
+    lanes: list[Lane]
+    chunks: list[Chunk]
+    again: bool
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.lanes))
+
+
+class SimScheduler:
+    """Sequences that wait, compute their prompts, and decode in lanes, over one KV cache."""
+
+    def __init__(self, cost: CostModel, rules: Rules, *, reports: bool) -> None:
+        self.cost = cost
+        self.rules = rules
+        self.cache = KvCache(cost.kv_tokens, plain=rules.fcfs, reports=reports)
+        self.waiting: list[SimSequence] = []
+        self.prefilling: dict[str, SimSequence] = {}
+        self.lanes = tuple(Lane(band) for band in Band)
+        self.preemptions = 0
+        self._rests = 0
+        self.promote_ms = math.inf
+        """When the order of who waits may change next."""
+        self._ran_ms = [-math.inf] * len(Band)
+        self._hurried_steps = 0
+
+    @property
+    def running(self) -> int:
+        return len(self.prefilling) + sum(map(len, self.lanes))
+
+    def lane_of(self, sequence: SimSequence) -> Lane | None:
+        lane = self.lanes[sequence.seen_band]
+        return lane if sequence.job.id in lane.members else None
+
+    def add(self, sequence: SimSequence, now_ms: float) -> None:
+        """`sequence` waits from now on."""
+        sequence.note_step(False, now_ms)
+        self._settle(sequence, now_ms)
+        insort(self.waiting, sequence, key=self.key)
+
+    def remove(self, sequence: SimSequence, now_ms: float) -> None:
+        """`sequence` ends, whatever it is doing."""
+        if sequence.job.id in self.prefilling or self.lane_of(sequence):
+            self._leave(sequence, now_ms)
+        else:
+            self.waiting.remove(sequence)
+
+    def start_decoding(self, sequence: SimSequence, now_ms: float) -> None:
+        """Its prompt is computed and gave a token."""
+        del self.prefilling[sequence.job.id]
+        sequence.output += 1
+        self.lanes[sequence.seen_band].join(sequence, now_ms)
+
+    def register(self, sequence: SimSequence) -> None:
+        """Prefix blocks that have been computed whole can be found from now on."""
+        blocks = sequence.blocks
+        while sequence.held < sequence.shareable:
+            # all blocks but the last have one size
+            end = sequence.held * blocks[0][1] + blocks[sequence.held][1]
+            if end > sequence.computed:
+                break
+            self.cache.computed(blocks[sequence.held])
+            sequence.own_tokens -= blocks[sequence.held][1]
+            sequence.held += 1
+
+    def note_ran(self, lanes: list[Lane], chunks: list[Chunk], began_ms: float) -> None:
+        """A step that began at `began_ms` computed these."""
+        for lane in lanes:
+            for band, rows in enumerate(lane.rows):
+                if rows:
+                    self._ran_ms[band] = began_ms
+        for chunk in chunks:
+            self._ran_ms[chunk.sequence.job.band] = began_ms
+
+    def plan(self, now_ms: float) -> SimPlan:
+        """The next step."""
+        self._promote(now_ms)
+        draft = _Draft(self, now_ms, self._guarded(now_ms))
+        groups = self._groups()
+        hurried = False
+        for place, bands in enumerate(groups, 1):
+            lanes = [self.lanes[band] for band in bands if self.lanes[band].members]
+            draft.stream(lanes, bands)
+            if draft.fill(bands[-1]) and place < len(groups):
+                hurried = True
+                break
+        self._hurried_steps = self._hurried_steps + 1 if hurried else 0
+        lanes = [lane for lane in draft.lanes if lane.members]
+        for lane in self.lanes:
+            lane.note_step(lane in lanes or not lane.members, now_ms)
+        for sequence in self.prefilling.values():
+            sequence.note_step(sequence.job.id in draft.chunks, now_ms)
+            if sequence.idle_since_ms is not None and sequence.seen_band:
+                self.promote_ms = min(self.promote_ms, sequence.promoted_ms())
+        chunks = list(draft.chunks.values())
+        return SimPlan(lanes, chunks, bool(chunks) or draft.preempted_any)
+
+    def _groups(self) -> list[list[int]]:
+        """Effective bands planned together, best first; only those with anybody in them."""
+        if self.rules.fcfs:
+            return [[0]]
+        present = {s.seen_band for s in (*self.waiting, *self.prefilling.values())}
+        present |= {lane.band for lane in self.lanes if lane.members}
+        bands = sorted(present)
+        if self._hurried_steps >= HURRIED_STEPS_MAX and bands:
+            return [bands]
+        return [[band] for band in bands]
+
+    def _guarded(self, now_ms: float) -> int:
+        """The best band about of late: prompts of worse ones are limited."""
+        if self.rules.fcfs:
+            return int(Band.BATCH)
+        for band, ran_ms in enumerate(self._ran_ms):
+            if now_ms - ran_ms < self.rules.calm_ms or any(lane.rows[band] for lane in self.lanes):
+                return band
+            if any(s.job.band == band for s in (*self.prefilling.values(), *self.waiting)):
+                return band
+        return int(Band.BATCH)
+
+    def _settle(self, sequence: SimSequence, now_ms: float) -> None:
+        if self.rules.fcfs:
+            sequence.seen_band = 0
+        elif sequence.settle_band(now_ms) > 0:
+            self.promote_ms = min(self.promote_ms, sequence.promoted_ms())
+
+    def _promote(self, now_ms: float) -> None:
+        """Some bands have improved by age: find everybody's place again."""
+        if now_ms >= self.promote_ms:
+            self.promote_ms = math.inf
+            for sequence in self.waiting:
+                self._settle(sequence, now_ms)
+            self.waiting.sort(key=self.key)
+            for sequence in self.prefilling.values():
+                sequence.settle_band(now_ms)
+        for lane in self.lanes[1:]:
+            for sequence in lane.promoted(now_ms):
+                sequence.own_tokens += lane.leave(sequence, now_ms)
+                sequence.settle_band(now_ms)
+                self.lanes[sequence.seen_band].join(sequence, now_ms)
+
+    def before(self, one: SimSequence, other: SimSequence) -> bool:
+        """Whether `one` goes before `other`."""
+        return self.key(one) < self.key(other)
+
+    def key(self, sequence: SimSequence) -> tuple[Any, ...]:
+        """Smaller goes first."""
+        if self.rules.fcfs:
+            return (sequence.job.arrived_ms, sequence.order)
+        return sequence.rank
+
+    def all_running(self) -> list[SimSequence]:
+        found = list(self.prefilling.values())
+        for lane in self.lanes:
+            found.extend(lane.members.values())
+        return found
+
+    def grown(self, sequence: SimSequence) -> int:
+        """KV tokens that decoding added."""
+        lane = self.lane_of(sequence)
+        return lane.grown(sequence) if lane else 0
+
+    def gain(self, sequence: SimSequence) -> int:
+        """KV tokens that come free if `sequence` is preempted."""
+        alone = self.cache.held_alone(sequence.blocks[: sequence.held])
+        return sequence.own_tokens + self.grown(sequence) + alone
+
+    def expendable(self, sequence: SimSequence) -> tuple[Any, ...]:
+        """The victim score of the real scheduler: the highest goes first."""
+        if self.rules.fcfs:
+            return self.key(sequence)
+        held = sum(size for _, size in sequence.blocks[: sequence.held])
+        alone = self.cache.held_alone(sequence.blocks[: sequence.held])
+        lost = max(0, sequence.computed + self.grown(sequence) - held + alone)
+        return (sequence.seen_band, -sequence.preemptions, -lost, sequence.rank)
+
+    def preempt(self, sequence: SimSequence, now_ms: float) -> None:
+        self._leave(sequence, now_ms)
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.add(sequence, now_ms)
+
+    def _leave(self, sequence: SimSequence, now_ms: float) -> None:
+        """Out of the batch; its output so far stays known."""
+        lane = self.lane_of(sequence)
+        own, computed = sequence.own_tokens, sequence.computed
+        if lane:
+            grown = lane.leave(sequence, now_ms)
+            own, computed = own + grown, computed + grown
+        else:
+            del self.prefilling[sequence.job.id]
+            sequence.stay += 1
+        held = sequence.blocks[: sequence.held]
+        rest = (computed - sum(size for _, size in held)) // BLOCK_TOKENS * BLOCK_TOKENS
+        self.cache.release(held, sequence.job.band)
+        if rest > 0:
+            # beyond the shared prefix it can be found by itself alone, but takes up room
+            self._rests -= 1
+            self.cache.keep(self._rests, rest, sequence.job.band)
+            if sequence.held >= sequence.shareable:
+                sequence.blocks = (*held, (self._rests, rest))
+        self.cache.give_back(own - max(0, rest))
+        sequence.own_tokens, sequence.held, sequence.computed = 0, 0, 0
+
+    def check_integrity(self) -> None:
+        self.cache.check_integrity()
+        running = self.all_running()
+        own = sum(s.own_tokens + self.grown(s) for s in running)
+        assert own == self.cache.private, "private KV belongs to who runs"
+        assert len(running) <= self.cost.max_jobs, "no more jobs than allowed"
+        assert all(not s.held and not s.computed for s in self.waiting), "who waits holds nothing"
+        assert self.waiting == sorted(self.waiting, key=self.key), "who waits stands in order"
+        for lane in self.lanes:
+            lane.check_integrity()
+
+
+class _Draft:
+    """The plan in the making. Of prompts of bands worse than `guarded`, `lower_left` tokens fit."""
+
+    def __init__(self, scheduler: SimScheduler, now_ms: float, guarded: int) -> None:
+        self._s = scheduler
+        self._now_ms = now_ms
+        self._guarded = guarded
+        self._budget = scheduler.cost.step_tokens
+        self._lower_left = scheduler.rules.lower_prefill_tokens
+        self._blocked = False
+        self._preempted: dict[str, SimSequence] = {}
+        self.lanes: list[Lane] = []
+        self.chunks: dict[str, Chunk] = {}
+
+    @property
+    def preempted_any(self) -> bool:
+        return bool(self._preempted)
+
+    @property
+    def _rows(self) -> int:
+        return sum(map(len, self.lanes))
+
+    def stream(self, lanes: list[Lane], bands: list[int]) -> None:
+        """A token for each member of `lanes`, and whoever of these bands lacks hardly more.
+
+        The most expendable give way while KV is short.
+        """
+        self.lanes.extend(lanes)
+        scheduler = self._s
+        while scheduler.cache.available < self._rows:
+            victim = max(scheduler.all_running(), key=scheduler.expendable)
+            self._drop(victim)
+        self._budget -= sum(map(len, lanes))
+        started = [s for s in scheduler.prefilling.values() if s.seen_band in bands]
+        short = [s for s in started if not s.lacks_prompt and s.job.id not in self.chunks]
+        for sequence in sorted(short, key=lambda s: (s.pending > 1, scheduler.key(s))):
+            if self._budget > 0:
+                self._compute(sequence)
+
+    def fill(self, worst_band: int) -> bool:
+        """Chunks of the prompts of bands up to `worst_band` that have none; whether any."""
+        scheduler, planned = self._s, len(self.chunks)
+        started = [s for s in scheduler.prefilling.values() if s.seen_band <= worst_band]
+        started.sort(key=scheduler.key, reverse=True)
+        started = [s for s in started if s.job.id not in self.chunks]
+        place = 0
+        while self._budget > 0:
+            first = None
+            if not self._blocked and place < len(scheduler.waiting):
+                first = scheduler.waiting[place]
+                if first.seen_band > worst_band:
+                    first = None
+            if started and (first is None or scheduler.before(started[-1], first)):
+                sequence = started.pop()
+                if sequence.job.id in scheduler.prefilling and self._room(sequence):
+                    self._compute(sequence)
+            elif first is None:
+                break
+            elif not self._room(first) or self._awaits_prefix(first):
+                place += 1
+            else:
+                # one preempted a moment ago waits for the next step
+                self._blocked = first.job.id in self._preempted or not self._admit(first, place)
+        return len(self.chunks) > planned
+
+    def _limits(self, sequence: SimSequence) -> bool:
+        return sequence.job.band > self._guarded and sequence.lacks_prompt
+
+    def _room(self, sequence: SimSequence) -> int:
+        """How many of its tokens this step may compute."""
+        return min(self._budget, self._lower_left) if self._limits(sequence) else self._budget
+
+    def _compute(self, sequence: SimSequence) -> None:
+        count = min(sequence.pending, self._room(sequence))
+        self.chunks[sequence.job.id] = Chunk(sequence, count, sequence.stay)
+        self._budget -= count
+        if self._limits(sequence):
+            self._lower_left -= count
+
+    def _awaits_prefix(self, sequence: SimSequence) -> bool:
+        """Whether somebody of no lower band computes what `sequence` would compute first."""
+        scheduler = self._s
+        if not scheduler.prefilling or not sequence.blocks or scheduler.rules.fcfs:
+            return False
+        index, _, _ = scheduler.cache.match(sequence.blocks)
+        if index >= len(sequence.blocks):
+            return False
+        block = sequence.blocks[index]
+        return any(
+            s.seen_band <= sequence.seen_band
+            and s.held <= index < len(s.blocks)
+            and s.blocks[index] == block
+            for s in scheduler.prefilling.values()
+        )
+
+    def _admit(self, sequence: SimSequence, place: int) -> bool:
+        """Starts a waiting sequence if it fits, at the cost of lower bands where that helps."""
+        scheduler = self._s
+        count, tokens, _ = scheduler.cache.match(sequence.blocks)
+        found = sequence.blocks[:count]
+        if not self._make_room(sequence, found, tokens):
+            return False
+        del scheduler.waiting[place]
+        scheduler.cache.hold(found)
+        sequence.held = count
+        # the last token is computed in any case: its row gives the next one
+        sequence.computed = min(tokens, (sequence.known - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
+        sequence.own_tokens = max(0, round_up(sequence.known) - tokens)
+        scheduler.cache.reserve(sequence.own_tokens)
+        if sequence.cached < 0:
+            sequence.cached = sequence.computed
+        scheduler.prefilling[sequence.job.id] = sequence
+        self._compute(sequence)
+        return True
+
+    def _lacking(self, sequence: SimSequence, found: tuple[PrefixBlock, ...], tokens: int) -> int:
+        cache = self._s.cache
+        idle = cache.match(found)[2]
+        # decoding rows of this step have their token of KV as good as taken
+        spare = cache.available - idle - self._rows
+        return round_up(sequence.known) - tokens - spare
+
+    def _make_room(
+        self, sequence: SimSequence, found: tuple[PrefixBlock, ...], tokens: int
+    ) -> bool:
+        """Whether `sequence` fits, after preempting lower bands if they must."""
+        scheduler = self._s
+        lacking = self._lacking(sequence, found, tokens)
+        if lacking <= 0 and scheduler.running < scheduler.cost.max_jobs:
+            return True
+        if scheduler.rules.fcfs:
+            return False
+        lower = [s for s in scheduler.all_running() if s.seen_band > sequence.seen_band]
+        if not lower or sum(map(scheduler.gain, lower)) < lacking:
+            return False
+        for victim in sorted(lower, key=scheduler.expendable, reverse=True):
+            self._drop(victim)
+            if self._lacking(sequence, found, tokens) <= 0:
+                return True
+        return False
+
+    def _drop(self, victim: SimSequence) -> None:
+        chunk = self.chunks.pop(victim.job.id, None)
+        lane = self._s.lane_of(victim)
+        if chunk:
+            self._budget += chunk.count
+        elif lane in self.lanes:
+            self._budget += 1
+        self._s.preempt(victim, self._now_ms)
+        self._preempted[victim.job.id] = victim

@@ -1,0 +1,62 @@
+"""A stretch of engine steps between two changes of the batch, in closed form.
+
+Invariant: step i (from 0) of a segment takes `first_ms + i * growth_ms`, as each decoding row reads
+one more token of KV than in the step before and nothing else changes. So its times are sums of an
+arithmetic series, and a thousand decode steps are one event.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from headrace_sim.lane import Lane
+from headrace_sim.scheduler import Chunk
+
+
+@dataclass(slots=True)
+class Segment:
+    """`steps` steps from `start_ms`, each of `rows` rows in `lanes`; with `chunks`, just one."""
+
+    start_ms: float
+    steps: int
+    first_ms: float
+    growth_ms: float
+    rows: int
+    lanes: list[Lane]
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def elapsed_ms(self, steps: int) -> float:
+        """How long its first `steps` steps take."""
+        return steps * self.first_ms + self.growth_ms * (steps * (steps - 1) / 2)
+
+    @property
+    def end_ms(self) -> float:
+        return self.start_ms + self.elapsed_ms(self.steps)
+
+    def steps_until(self, now_ms: float) -> int:
+        """The least number of whole steps, at least one, after which `now_ms` is reached."""
+        return max(1, self._count(now_ms, ended=False))
+
+    def steps_ended(self, now_ms: float) -> int:
+        """How many steps have ended by `now_ms`."""
+        return min(self.steps, max(0, self._count(now_ms, ended=True)))
+
+    def _count(self, now_ms: float, *, ended: bool) -> int:
+        span = now_ms - self.start_ms
+        if span <= 0:
+            return 0
+        half = self.growth_ms / 2
+        slope = self.first_ms - half
+        if half > 0:
+            count = int((math.sqrt(slope * slope + 4 * half * span) - slope) / (2 * half))
+        else:
+            count = int(span / self.first_ms)
+        # rounding may have missed by one
+        while self.start_ms + self.elapsed_ms(count) < now_ms:
+            count += 1
+        while count and self.start_ms + self.elapsed_ms(count - 1) >= now_ms:
+            count -= 1
+        if ended and self.start_ms + self.elapsed_ms(count) > now_ms:
+            count -= 1
+        return count

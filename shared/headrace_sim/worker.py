@@ -1,0 +1,236 @@
+"""A simulated worker: its scheduler's steps in time, a handful of events per request.
+
+Invariant: between two changes of the batch nothing can be decided, so all those decode steps are
+one Segment, and what comes out is the same as stepping one by one (tests/simulation holds it
+against doing that, and against the real scheduler). A job that arrives in the middle cuts the
+segment at the end of the step under way, as the real engine looks at arrivals between steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from headrace.policy.cost_model import CostModel, attended
+from headrace.types import JobProgress, Progress
+from headrace_sim.scheduler import Chunk, Rules, SimScheduler
+from headrace_sim.segment import Segment
+from headrace_sim.sequence import SimSequence
+
+OnGaps = Callable[[int, float, int], None]
+"""Told of (band, gap between two tokens in ms, how many such gaps)."""
+BlockKeys = Callable[[int, int], bytes]
+"""The service's names for a prefix block of so many tokens."""
+
+
+def _unheard(_band: int, _gap_ms: float, _count: int) -> None:
+    """Nobody asked for gaps."""
+
+
+@dataclass(slots=True)
+class Advance:
+    """What a stretch of steps brought: first tokens, complete outputs, and those dropped."""
+
+    first: list[SimSequence] = field(default_factory=list)
+    finished: list[SimSequence] = field(default_factory=list)
+    dropped: list[SimSequence] = field(default_factory=list)
+
+
+class SimWorker:
+    """One worker. Times are milliseconds of the simulation.
+
+    `multi_step` False makes every step an event: slow, for comparison.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cost: CostModel,
+        rules: Rules | None = None,
+        *,
+        on_gaps: OnGaps = _unheard,
+        reports: bool = True,
+        multi_step: bool = True,
+    ) -> None:
+        self.name = name
+        self.cost = cost
+        self.scheduler = SimScheduler(cost, rules or Rules(), reports=reports)
+        self.version = 0
+        """Changes whenever `next_ms` does."""
+        self.steps = 0
+        self.busy_ms = 0.0
+        self.prefill_tokens = 0
+        self.output_tokens = 0
+        self._on_gaps = on_gaps
+        self._multi_step = multi_step
+        self._segment: Segment | None = None
+        self._leaving: list[SimSequence] = []
+        self._orders = 0
+        self._report_sequence = 0
+        self._reported = (0.0, 0, 0)
+
+    @property
+    def next_ms(self) -> float:
+        """When `advance` is due; infinite while it is idle."""
+        return self._segment.end_ms if self._segment else math.inf
+
+    def add(self, sequence: SimSequence, now_ms: float) -> None:
+        """A job arrived; the next step takes it into account."""
+        self._orders += 1
+        sequence.order = self._orders
+        self.scheduler.add(sequence, now_ms)
+        if self._segment is None:
+            self._plan(now_ms)
+        else:
+            self._cut(now_ms)
+
+    def drop(self, sequence: SimSequence, now_ms: float) -> bool:
+        """Ends `sequence`; True if that was at once, else `advance` tells when."""
+        if sequence in self.scheduler.waiting:
+            self.scheduler.remove(sequence, now_ms)
+            return True
+        self._leaving.append(sequence)
+        self._cut(now_ms)
+        return False
+
+    def advance(self, now_ms: float) -> Advance:
+        """The steps under way are done: take in what they brought and plan what follows."""
+        segment = self._segment
+        assert segment is not None, "only a busy worker advances"
+        self._segment = None
+        result = Advance()
+        self._take_in_rows(segment, now_ms, result)
+        for chunk in segment.chunks:
+            self._take_in_chunk(chunk, now_ms, result)
+        for sequence in self._leaving:
+            if sequence not in result.finished:
+                self.scheduler.remove(sequence, now_ms)
+                result.dropped.append(sequence)
+        self._leaving.clear()
+        self._plan(now_ms)
+        return result
+
+    def _take_in_rows(self, segment: Segment, now_ms: float, result: Advance) -> None:
+        scheduler, steps = self.scheduler, segment.steps
+        took_ms = segment.elapsed_ms(steps)
+        self.steps += steps
+        self.busy_ms += took_ms
+        began_ms = segment.start_ms + segment.elapsed_ms(steps - 1)
+        scheduler.note_ran(segment.lanes, segment.chunks, began_ms)
+        tokens = segment.rows * steps
+        self.output_tokens += tokens
+        for lane in segment.lanes:
+            for band, rows in enumerate(lane.rows):
+                if rows:
+                    self._on_gaps(band, took_ms / steps, rows * steps)
+            lane.advance(steps)
+        scheduler.cache.reserve(tokens)
+        for lane in segment.lanes:
+            for sequence in lane.complete():
+                scheduler.remove(sequence, now_ms)
+                result.finished.append(sequence)
+
+    def _take_in_chunk(self, chunk: Chunk, now_ms: float, result: Advance) -> None:
+        sequence = chunk.sequence
+        assert chunk.stay == sequence.stay, "nobody leaves in the middle of a step"
+        sequence.computed += chunk.count
+        self.prefill_tokens += chunk.count
+        self.scheduler.register(sequence)
+        if sequence.computed < sequence.known:
+            return
+        self.scheduler.start_decoding(sequence, now_ms)
+        self.output_tokens += 1
+        if sequence.first_ms < 0:
+            sequence.first_ms = now_ms
+            result.first.append(sequence)
+        if sequence.output >= sequence.output_tokens:
+            self.scheduler.remove(sequence, now_ms)
+            result.finished.append(sequence)
+
+    def _cut(self, now_ms: float) -> None:
+        """Something changed: the steps under way end with the one that `now_ms` is in."""
+        segment = self._segment
+        if segment is None or segment.steps == 1:
+            return
+        steps = segment.steps_until(now_ms)
+        if steps < segment.steps:
+            segment.steps = steps
+            self.version += 1
+
+    def _plan(self, now_ms: float) -> None:
+        """Decide on the next step, and on how many more will be like it."""
+        self.version += 1
+        plan = self.scheduler.plan(now_ms)
+        rows, context = plan.rows, sum(lane.context for lane in plan.lanes)
+        if not rows and not plan.chunks:
+            assert not self.scheduler.waiting, "an idle worker takes whoever waits"
+            return
+        tokens = sum(chunk.count for chunk in plan.chunks)
+        pairs = sum(attended(chunk.sequence.computed, chunk.count) for chunk in plan.chunks)
+        cost = self.cost
+        first_ms = cost.step_duration_ms(tokens, rows, context, pairs)
+        growth_ms = cost.step_duration_ms(0, 0, rows, 0) - cost.step_duration_ms(0, 0, 0, 0)
+        segment = Segment(now_ms, 1, first_ms, growth_ms, rows, plan.lanes, plan.chunks)
+        if not plan.again and self._multi_step:
+            segment.steps = self._steps_alike(segment)
+        self._segment = segment
+
+    def _steps_alike(self, segment: Segment) -> int:
+        """How many steps can pass before anything has to be decided."""
+        scheduler = self.scheduler
+        steps = min(lane.steps_to_end() for lane in segment.lanes)
+        steps = min(steps, scheduler.cache.available // segment.rows)
+        if scheduler.waiting and scheduler.promote_ms < math.inf:
+            steps = min(steps, segment.steps_until(scheduler.promote_ms))
+        return max(1, steps)
+
+    def progress_of(self, sequence: SimSequence, further_steps: int = 0) -> JobProgress:
+        """How far `sequence` is, after some more steps of its lane."""
+        lane = self.scheduler.lane_of(sequence)
+        output = lane.output(sequence, further_steps) if lane else sequence.output
+        cached = max(0, sequence.cached)
+        computed = min(sequence.computed, sequence.prompt_tokens) - cached
+        # a preempted one computes again what it had reported already
+        return JobProgress(sequence.job.id, max(computed, sequence.reported[0]), cached, output)
+
+    def report(self, now_ms: float, keys: BlockKeys) -> Progress | None:
+        """What it tells the dispatcher at `now_ms`; None when there is nothing to tell."""
+        segment, scheduler = self._segment, self.scheduler
+        done = segment.steps_ended(now_ms) if segment and not segment.chunks else 0
+        jobs: list[JobProgress] = []
+        for sequence in scheduler.prefilling.values():
+            self._report_job(self.progress_of(sequence), sequence, jobs)
+        for lane in scheduler.lanes:
+            for sequence in lane.members.values():
+                self._report_job(self.progress_of(sequence, done), sequence, jobs)
+        gained, lost = scheduler.cache.take_news()
+        busy, prefill, output = self.busy_ms, self.prefill_tokens, self.output_tokens
+        if segment and done:
+            busy, output = busy + segment.elapsed_ms(done), output + segment.rows * done
+        before, self._reported = self._reported, (busy, prefill, output)
+        if not jobs and not gained and not lost and busy == before[0]:
+            return None
+        self._report_sequence += 1
+        return Progress(
+            self.name,
+            self._report_sequence,
+            tuple(jobs),
+            stored=b"".join(keys(*block) for block in gained),
+            removed=b"".join(keys(*block) for block in lost),
+            busy_ms=int(busy) - int(before[0]),
+            prefill_tokens=prefill - before[1],
+            output_tokens=output - before[2],
+        )
+
+    @staticmethod
+    def _report_job(progress: JobProgress, sequence: SimSequence, jobs: list[JobProgress]) -> None:
+        moved = (progress.computed, progress.output)
+        if moved != sequence.reported:
+            sequence.reported = moved
+            jobs.append(progress)
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+        busy = self.scheduler.running or self.scheduler.waiting
+        assert self._segment or not busy, "whoever has work works"
