@@ -1,4 +1,4 @@
-"""The gateway's pure policies: order of the queue, choice of a worker."""
+"""The gateway's pure policies: choice of a worker."""
 
 from __future__ import annotations
 
@@ -8,26 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.types import Band, Job, Sampling, pack_tokens
-from headrace_gateway.policy.fair_queue import FairQueue, Queued
 from headrace_gateway.policy.routing import LOAD_BOUND, Candidate, choose
-
-
-def a_job(name: str, band: Band = Band.STANDARD, arrived_ms: int = 0, prompt: int = 4) -> Job:
-    return Job(
-        id=name,
-        model="m",
-        tenant="t",
-        band=band,
-        arrived_ms=arrived_ms,
-        gateway="g",
-        prompt=pack_tokens(range(prompt)),
-        sampling=Sampling(max_tokens=8),
-    )
-
-
-def queued(job: Job) -> Queued:
-    return Queued(job, "intake", "1-0", 0)
 
 
 def workers(count: int, jobs: int = 0, jobs_max: int = 1_000) -> list[Candidate]:
@@ -36,55 +17,6 @@ def workers(count: int, jobs: int = 0, jobs_max: int = 1_000) -> list[Candidate]
 
 def key(number: int) -> bytes:
     return hashlib.sha256(str(number).encode()).digest()
-
-
-def test_bands_go_before_arrival_and_arrival_before_sequence() -> None:
-    queue = FairQueue()
-    for name, band, arrived in [
-        ("late", Band.STANDARD, 20),
-        ("batch", Band.BATCH, 1),
-        ("early", Band.STANDARD, 10),
-        ("urgent", Band.INTERACTIVE, 99),
-        ("second", Band.STANDARD, 10),
-    ]:
-        assert queue.push(queued(a_job(name, band, arrived)))
-    order = []
-    while (item := queue.peek()) is not None:
-        order.append(item.job.id)
-        queue.remove(item.job.id)
-        queue.check_integrity()
-    assert order == ["urgent", "early", "second", "late", "batch"]
-
-
-def test_a_job_waits_once() -> None:
-    queue = FairQueue()
-    assert queue.push(queued(a_job("one")))
-    assert not queue.push(queued(a_job("one")))
-    assert len(queue) == 1
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(Band), st.integers(0, 50), st.booleans()), min_size=1, max_size=60
-    )
-)
-def test_any_mix_of_pushes_and_removals_leaves_in_order(
-    program: list[tuple[Band, int, bool]],
-) -> None:
-    """Whatever is removed in between, what is left leaves sorted and the sums stay right."""
-    queue = FairQueue()
-    for index, (band, arrived, remove) in enumerate(program):
-        queue.push(queued(a_job(f"j{index}", band, arrived)))
-        if remove:
-            queue.remove(f"j{index // 2}")
-        queue.check_integrity()
-    left = []
-    while (item := queue.peek()) is not None:
-        left.append((item.job.band, item.job.arrived_ms))
-        queue.remove(item.job.id)
-    assert left == sorted(left)
-    assert queue.counts == (0, 0, 0)
-    assert queue.tokens == 0
 
 
 def test_equal_prompts_meet_on_one_worker_and_different_ones_spread() -> None:

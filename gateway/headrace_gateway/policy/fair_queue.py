@@ -6,12 +6,12 @@ counter (policy/virtual_counters.py); among equals, and among a tenant's own job
 due first, then the one that arrived first, then the one pushed first. Whatever has room goes:
 `heads` is empty only when nothing waits.
 
-Bounds. Let a tenant begin to wait in a band with n others, with nothing owed: its first job goes
-after at most one job of each of these n (corrections aside). A tenant that is ahead of the least counter by g goes when
-each of the others has been charged at most g and one job since. The band as a whole, with share s,
-hands out its next k jobs of work w_1..w_k before the queue has handed out (w_1+..+w_k)/s and one
-job. A tenant's own job is overtaken only by its own jobs that are due earlier, and `due_ms` counts
-from the arrival, so those end too.
+Bounds, corrections aside. A tenant that comes back from idle, with nothing owed, to a band where n
+others wait: its first job goes after at most one job of each of them. A tenant that is ahead of the
+least counter by g: while it waits, no other tenant of its band starts a job once it was charged
+more than g. A band with share s: its next jobs, of work w_1..w_k, are handed out before the queue
+has handed out (w_1 + .. + w_k) / s tokens of work and one job of each band more. A tenant's own job
+is overtaken only by those that are due earlier; due times count from the arrival, so that ends.
 
 Cost: each operation is O(log n) amortized (`order`: O(n), and the log for each place that it
 gives). Counters of waiting tenants nearly always grow, so a heap entry may be out of date as long
