@@ -16,12 +16,15 @@ from headrace.types import (
     Finish,
     FinishReason,
     Job,
+    JobDone,
+    JobProgress,
     ModelRecord,
     Sampling,
     WorkerState,
     WorkerStatus,
     pack_tokens,
 )
+from headrace.wire_reports import encode_done
 from headrace_worker.membership import Capacity, Membership
 
 MODEL = ModelRecord(
@@ -84,6 +87,7 @@ class ScriptedWorker:
         """End the job; False when another attempt has the job by now."""
         m = MODEL.name
         delta = Delta(job.id, job.attempt, first, tokens, Finish(FinishReason.LENGTH))
+        progress = JobProgress(job.id, len(job.prompt), 0, first + len(tokens))
         answer = await Scripts(self.redis).call(
             scripts.FINISH,
             [
@@ -101,7 +105,7 @@ class ScriptedWorker:
                 job.cost_tokens,
                 keys.JOB_LINGER_MS,
                 keys.REPLIES_TTL_MS,
-                wire.pack(["done", self.name, job.cost_tokens]),
+                encode_done(JobDone(self.name, progress, FinishReason.LENGTH)),
             ],
         )
         return bool(answer == 1)

@@ -1,4 +1,4 @@
-"""The pure parts: block pool, sequence and scheduler, under random traffic and in known stories."""
+"""Sequence and scheduler in known stories; what bands mean to them is in test_turns.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from headrace.types import Band, FinishReason
 from headrace_worker.policy.blocks import BlockPool
-from headrace_worker.policy.scheduler import PROMOTE_MS, Outcome, Plan, Scheduler
-from headrace_worker.policy.sequence import TRANSITIONS, Sequence, Status, blocks_for
+from headrace_worker.policy.plan import Outcome, Plan
+from headrace_worker.policy.scheduler import Scheduler
+from headrace_worker.policy.sequence import PROMOTE_MS, TRANSITIONS, Sequence, Status, blocks_for
 from worker.builders import make_sequence
 
 
@@ -54,47 +55,6 @@ def finish(scheduler: Scheduler, steps_max: int = 5000) -> list[str]:
     raise AssertionError(f"still here after {steps_max} steps: {scheduler.running}")
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), max_size=60))
-@settings(max_examples=150, deadline=None)
-def test_pool_never_loses_a_block(actions: list[tuple[int, int]]) -> None:
-    """Any order of allocate, register, acquire, release, adopt and forget keeps the pool whole."""
-    pool = BlockPool(8)
-    owned: list[list[int]] = []
-    for action, choice in actions:
-        table = owned[choice % len(owned)] if owned else None
-        if action == 0 and pool.can_allocate(choice % 4):
-            owned.append(pool.allocate(choice % 4))
-        elif action == 1 and table:
-            block = table[choice % len(table)]
-            if pool.cached(block) is None:
-                pool.register(block, bytes([choice]), b"", 0)
-        elif action == 2 and table is not None:
-            pool.acquire(table)
-            owned.append(list(table))
-        elif action == 3 and table is not None:
-            owned.remove(table)
-            pool.release(table)
-        elif action == 4 and pool.free_count and not pool.contains(bytes([choice])):
-            assert pool.is_free(pool.adopt(bytes([choice]), b"", 0))
-        elif action == 5:
-            pool.forget(table or range(choice % 8))
-        pool.check_integrity(owned)
-
-
-def test_heads_outlive_tails() -> None:
-    """When cached blocks have to give way, the end of a chain goes before its start."""
-    pool = BlockPool(4)
-    chain = pool.allocate(3)
-    for depth, block in enumerate(chain):
-        pool.register(block, bytes([depth]), b"", depth)
-    pool.release(chain)
-    pool.allocate(1)  # the one that was never used
-    assert pool.take_evicted() == ()
-    pool.allocate(2)
-    assert [evicted.depth for evicted in pool.take_evicted()] == [2, 1]
-    assert pool.match_prefix([bytes([0])]) == [chain[0]]
-
-
 def test_transitions_are_those_of_the_table() -> None:
     """A finished sequence stays finished, a waiting one cannot be preempted."""
     assert TRANSITIONS.keys() == set(Status)
@@ -119,27 +79,32 @@ def ids(sequences: Sequences[Sequence]) -> list[str]:
     return [sequence.id for sequence in sequences]
 
 
-def test_order_is_band_then_arrival_then_number() -> None:
-    """Batch order is one rank, whatever order they came in here."""
+def test_one_rank_orders_the_batch() -> None:
+    """Band, virtual counter, due time, arrival, number: whatever order they came in here."""
     scheduler = make_scheduler(40, step_tokens_max=100)
-    for id, band, arrived, order in [
-        ("late", Band.STANDARD, 5, 1),
-        ("bulk", Band.BATCH, 0, 2),
-        ("twin", Band.STANDARD, 3, 4),
-        ("early", Band.STANDARD, 3, 3),
-        ("vip", Band.INTERACTIVE, 9, 5),
-    ]:
-        scheduler.add(make_sequence(id, [1] * 5, band=band, arrived_ms=arrived, order=order))
-    plan, _ = step(scheduler)
-    assert ids(plan.admitted) == ["vip", "early", "twin", "late", "bulk"]
+    for order, (id, band, virtual, due, arrived) in enumerate(
+        [
+            ("late", Band.STANDARD, 7.0, 50, 5),
+            ("bulk", Band.BATCH, 0.0, 0, 0),
+            ("early", Band.STANDARD, 7.0, 50, 3),
+            ("twin", Band.STANDARD, 7.0, 50, 3),
+            ("urgent", Band.STANDARD, 7.0, 40, 6),
+            ("poor", Band.STANDARD, 6.5, 90, 8),
+            ("vip", Band.INTERACTIVE, 99.0, 99, 9),
+        ]
+    ):
+        facts = {"band": band, "virtual": virtual, "due_ms": due, "arrived_ms": arrived}
+        scheduler.add(make_sequence(id, [1] * 5, order=order, **facts))
+    admitted = [id for _ in range(3) for id in ids(step(scheduler)[0].admitted)]
+    assert admitted == ["vip", "poor", "urgent", "early", "twin", "late", "bulk"]
 
 
 def test_decodes_come_before_prefill_and_prompts_are_chunked() -> None:
-    """A long prompt takes what the streams leave of the budget, chunk after chunk."""
+    """A long prompt takes what its band's streams leave of the budget, chunk after chunk."""
     scheduler = make_scheduler(40, step_tokens_max=20)
-    scheduler.add(make_sequence("stream", [1], output=30, band=Band.BATCH))
+    scheduler.add(make_sequence("stream", [1], output=30))
     step(scheduler)
-    scheduler.add(make_sequence("prompt", [2] * 50, band=Band.INTERACTIVE))
+    scheduler.add(make_sequence("prompt", [2] * 50))
     chunks = []
     for _ in range(3):
         plan, _ = step(scheduler)
@@ -188,20 +153,6 @@ def test_nobody_waits_for_the_prefix_of_a_lower_band() -> None:
     assert plan.items[0].sequence.id == "vip" and plan.items[0].start == 32
 
 
-def test_the_lowest_band_gives_way_then_the_least_work() -> None:
-    """When blocks run out, batch work goes first, within a band whoever has computed least."""
-    scheduler = make_scheduler(6)
-    scheduler.add(make_sequence("vip", [1] * 16, output=80, band=Band.INTERACTIVE))
-    scheduler.add(make_sequence("big", [2] * 30, output=60, band=Band.BATCH, order=1))
-    scheduler.add(make_sequence("small", [3] * 16, output=60, band=Band.BATCH, order=2))
-    victims = []
-    while len(victims) < 2:
-        plan, _ = step(scheduler)
-        victims += ids(plan.preempted)
-    assert victims == ["small", "big"]
-    assert sorted(finish(scheduler)) == ["big", "small", "vip"]
-
-
 def test_a_higher_band_takes_the_room_of_a_lower_one() -> None:
     """Interactive work does not wait for batch work to end: it takes its blocks at once."""
     scheduler = make_scheduler(6, running_max=4)
@@ -224,17 +175,6 @@ def test_an_equal_band_waits() -> None:
     plan, _ = step(scheduler)
     assert not plan.preempted and not plan.admitted
     assert finish(scheduler)[0] == "a"
-
-
-def test_waiting_raises_the_band() -> None:
-    """After PROMOTE_MS batch work ranks with standard work, and its earlier arrival counts."""
-    scheduler = make_scheduler(6, running_max=1)
-    scheduler.add(make_sequence("old", [1] * 4, band=Band.BATCH, arrived_ms=0, added_ms=0))
-    scheduler.add(
-        make_sequence("new", [2] * 4, band=Band.STANDARD, arrived_ms=9, added_ms=PROMOTE_MS)
-    )
-    plan, _ = step(scheduler, now=PROMOTE_MS)
-    assert ids(plan.admitted) == ["old"]
 
 
 def test_what_can_never_fit_is_refused() -> None:
@@ -300,11 +240,11 @@ def test_forced_output_is_computed_before_prompts() -> None:
     scheduler.add(sequence)
     step(scheduler)
     assert [scheduler.extend(sequence, 7) for _ in range(3)] == [None] * 3
-    scheduler.add(make_sequence("vip", [2] * 60, output=2, band=Band.INTERACTIVE, order=1))
+    scheduler.add(make_sequence("prompt", [2] * 60, output=2, order=1))
     plan, _ = step(scheduler)
     assert [(i.sequence.id, i.count, i.samples) for i in plan.items] == [
         ("json", 4, True),
-        ("vip", 16, False),
+        ("prompt", 16, False),
     ]
     left = sequence.tokens_max - sequence.known
     endings = [scheduler.extend(sequence, 8) for _ in range(left)]

@@ -1,8 +1,8 @@
 """Ten thousand random programs against the pure scheduler and block pool.
 
-A program is arrivals (some fork a live sequence, some share a prefix, some want their prompt
-scored), aborts, guesses right and wrong, and forced output, over a pool and a budget that are far
-too small. `HEADRACE_TEST_PROGRAMS` sets how many, `HEADRACE_TEST_SEED` where they begin.
+A program is arrivals of all bands (some fork a live sequence, some share a prefix, some want their
+prompt scored, some have deadlines), aborts, guesses right and wrong, and forced output, over a pool
+and a budget that are far too small and a clock that jumps. `HEADRACE_TEST_PROGRAMS` sets how many, `HEADRACE_TEST_SEED` where they begin.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import random
 
-from headrace.types import BLOCK_TOKENS, Band, FinishReason
+from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Band, FinishReason
 from headrace_worker.policy.blocks import BlockPool
-from headrace_worker.policy.scheduler import Plan, PlanItem, Scheduler
-from headrace_worker.policy.sequence import Sequence, Status, blocks_for
+from headrace_worker.policy.plan import Plan, PlanItem
+from headrace_worker.policy.scheduler import Scheduler
+from headrace_worker.policy.sequence import PROMOTE_MS, Sequence, Status, blocks_for
+from headrace_worker.policy.turns import HURRIED_STEPS_MAX
 from worker.builders import make_sequence, random_tokens
 
 PROGRAMS = int(os.environ.get("HEADRACE_TEST_PROGRAMS", "10000"))
@@ -31,19 +33,27 @@ class Program:
         self.budget = self.random.randint(4, 48)
         running_max = self.random.randint(1, 4)
         self.capacity = blocks * BLOCK_TOKENS
+        self.lower_max = self.random.randint(1, self.budget)
         self.scheduler = Scheduler(
-            BlockPool(blocks), running_max=running_max, step_tokens_max=self.budget
+            BlockPool(blocks),
+            running_max=min(running_max, self.budget),
+            step_tokens_max=self.budget,
+            lower_prefill_tokens=self.lower_max,
+            calm_ms=self.random.choice([0, 100, 10**6]),
         )
+        self.tick_ms = self.random.choice([1, 30, PROMOTE_MS // 4])
+        self.left_out: dict[str, int] = {}
+        self.resident: set[bytes] = set()
         self.live: dict[str, Sequence] = {}
         self.arrivals = self.random.randint(1, 6)
         self.came = 0
 
     def run(self) -> None:
-        now, idle = 0, 0
+        now, idle, steps = 0, 0, 0
         # every step computes a token that stays or yields output, whatever gives way
         steps_max = 200 * (1 + self.arrivals)
         while self.arrivals or self.live:
-            assert now < steps_max, "starvation"
+            assert steps < steps_max, "starvation"
             if self.arrivals and self.random.random() < 0.3:
                 self._arrive(now)
             if self.live and self.random.random() < 0.02:
@@ -51,7 +61,8 @@ class Program:
             progress = self._step(now)
             idle = 0 if progress or not self.live else idle + 1
             assert idle < IDLE_STEPS_MAX, "work is there, so work is done"
-            now += 1
+            steps += 1
+            now += self.random.randint(0, 2 * self.tick_ms)
         self.scheduler.pool.check_integrity([])
         assert self.scheduler.pool.free_count == self.scheduler.pool.total
 
@@ -66,6 +77,10 @@ class Program:
             prompt,
             output=0 if scoring and self.random.random() < 0.5 else self.random.randint(1, room),
             band=self.random.choice(list(Band)),
+            virtual=self.random.choice([0.0, 1.0, self.random.uniform(0, 50)]),
+            due_ms=now + self.random.randint(-50, 50),
+            ttft_by_ms=self._deadline(now),
+            done_by_ms=self._deadline(now),
             arrived_ms=now,
             added_ms=now,
             order=self.came,
@@ -76,6 +91,11 @@ class Program:
             return
         self.scheduler.add(sequence)
         self.live[sequence.id] = sequence
+
+    def _deadline(self, now: int) -> int | None:
+        if self.random.random() < 0.8:
+            return None
+        return now + self.random.randint(1, 60) * self.tick_ms
 
     def _prompt(self) -> list[int]:
         kind = self.random.random()
@@ -95,8 +115,12 @@ class Program:
             for id in self.live
             if self.random.random() < 0.5
         }
+        for late in self.scheduler.late(now):
+            self._abort(late.id)
+        streams = [s for s in self.scheduler.running if s.pending == 1]
         plan = self.scheduler.schedule(now, guesses)
-        self._check(plan)
+        self._check(plan, now)
+        self._check_turns(plan, streams)
         outcomes = self.scheduler.apply(plan, [self._draw(item) for item in plan.items])
         self.scheduler.check_integrity()
         for outcome in outcomes:
@@ -109,7 +133,8 @@ class Program:
                 assert sequence.scored == sequence.scoring
                 del self.live[sequence.id]
         self.scheduler.check_integrity()
-        return bool(plan.items)
+        self._check_news()
+        return bool(plan.items or not self.live)
 
     def _force(self, sequence: Sequence) -> FinishReason | None:
         for _ in range(self.random.randint(1, 40)):
@@ -126,8 +151,30 @@ class Program:
         wanted = [*item.guess, self.random.randrange(VOCAB)]
         return [t if self.random.random() < 0.5 else self.random.randrange(VOCAB) for t in wanted]
 
-    def _check(self, plan: Plan) -> None:
+    def _check_turns(self, plan: Plan, streams: list[Sequence]) -> None:
+        """A stream that keeps its KV gets a token every HURRIED_STEPS_MAX + 1 steps."""
+        planned = {item.sequence.id for item in plan.items}
+        before, self.left_out = self.left_out, {}
+        for stream in streams:
+            if stream.id not in planned and stream.status is Status.RUNNING:
+                self.left_out[stream.id] = before.get(stream.id, 0) + 1
+                assert plan.hurried, "left out for nobody"
+        assert max(self.left_out.values(), default=0) <= HURRIED_STEPS_MAX, "a stream stands still"
+
+    def _check_news(self) -> None:
+        """What the pool tells of blocks that come and go adds up to what is there."""
+        news = self.scheduler.pool.take_news()
+        self.resident -= news.keys()
+        self.resident |= {key for key, came in news.items() if came}
+        there = {block_hash[:BLOCK_KEY_BYTES] for block_hash in self.scheduler.pool._by_hash}
+        assert self.resident == there, "the pool told something else than what is there"
+
+    def _check(self, plan: Plan, now: int) -> None:
         assert plan.tokens <= self.budget, "plan beyond the budget"
+        best = min((item.sequence.band for item in plan.items), default=Band.BATCH)
+        chunks = [i.count for i in plan.items if i.sequence.band > best and _is_prompt(i)]
+        assert sum(chunks) <= self.lower_max, "a long step beside a better band"
+        assert not any(item.sequence.is_late(now) for item in plan.items), "work for nobody"
         assert len({item.sequence.id for item in plan.items}) == len(plan.items)
         owners: dict[int, str] = {}
         for item in plan.items:
@@ -139,6 +186,10 @@ class Program:
             for index in range(item.start // BLOCK_TOKENS, blocks_for(last)):
                 owner = owners.setdefault(sequence.blocks[index], sequence.id)
                 assert owner == sequence.id, "two sequences write to one block"
+
+
+def _is_prompt(item: PlanItem) -> bool:
+    return item.count > 1 and item.start < item.sequence.prompt_tokens
 
 
 def test_random_programs_end_and_leak_nothing() -> None:

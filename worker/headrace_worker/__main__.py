@@ -81,6 +81,8 @@ def build(settings: WorkerSettings) -> Consumer:
         kv_tokens=kv_tokens,
         max_running=settings.max_jobs,
         step_tokens_max=settings.step_tokens,
+        lower_prefill_tokens=settings.lower_prefill_tokens,
+        calm_ms=settings.calm_ms,
         offer_blocks=bool(settings.cache_url),
         speculation=settings.speculation == "ngram",
         kv_dtype=settings.kv_dtype,

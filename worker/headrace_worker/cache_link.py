@@ -87,5 +87,7 @@ def _entry(block: BlockPayload) -> PutEntry:
         data=block.data,
         parent=block.parent,
         depth=block.depth,
+        band=block.band,
+        tenant=block.tenant,
         cost_tokens=BLOCK_TOKENS,
     )

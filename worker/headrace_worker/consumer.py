@@ -19,6 +19,7 @@ from headrace import keys, wire
 from headrace.clock import Clock
 from headrace.errors import CallerError, WireError
 from headrace.grammars import Grammars, Matcher
+from headrace.policy import priority
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.streams import REDIS_DOWN, Entry, Tail, connect
 from headrace.types import (
@@ -26,6 +27,7 @@ from headrace.types import (
     Finish,
     FinishReason,
     Job,
+    JobProgress,
     ModelRecord,
     WorkerState,
     WorkerStatus,
@@ -36,6 +38,7 @@ from headrace_worker.engine_thread import EngineThread
 from headrace_worker.membership import Capacity, Membership, new_worker_id
 from headrace_worker.metrics import Counts
 from headrace_worker.publisher import Addressed, Delivery, Publisher
+from headrace_worker.reporter import Reporter
 from headrace_worker.results import BlockPayload, StepResult
 from headrace_worker.settings import WorkerSettings
 from headrace_worker.story import close_span, open_span
@@ -85,6 +88,7 @@ class Consumer:
         self._state = WorkerState.READY
         self._stop = asyncio.Event()
         self._publisher = Publisher(self._redis, record.name, self._note_sent)
+        self._reporter = Reporter(self._redis, record.name, clock)
         self._thread: EngineThread | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._next_id = settings.worker_id or new_worker_id()
@@ -127,14 +131,18 @@ class Consumer:
             return
         log.info("worker joined", worker=member.id, model=self._record.name)
         tail = Tail(self._settings.redis_url, keys.jobs(self._record.name, member.id))
-        reader = asyncio.create_task(self._read(tail, member))
-        self._loops.append(reader)
+        own = [
+            asyncio.create_task(self._read(tail, member)),
+            asyncio.create_task(self._reporter.run(member.id)),
+        ]
+        self._loops += own
         try:
             drained = await self._beat_until_over(member)
         finally:
-            self._loops.remove(reader)
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for loop in own:
+                self._loops.remove(loop)
+                loop.cancel()
+            await asyncio.gather(*own, return_exceptions=True)
             await tail.close()
         if drained:
             with contextlib.suppress(*REDIS_DOWN):
@@ -143,6 +151,7 @@ class Consumer:
             self._drop_tickets("handed back")
         else:
             log.warning("lease lost, starting over under a new id", worker=member.id)
+            await self._reporter.withdraw(member.id)
             await self._forget_everything()
 
     async def _join(self) -> Membership | None:
@@ -286,6 +295,9 @@ class Consumer:
         if reason is not None:
             self._end(ticket, Finish(FinishReason.ERROR, error=reason))
             return
+        if priority.is_late(job, self._clock.wall_ms(), len(job.logged)):
+            self._end(ticket, Finish(FinishReason.DEADLINE))
+            return
         hashes = self._engine.missing_blocks(job) if self._cache is not None else []
         if hashes or job.sampling.grammar:
             ticket.preparing = asyncio.create_task(self._prepare_then_add(ticket, hashes))
@@ -311,6 +323,13 @@ class Consumer:
         return True
 
     async def _prepare_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
+        try:
+            async with asyncio.timeout(_left_s(ticket.job, self._clock.wall_ms())):
+                await self._prepare(ticket, hashes)
+        except TimeoutError:
+            self._end(ticket, Finish(FinishReason.DEADLINE))
+
+    async def _prepare(self, ticket: Ticket, hashes: list[bytes]) -> None:
         job = ticket.job
         try:
             matcher = await self._compile(job, ticket.span)
@@ -374,13 +393,17 @@ class Consumer:
             return  # it moved on while it was prepared
         delta = Delta(job.id, job.attempt, len(job.logged), (), finish)
         del self._tickets[job.id]
+        self._counts.late_jobs += finish.reason is FinishReason.DEADLINE
         close_span(ticket.span, None, finish, self._clock.wall_ns())
-        self._publisher.put([Addressed(delta, ticket.to)], steps=0)
+        progress = JobProgress(job.id, 0, 0, len(job.logged))
+        self._publisher.put([Addressed(delta, ticket.to, progress)], steps=0)
 
     def _on_result(self, result: StepResult) -> None:
         """In the event loop, after each step."""
+        self._reporter.note(result)
         stories = {story.job: story for story in result.stories}
         for story in result.stories:
+            self._counts.late_jobs += story.reason is FinishReason.DEADLINE
             self._counts.guessed += story.guessed
             self._counts.guessed_right += story.guessed_right
             self._counts.forced += story.forced
@@ -389,11 +412,11 @@ class Consumer:
             ticket = self._tickets.get(delta.job)
             if ticket is None or ticket.to.attempt != delta.attempt:
                 continue
-            step.append(Addressed(delta, ticket.to))
+            told = stories.get(delta.job)
+            step.append(Addressed(delta, ticket.to, told.progress if told else None))
             if delta.finish is not None:
                 del self._tickets[delta.job]
-                now_ns = self._clock.wall_ns()
-                close_span(ticket.span, stories.get(delta.job), delta.finish, now_ns)
+                close_span(ticket.span, told, delta.finish, self._clock.wall_ns())
         if step:
             self._publisher.put(step, steps=1)
         else:
@@ -405,6 +428,13 @@ class Consumer:
         assert self._thread is not None, "steps come from the engine"
         for _ in range(steps):
             self._thread.result_done()
+
+
+def _left_s(job: Job, now_ms: int) -> float | None:
+    """Seconds from wall-clock `now_ms` to the first deadline of `job`; None without one."""
+    ttft_by_ms = 0 if job.logged else job.ttft_by_ms
+    deadlines = [deadline for deadline in (ttft_by_ms, job.done_by_ms) if deadline]
+    return (min(deadlines) - now_ms) / 1000 if deadlines else None
 
 
 def _cancel_in_engine(job_id: str, engine: Engine) -> None:

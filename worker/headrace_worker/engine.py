@@ -13,24 +13,27 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
-import numpy as np
 import structlog
 
 from headrace.clock import Clock
 from headrace.errors import CallerError, SettingsError
 from headrace.grammars import Matcher
+from headrace.policy import priority
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Finish, FinishReason, Job
+from headrace_worker import grammar_link
 from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.entry import Entry
+from headrace_worker.grammar_link import GrammarFailure
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.loading.fingerprint import block_fingerprint
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
-from headrace_worker.policy.scheduler import Outcome, Plan, PlanItem, Scheduler
+from headrace_worker.policy.plan import Outcome, Plan, PlanItem
+from headrace_worker.policy.scheduler import CALM_MS, LOWER_PREFILL_TOKENS, Scheduler
 from headrace_worker.policy.sequence import Sequence as TokenSequence
 from headrace_worker.policy.speculation import Economy
-from headrace_worker.results import BlockPayload, StepResult
+from headrace_worker.results import BlockPayload, StepResult, StepWork
 from headrace_worker.runner import Ask, Mask, Ran, Runner
 from headrace_worker.sampling.limits import refuse as refuse_sampling
 
@@ -45,14 +48,17 @@ class EngineConfig:
     """Limits of one engine. Raises SettingsError for a combination that cannot work.
 
     `kv_tokens`: tokens of KV kept in memory. `max_running`: sequences computed at a time.
-    `step_tokens_max`: tokens computed in one step. `offer_blocks`: copy KV blocks out for a cache
-    service. `speculation`: guess tokens where that is faster. `kv_dtype`: how keys and values are
-    kept, "auto" as the model computes.
+    `step_tokens_max`: tokens computed in one step; `lower_prefill_tokens` of them of prompts of
+    lower bands, while a better band is here or was within the last `calm_ms`. `offer_blocks`: copy
+    KV blocks out for a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
+    how keys and values are kept, "auto" as the model computes.
     """
 
     kv_tokens: int
     max_running: int = 64
     step_tokens_max: int = 512
+    lower_prefill_tokens: int = LOWER_PREFILL_TOKENS
+    calm_ms: int = CALM_MS
     offer_blocks: bool = True
     speculation: bool = True
     kv_dtype: Literal["auto", "int8"] = "auto"
@@ -65,10 +71,6 @@ class EngineConfig:
                 f"max_running = {self.max_running} has to be from 1 to step_tokens_max = "
                 f"{self.step_tokens_max}: each running sequence needs a token a step"
             )
-
-
-class GrammarFailure(Exception):
-    """A job's grammar cannot say what comes next."""
 
 
 class Engine:
@@ -96,7 +98,11 @@ class Engine:
         self._kv = KvPool(loaded.config, blocks, loaded.dtype, config.kv_dtype)
         self._runner = Runner(loaded.model, SdpaBackend(self._kv, loaded.config))
         self._scheduler = Scheduler(
-            self._pool, running_max=config.max_running, step_tokens_max=config.step_tokens_max
+            self._pool,
+            running_max=config.max_running,
+            step_tokens_max=config.step_tokens_max,
+            lower_prefill_tokens=config.lower_prefill_tokens,
+            calm_ms=config.calm_ms,
         )
         self._entries: dict[str, Entry] = {}
         self._economy = Economy()
@@ -177,6 +183,8 @@ class Engine:
         s = job.sampling
         self._arrivals += 1
         scored = s.prompt_logprobs != NO_LOGPROBS and not job.logged
+        now = self._clock.now_ms()
+        ahead_ms = now - self._clock.wall_ms()  # deadlines come as wall-clock times
         return TokenSequence(
             job.id,
             job.prompt,
@@ -187,8 +195,13 @@ class Engine:
                 () if s.ignore_eos else self.record.eos_token_ids
             ),
             band=job.band,
+            tenant=job.tenant,
+            virtual=job.virtual,
+            due_ms=priority.due_ms(job) + ahead_ms,
+            ttft_by_ms=job.ttft_by_ms + ahead_ms if job.ttft_by_ms else None,
+            done_by_ms=job.done_by_ms + ahead_ms if job.done_by_ms else None,
             arrived_ms=job.arrived_ms,
-            added_ms=self._clock.now_ms(),
+            added_ms=now,
             order=self._arrivals,
             scoring=len(job.prompt) - 1 if scored else 0,
         )
@@ -211,17 +224,36 @@ class Engine:
 
     def step(self) -> StepResult:
         """Computes one step for who is here, and reports what ended since the last one."""
-        plan = self._scheduler.schedule(self._clock.now_ms(), self._guesses())
+        now = self._clock.now_ms()
+        self._end_late(now)
+        plan = self._scheduler.schedule(now, self._guesses())
         self._offer(plan.evicted)  # before the step overwrites them
         plan = self._with_masks(plan)
+        start_ns = end_ns = self._clock.wall_ns()
         if plan.items:
-            start_ns = self._clock.wall_ns()
             ran = self._run(plan)
+            end_ns = self._clock.wall_ns()
             if ran is not None:
-                self._apply(plan, ran, start_ns, self._clock.wall_ns())
+                self._apply(plan, ran, start_ns, end_ns)
         self._masks.clear()
         result, self._result = self._result, StepResult([], [], [])
-        return result
+        return replace(result, work=self._work(plan, result, end_ns - start_ns))
+
+    def _end_late(self, now: int) -> None:
+        """Ends those whose deadline has passed, before anything more is computed for them."""
+        for sequence in self._scheduler.late(now):
+            self._scheduler.remove(sequence)
+            self._end(self._entries[sequence.id], FinishReason.DEADLINE)
+
+    def _work(self, plan: Plan, result: StepResult, busy_ns: int) -> StepWork:
+        here = [self._entries.get(item.sequence.id) for item in plan.items]
+        return StepWork(
+            moved=tuple(entry.progress() for entry in here if entry is not None),
+            news=self._pool.take_news(),
+            busy_ns=max(0, busy_ns),  # wall clocks are set back now and then
+            prefill_tokens=sum(item.prefill_tokens for item in plan.items),
+            output_tokens=sum(len(delta.tokens) for delta in result.deltas),
+        )
 
     def check_integrity(self) -> None:
         """Blocks are free or owned, once; each sequence has its job and each job its sequence."""
@@ -260,9 +292,9 @@ class Engine:
     ) -> tuple[int, ...]:
         """As much of `guess` as the grammar allows; its masks are kept for the step."""
         try:
-            masks = [_mask(bits) for bits in matcher.masks(guess)]
-        except Exception as error:  # a library's bug must not end the engine
-            self._fail_grammar(entry, error)
+            masks = grammar_link.masks(matcher, guess)
+        except GrammarFailure as failure:
+            self._fail_grammar(entry, failure)
             return ()
         self._masks[entry.job.id] = masks
         return guess[: len(masks) - 1]
@@ -274,14 +306,15 @@ class Engine:
             if entry.matcher is None or not item.samples or entry.job.id in self._masks:
                 continue
             try:
-                self._masks[entry.job.id] = [_mask(entry.matcher.mask())]
-            except Exception as error:  # a library's bug must not end anybody else's job
-                self._fail_grammar(entry, error)
+                self._masks[entry.job.id] = grammar_link.masks(entry.matcher)
+            except GrammarFailure as failure:
+                self._fail_grammar(entry, failure)
         return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in self._entries))
 
-    def _fail_grammar(self, entry: Entry, error: Exception) -> None:
-        _log.error("grammar failed", job=entry.job.id, error=repr(error), exc_info=error)
-        self._fail(entry.sequence, [], f"the grammar gave up: {error}")
+    def _fail_grammar(self, entry: Entry, failure: GrammarFailure) -> None:
+        cause = failure.__cause__
+        _log.error("grammar failed", job=entry.job.id, error=repr(cause), exc_info=cause)
+        self._fail(entry.sequence, [], str(failure))
 
     def _ask(self, item: PlanItem) -> Ask:
         entry = self._entries[item.sequence.id]
@@ -308,7 +341,7 @@ class Engine:
         drawn: list[list[int]] = []
         for item, got in zip(plan.items, ran, strict=True):
             entry = self._entries[item.sequence.id]
-            entry.note_step(item.count, start_ns, end_ns)
+            entry.note_step(item.start, item.count, start_ns, end_ns)
             scored = [logprobs for logprobs in got.scored if logprobs is not None]
             entry.prompt_logprobs += scored
             chosen = list(takewhile(lambda choice: choice is not None, got.chosen))
@@ -371,10 +404,10 @@ class Engine:
         if matcher is None:
             return None
         for token in tokens:
-            _accept(matcher, token)
-        forced = [] if entry.wants_logprobs or matcher.ended else _forced(matcher)
-        for token in forced:
-            _accept(matcher, token)
+            grammar_link.accept(matcher, token)
+        certain = [] if entry.wants_logprobs or matcher.ended else grammar_link.forced(matcher)
+        for token in certain:
+            grammar_link.accept(matcher, token)
             entry.forced += 1
             ending = self._scheduler.extend(entry.sequence, token)
             if ending is not None:
@@ -402,7 +435,8 @@ class Engine:
             if not c.offered:
                 c.offered = True
                 data = self._kv.export_block(c.block)
-                self._result.blocks.append(BlockPayload(c.hash, c.parent, c.depth, data))
+                payload = BlockPayload(c.hash, c.parent, c.depth, data, c.band, c.tenant)
+                self._result.blocks.append(payload)
 
     def _import(
         self, sequence: TokenSequence, payloads: Iterable[BlockPayload]
@@ -417,43 +451,23 @@ class Engine:
             return frozenset()
         hashes = sequence.reusable_hashes()
         chain = self._pool.match_prefix(hashes)
-        self._pool.touch(chain)
+        # held meanwhile: the chain itself must not give way to its own continuation
+        self._pool.acquire(chain)
         taken: set[bytes] = set()
         for index in range(len(chain), len(hashes)):
             block_hash, parent = hashes[index], sequence.parent_hash(index)
             resident = self._pool.match_prefix([block_hash])
             if not resident:
                 payload = by_hash.get(block_hash)
-                # the chain itself must not give way to its own continuation
-                room = self._pool.free_count > self._pool.unreferenced(chain)
+                room = self._pool.can_allocate(1)
                 if payload is None or not room or not self._kv.accepts(payload.data):
                     break
-                resident = [self._pool.adopt(block_hash, parent, index)]
+                owner = (sequence.band, sequence.tenant)
+                resident = [self._pool.adopt(block_hash, parent, index, *owner)]
                 self._offer(self._pool.take_evicted())  # before it is overwritten
                 self._kv.import_block(resident[0], payload.data)
                 taken.add(block_hash)
+            self._pool.acquire(resident)
             chain += resident
-        self._pool.touch(chain)
+        self._pool.release(chain, sequence.band)
         return frozenset(taken)
-
-
-def _accept(matcher: Matcher, token: int) -> None:
-    try:
-        accepted = matcher.accept(token)
-    except Exception as error:  # a library's bug must not end the engine
-        raise GrammarFailure(f"the grammar gave up: {error}") from error
-    if not accepted:
-        raise GrammarFailure(
-            f"the grammar gave up: {matcher.failure or f'token {token} does not match'}"
-        )
-
-
-def _forced(matcher: Matcher) -> list[int]:
-    try:
-        return matcher.forced()
-    except Exception as error:  # as above
-        raise GrammarFailure(f"the grammar gave up: {error}") from error
-
-
-def _mask(bits: bytearray) -> Mask:
-    return np.frombuffer(bits, np.int32)

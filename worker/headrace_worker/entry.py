@@ -13,6 +13,7 @@ from headrace.types import (
     Finish,
     FinishReason,
     Job,
+    JobProgress,
     TokenLogprobs,
 )
 from headrace_worker.policy.sequence import Sequence
@@ -49,6 +50,8 @@ class Entry:
         self.guessed = 0
         self.guessed_right = 0
         self.forced = 0
+        self.reached = 0
+        """Tokens that this attempt has computed or found, those lost by preemption included."""
         self._added_ns = added_ns
         self._chunks: list[tuple[int, int, int]] = []
         self._reported = sequence.output_tokens
@@ -63,8 +66,15 @@ class Entry:
         found = len(self.sequence.cached_blocks or ()) * BLOCK_TOKENS
         return min(found, len(self.job.prompt))
 
-    def note_step(self, count: int, start_ns: int, end_ns: int) -> None:
-        """A step computed `count` of its known tokens."""
+    def progress(self) -> JobProgress:
+        """How far it is; a prompt token that was computed again counts once."""
+        cached = self.cached_tokens
+        computed = max(0, min(self.reached, len(self.job.prompt)) - cached)
+        return JobProgress(self.job.id, computed, cached, self.sequence.output_tokens)
+
+    def note_step(self, start: int, count: int, start_ns: int, end_ns: int) -> None:
+        """A step computed `count` of its known tokens from `start`."""
+        self.reached = max(self.reached, start + count)
         if not self.scheduled_ns:
             self.scheduled_ns = start_ns
         prefill = count > 1 or not self.first_token_ns
@@ -98,6 +108,7 @@ class Entry:
             job=self.job.id,
             attempt=self.job.attempt,
             reason=reason,
+            progress=self.progress(),
             added_ns=self._added_ns,
             scheduled_ns=self.scheduled_ns,
             first_token_ns=self.first_token_ns,

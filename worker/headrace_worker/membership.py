@@ -18,6 +18,7 @@ from headrace import keys, wire
 from headrace.clock import Clock
 from headrace.streams import as_bytes
 from headrace.types import ModelRecord, WorkerRecord, WorkerRole, WorkerStatus
+from headrace.wire_reports import encode_news
 
 
 def new_worker_id() -> str:
@@ -75,7 +76,7 @@ class Membership:
         pipe.set(keys.lease(m, w), self.card.pid, px=self._lease_ms)
         pipe.xadd(
             keys.events(m),
-            {"e": wire.pack(["join", w])},
+            {"e": encode_news("join", w)},
             maxlen=keys.EVENTS_MAX,
             approximate=True,
         )
@@ -94,13 +95,16 @@ class Membership:
         return bool(renewed)
 
     async def leave(self) -> None:
-        """Let the lease go; the dispatcher hands on whatever still stands in the job stream."""
+        """Let the lease go, and what was told of blocks.
+
+        The dispatcher hands on whatever still stands in the job stream.
+        """
         m, w = self._model.name, self.id
         pipe = self._redis.pipeline(transaction=False)
-        pipe.delete(keys.lease(m, w))
+        pipe.delete(keys.lease(m, w), keys.blocks(m, w))
         pipe.xadd(
             keys.events(m),
-            {"e": wire.pack(["leave", w])},
+            {"e": encode_news("leave", w)},
             maxlen=keys.EVENTS_MAX,
             approximate=True,
         )

@@ -20,6 +20,7 @@ class Counts:
     """What a worker has done since it started, counted as jobs end."""
 
     unwritten_blocks: int = 0
+    late_jobs: int = 0
     guessed: int = 0
     guessed_right: int = 0
     forced: int = 0
@@ -56,6 +57,10 @@ class WorkerCollector(Collector):
             "headrace_worker_unwritten_blocks": (
                 "KV blocks not written to the cache service, its queue being full",
                 counts.unwritten_blocks,
+            ),
+            "headrace_worker_late_jobs": (
+                "Jobs ended because a deadline had passed",
+                counts.late_jobs,
             ),
             "headrace_worker_guessed_tokens": ("Tokens guessed by speculation", counts.guessed),
             "headrace_worker_guessed_right_tokens": (

@@ -18,7 +18,8 @@ from redis.exceptions import NoScriptError
 
 from headrace import keys, scripts, wire
 from headrace.streams import REDIS_DOWN
-from headrace.types import Delta
+from headrace.types import Delta, JobDone, JobProgress
+from headrace.wire_reports import encode_done
 
 log = structlog.get_logger()
 
@@ -40,10 +41,11 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Addressed:
-    """One delta and where it goes."""
+    """One delta and where it goes; `progress` is what the end of a job tells the dispatcher."""
 
     delta: Delta
     to: Delivery
+    progress: JobProgress | None = None
 
 
 class Publisher:
@@ -123,7 +125,8 @@ class Publisher:
             raise
 
     def _add_finish(self, pipe: Any, item: Addressed) -> None:
-        m, to = self._model, item.to
+        m, to, finish = self._model, item.to, item.delta.finish
+        assert finish is not None and item.progress is not None, "only ends are finished"
         names = [
             keys.job(m, to.job),
             keys.jobs(m, to.worker),
@@ -142,7 +145,7 @@ class Publisher:
             to.cost_tokens,
             keys.JOB_LINGER_MS,
             keys.REPLIES_TTL_MS,
-            wire.pack(["done", to.worker, to.cost_tokens]),
+            encode_done(JobDone(to.worker, item.progress, finish.reason)),
         )
 
 

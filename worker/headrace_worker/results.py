@@ -5,19 +5,25 @@ Invariant: all of it is frozen; it crosses from the engine's thread into the eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from headrace.types import Delta, FinishReason
+from headrace.types import Band, Delta, FinishReason, JobProgress
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPayload:
-    """One KV block as it travels to and from the cache service. `depth` counts from 0."""
+    """One KV block as it travels to and from the cache service. `depth` counts from 0.
+
+    `band` and `tenant` are the owner's, for what the service keeps; it does not tell them back.
+    """
 
     hash: bytes
     parent: bytes
     depth: int
     data: bytes | memoryview
+    band: Band = Band.STANDARD
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +31,15 @@ class JobStory:
     """What a trace tells of one finished job. Times are wall-clock nanoseconds, 0 = never.
 
     `chunks`: (tokens, start_ns, end_ns) of each prefill step, recomputation after a preemption
-    included. `cached_local`, `cached_imported`: tokens found in the pool at first admission, those
-    imported for this job apart. `output_tokens`: tokens made by this attempt, of which
-    `guessed_right` out of `guessed` by speculation and `forced` by the grammar.
+    included. `progress` is its last. `cached_local`, `cached_imported`: tokens found in the pool at
+    first admission, those imported for this job apart. `output_tokens`: tokens made by this
+    attempt, of which `guessed_right` out of `guessed` by speculation and `forced` by the grammar.
     """
 
     job: str
     attempt: int
     reason: FinishReason
+    progress: JobProgress
     added_ns: int
     scheduled_ns: int
     first_token_ns: int
@@ -48,9 +55,26 @@ class JobStory:
 
 
 @dataclass(frozen=True, slots=True)
+class StepWork:
+    """What one step did, for the dispatcher's eyes.
+
+    `moved`: jobs it computed something of that go on. `news`: keys of blocks that came into the
+    pool (True) or went (False) since the last step, the newest last. `prefill_tokens`: computed
+    ones, again after a preemption included.
+    """
+
+    moved: tuple[JobProgress, ...] = ()
+    news: Mapping[bytes, bool] = field(default_factory=dict)
+    busy_ns: int = 0
+    prefill_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step gave: at most one delta a job, KV worth caching, stories of ended jobs."""
 
     deltas: list[Delta]
     blocks: list[BlockPayload]
     stories: list[JobStory]
+    work: StepWork = StepWork()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from headrace.types import BLOCK_TOKENS, TokenLogprobs
 from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
 from headrace_worker.model import Decoder
-from headrace_worker.policy.scheduler import PlanItem
+from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
 from headrace_worker.sampling.sampler import Chosen, Row, sample

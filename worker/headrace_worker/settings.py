@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from headrace.config import ServiceSettings
+from headrace_worker.policy.scheduler import CALM_MS, LOWER_PREFILL_TOKENS
 
 
 class WorkerSettings(ServiceSettings):
@@ -30,6 +31,16 @@ class WorkerSettings(ServiceSettings):
     max_jobs: int = Field(default=32, ge=1, le=4096, description="jobs that run at once")
     step_tokens: int = Field(
         default=512, ge=16, le=65_536, description="token budget of one engine step"
+    )
+    lower_prefill_tokens: int = Field(
+        default=LOWER_PREFILL_TOKENS,
+        ge=1,
+        description="of the budget, what prompts of lower bands get while a better band is about",
+    )
+    calm_ms: int = Field(
+        default=CALM_MS,
+        ge=0,
+        description="for how long after it last ran a band counts as being about",
     )
     worker_id: str = Field(default="", max_length=100, pattern=r"^[A-Za-z0-9._-]*$")
     lease_ms: int = Field(default=3_000, ge=300, le=600_000)

@@ -6,14 +6,14 @@ somebody's prompt), then those whose output ran ahead a little (a grammar forced
 larger gaps in chunks, in order of rank. Guesses (policy/speculation.py) get what is left of the
 budget and of the blocks: nobody waits and nothing is preempted for them.
 
-One rank, `(effective band, arrival time, arrival number)`, orders batch, admission and preemption.
-A sequence's band improves by one for every `PROMOTE_MS` it has been here, so that nothing waits for
-ever. Admission is strict: while the first in rank does not fit, nobody behind it is let in; but who
-would compute a prefix that somebody is computing waits for it, so that the n choices of a request
-compute their prompt once. It sets aside the blocks for all known tokens of whoever runs, so only
-the growth of outputs can make blocks run out; then the lowest band gives way, in it the one
-preempted least often, in that the one that loses least work. Every step either computes tokens that
-stay or yields output, which preemption never takes back; so everything ends.
+One rank, `headrace.policy.priority`'s, orders batch, admission and preemption. Who takes part in a
+step, and with how many tokens, is policy/turns.py's: lower bands do not lengthen the step that
+computes a better band's prompt. Admission is strict: while the first in rank does not fit, nobody
+behind it is let in; but who would compute a prefix that somebody is computing waits for it, so that
+the n choices of a request compute their prompt once. It sets aside the blocks for all known tokens
+of whoever runs, so only the growth of outputs can make blocks run out; then the lowest band gives
+way, in it the one preempted least often, in that the one that loses least work. Every step either
+computes tokens that stay or yields output, which preemption never takes back; so everything ends.
 
 Rejected: reserving the whole possible output at admission, which leaves most of the pool idle;
 swapping KV out on preemption, which the prefix cache mostly makes unnecessary.
@@ -23,105 +23,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 from headrace.types import BLOCK_TOKENS, FinishReason
-from headrace_worker.policy.blocks import BlockPool, CachedBlock
+from headrace_worker.policy import turns
+from headrace_worker.policy.blocks import BlockPool
+from headrace_worker.policy.plan import Draft, Outcome, Plan, PlanItem
 from headrace_worker.policy.sequence import Sequence, Status, blocks_for
 
-PROMOTE_MS = 30_000
-CATCH_UP_TOKENS = 32
-"""A started sequence that lacks no more than this goes before everybody's prompts."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlanItem:
-    """Compute KV for `count` tokens of `sequence` from `start`; `samples`: then choose the next.
-
-    `guess` are tokens that may follow the known ones: they are computed as if they did, and a
-    token is chosen after each of them as well.
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    guess: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        return self.count + len(self.guess)
-
-    @property
-    def scored_rows(self) -> range:
-        """Positions in this item whose probabilities are wanted and not known yet."""
-        sequence = self.sequence
-        first = max(self.start, sequence.scored)
-        return range(first, max(first, min(self.start + self.count, sequence.scoring)))
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step. `evicted` blocks hold their old KV until the step writes to them."""
-
-    items: tuple[PlanItem, ...]
-    admitted: tuple[Sequence, ...]
-    preempted: tuple[Sequence, ...]
-    evicted: tuple[CachedBlock, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(item.rows for item in self.items)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step gave one sequence.
-
-    `tokens`: new output, of which all but the last had been guessed. `blocks`: its full blocks,
-    head first, when it ended.
-    """
-
-    sequence: Sequence
-    tokens: tuple[int, ...]
-    ending: FinishReason | None
-    blocks: tuple[int, ...] = ()
-
-
-class _Draft:
-    """The plan in the making."""
-
-    def __init__(self, now: int, budget: int) -> None:
-        self.now = now
-        self.budget = budget
-        self.items: dict[str, PlanItem] = {}
-        self.admitted: dict[str, Sequence] = {}
-        self.preempted: dict[str, Sequence] = {}
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        samples = count == sequence.pending and sequence.known < sequence.tokens_max
-        self.items[sequence.id] = PlanItem(sequence, sequence.computed, count, samples)
-        self.budget -= count
-
-    def drop(self, sequence: Sequence) -> None:
-        item = self.items.pop(sequence.id, None)
-        if item is not None:
-            self.budget += item.rows
-        if self.admitted.pop(sequence.id, None) is None:
-            self.preempted[sequence.id] = sequence
+LOWER_PREFILL_TOKENS = 128
+CALM_MS = 5_000
 
 
 class Scheduler:
     """Sequences waiting and running over one pool. Holds no tensor, reads no clock."""
 
-    def __init__(self, pool: BlockPool, *, running_max: int, step_tokens_max: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        running_max: int,
+        step_tokens_max: int,
+        lower_prefill_tokens: int = LOWER_PREFILL_TOKENS,
+        calm_ms: int = CALM_MS,
+    ) -> None:
+        """`lower_prefill_tokens`: how much of all prompts of lower bands one step computes while a
+        better band is here, or ran within `calm_ms`.
+        """
         assert 0 < running_max <= step_tokens_max, "every running sequence needs a token a step"
+        assert lower_prefill_tokens > 0, "lower bands get on as well"
         self.pool = pool
         self._running_max = running_max
         self._step_tokens_max = step_tokens_max
+        self._lower_prefill_tokens = lower_prefill_tokens
+        self._calm_ms = calm_ms
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
+        self._hurried_steps = 0
+        self._ran_ms: dict[int, int] = {}
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
@@ -149,7 +89,7 @@ class Scheduler:
         self._waiting.pop(sequence.id, None)
         self._running.pop(sequence.id, None)
         full = tuple(sequence.blocks[: sequence.registered])
-        self.pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks, sequence.band)
         sequence.blocks, sequence.computed, sequence.registered = [], 0, 0
         sequence.become(Status.FINISHED)
         return full
@@ -161,23 +101,22 @@ class Scheduler:
 
         `guesses` by sequence id, for sequences that lack one token.
         """
-        draft = _Draft(now, self._step_tokens_max)
-        decoding = [s for s in self._running.values() if s.pending == 1]
-        ahead = [s for s in self._running.values() if _runs_ahead(s)]
-        for sequence in (*self._ranked(decoding, now), *self._ranked(ahead, now)):
-            if draft.budget and sequence.status is Status.RUNNING:
-                self._extend(draft, sequence)
-        behind = [s for s in self._running.values() if s.pending > 1 and s.id not in draft.items]
-        blocked = False
-        for sequence in self._ranked([*behind, *self._waiting.values()], now):
-            if not draft.budget:
+        here = [*self._running.values(), *self._waiting.values()]
+        guarded = turns.guarded_band(here, self._ran_ms, now, self._calm_ms)
+        draft = Draft(now, self._step_tokens_max, guarded, self._lower_prefill_tokens)
+        groups = turns.groups(here, now, self._hurried_steps)
+        hurried = False
+        for place, group in enumerate(groups, 1):
+            for sequence in turns.streams(group, now):
+                if draft.budget and sequence.status is Status.RUNNING:
+                    self._extend(draft, sequence)
+            prompts = self._plan_prompts(draft, group)
+            if place < len(groups) and (prompts or not draft.budget):
+                hurried = True
                 break
-            if sequence.status is Status.RUNNING:
-                self._extend(draft, sequence)
-            elif not blocked and not self._awaits_prefix(sequence, now):
-                # one preempted a moment ago waits for the next step, or the two would trade places
-                blocked = sequence.id in draft.preempted or not self._admit(draft, sequence)
-        for sequence in decoding:
+        self._hurried_steps = self._hurried_steps + 1 if hurried else 0
+        for sequence in here:
+            self._note_step(sequence, sequence.id in draft.items, now)
             if guesses.get(sequence.id) and sequence.id in draft.items:
                 self._guess(draft, sequence, guesses[sequence.id])
         return Plan(
@@ -185,7 +124,13 @@ class Scheduler:
             tuple(draft.admitted.values()),
             tuple(draft.preempted.values()),
             self.pool.take_evicted(),
+            hurried,
         )
+
+    def late(self, now: int) -> list[Sequence]:
+        """Those whose deadline has passed; the caller ends them before it plans a step."""
+        here = (*self._running.values(), *self._waiting.values())
+        return [sequence for sequence in here if sequence.is_late(now)]
 
     def apply(self, plan: Plan, drawn: Sequences[Sequences[int]]) -> list[Outcome]:
         """Takes in what the step computed.
@@ -226,11 +171,24 @@ class Scheduler:
             assert sequence.status in (Status.WAITING, Status.PREEMPTED), "a waiting one says so"
             sequence.check_integrity()
 
-    def _band(self, sequence: Sequence, now: int) -> int:
-        return max(0, sequence.band - (now - sequence.added_ms) // PROMOTE_MS)
+    def _plan_prompts(self, draft: Draft, group: Sequences[Sequence]) -> bool:
+        """Plans chunks of what lacks more than a token, and lets in who waits; whether any."""
+        planned = len(draft.items)
+        for sequence in turns.ranked((s for s in group if s.id not in draft.items), draft.now):
+            if not draft.room(sequence):
+                continue
+            if sequence.status is Status.RUNNING:
+                self._extend(draft, sequence)
+            elif not draft.blocked and not self._awaits_prefix(sequence, draft.now):
+                # one preempted a moment ago waits for the next step, or the two would trade places
+                preempted = sequence.id in draft.preempted
+                draft.blocked = preempted or not self._admit(draft, sequence)
+        return len(draft.items) > planned
 
-    def _ranked(self, sequences: list[Sequence], now: int) -> list[Sequence]:
-        return sorted(sequences, key=lambda s: (self._band(s, now), s.arrived_ms, s.order))
+    def _note_step(self, sequence: Sequence, computed: bool, now: int) -> None:
+        sequence.note_step(computed, now)
+        if computed:
+            self._ran_ms[sequence.band] = now
 
     @staticmethod
     def _say(item: PlanItem, drawn: Sequences[int]) -> tuple[tuple[int, ...], FinishReason | None]:
@@ -255,14 +213,18 @@ class Scheduler:
                 sequence.block_hash(index),
                 sequence.parent_hash(index),
                 index,
+                sequence.band,
+                sequence.tenant,
             )
         sequence.registered = full
 
-    def _extend(self, draft: _Draft, sequence: Sequence) -> None:
+    def _extend(self, draft: Draft, sequence: Sequence) -> None:
         """Plans as much of a running sequence as budget and blocks allow, at least one token."""
+        wanted = min(sequence.pending, draft.room(sequence))
+        assert wanted > 0, "a sequence is planned while the step has room for it"
         while True:
             room = (len(sequence.blocks) + self.pool.free_count) * BLOCK_TOKENS - sequence.computed
-            count = min(sequence.pending, draft.budget, room)
+            count = min(wanted, room)
             if count > 0:
                 self._give(sequence, count)
                 draft.add(sequence, count)
@@ -272,13 +234,13 @@ class Scheduler:
             if victim is sequence:
                 return
 
-    def _guess(self, draft: _Draft, sequence: Sequence, guess: tuple[int, ...]) -> None:
+    def _guess(self, draft: Draft, sequence: Sequence, guess: tuple[int, ...]) -> None:
         """Adds to the sequence's item as much of `guess` as costs nobody anything."""
         item = draft.items[sequence.id]
         spare = self.pool.free_count - sum(self._reserved(s) for s in self._running.values())
         room = (len(sequence.blocks) + max(0, spare)) * BLOCK_TOKENS - item.start - item.count
         length = min(draft.budget, room, sequence.tokens_max - sequence.known - 1)
-        if item.samples and length > 0:
+        if item.samples and item.count == 1 and length > 0:
             guess = guess[:length]
             self._give(sequence, item.count + len(guess))
             draft.items[sequence.id] = replace(item, guess=guess)
@@ -294,17 +256,17 @@ class Scheduler:
 
         Somebody of a lower band is not waited for: others may go before it.
         """
-        band = self._band(sequence, now)
+        band = sequence.effective_band(now)
         hashes = sequence.reusable_hashes()
         index = len(self.pool.match_prefix(hashes))
         return index < len(hashes) and any(
-            self._band(s, now) <= band
+            s.effective_band(now) <= band
             and s.registered <= index < s.known // BLOCK_TOKENS
             and s.block_hash(index) == hashes[index]
             for s in self._running.values()
         )
 
-    def _admit(self, draft: _Draft, sequence: Sequence) -> bool:
+    def _admit(self, draft: Draft, sequence: Sequence) -> bool:
         """Starts a waiting sequence if it fits, at the cost of lower bands where that helps."""
         found = self.pool.match_prefix(sequence.reusable_hashes())
         if not self._make_room(draft, sequence, found):
@@ -318,27 +280,28 @@ class Scheduler:
         del self._waiting[sequence.id]
         self._running[sequence.id] = sequence
         sequence.become(Status.RUNNING)
-        count = min(sequence.pending, draft.budget)
+        count = min(sequence.pending, draft.room(sequence))
         self._give(sequence, count)
         draft.admitted[sequence.id] = sequence
         draft.add(sequence, count)
         return True
 
-    def _make_room(self, draft: _Draft, sequence: Sequence, found: list[int]) -> bool:
+    def _make_room(self, draft: Draft, sequence: Sequence, found: list[int]) -> bool:
         """Whether all known tokens of `sequence` fit, after preempting lower bands if they must."""
         lacking = self._lacking(sequence, found)
         full = len(self._running) >= self._running_max
         if lacking <= 0 and not full:
             return True
-        band = self._band(sequence, draft.now)
-        lower = [s for s in self._running.values() if self._band(s, draft.now) > band]
+        now = draft.now
+        band = sequence.effective_band(now)
+        lower = [s for s in self._running.values() if s.effective_band(now) > band]
         # what was found is not gained by taking it from somebody else
         gain = sum(
             self.pool.freed_by(set(s.blocks) - set(found)) + self._reserved(s) for s in lower
         )
         if not lower or gain < lacking:
             return False
-        for victim in sorted(lower, key=lambda s: self._expendable(s, draft.now), reverse=True):
+        for victim in sorted(lower, key=lambda s: self._expendable(s, now), reverse=True):
             self._preempt(draft, victim)
             if self._lacking(sequence, found) <= 0:
                 return True
@@ -353,28 +316,20 @@ class Scheduler:
     def _reserved(self, sequence: Sequence) -> int:
         return max(0, blocks_for(sequence.known) - len(sequence.blocks))
 
-    def _expendable(self, sequence: Sequence, now: int) -> tuple[int, int, int, int, int]:
-        """The victim score: the highest goes first."""
-        return (
-            self._band(sequence, now),
-            -sequence.preemptions,
-            -sequence.computed,
-            sequence.arrived_ms,
-            sequence.order,
-        )
+    def _expendable(self, sequence: Sequence, now: int) -> turns.Expendable:
+        """The victim score. What others hold as well is not lost, nor is what is not computed."""
+        shared = len(sequence.blocks) - self.pool.freed_by(sequence.blocks)
+        lost_tokens = max(0, sequence.computed - shared * BLOCK_TOKENS)
+        return turns.expendable(sequence, lost_tokens, now)
 
     def _victim(self, now: int) -> Sequence:
         return max(self._running.values(), key=lambda s: self._expendable(s, now))
 
-    def _preempt(self, draft: _Draft, sequence: Sequence) -> None:
+    def _preempt(self, draft: Draft, sequence: Sequence) -> None:
         del self._running[sequence.id]
-        self.pool.release(sequence.blocks)
+        self.pool.release(sequence.blocks, sequence.band)
         sequence.blocks, sequence.computed, sequence.registered = [], 0, 0
         sequence.preemptions += 1
         sequence.become(Status.PREEMPTED)
         self._waiting[sequence.id] = sequence
         draft.drop(sequence)
-
-
-def _runs_ahead(sequence: Sequence) -> bool:
-    return sequence.output_tokens > 0 and 1 < sequence.pending <= CATCH_UP_TOKENS

@@ -11,7 +11,13 @@ from collections.abc import Iterable
 from enum import Enum
 
 from headrace.policy.hashing import next_hash
+from headrace.policy.priority import Rank, aged_band
 from headrace.types import BLOCK_TOKENS, Band, FinishReason
+
+PROMOTE_MS = 30_000
+"""A sequence's band improves by one for so long without being computed."""
+CATCH_UP_TOKENS = 32
+"""A started sequence that lacks no more output than this goes before everybody's prompts."""
 
 
 class Status(Enum):
@@ -38,20 +44,30 @@ class Sequence:
     """One job in the engine.
 
     `tokens_max` is the length, prompt included, at which it ends by `LENGTH`; `stop_ids` end it
-    by `STOP`. `order` is its arrival number in this engine, the last tie-breaker.
-    `added_ms` is the local monotonic time it came, which aging counts from. The rows of its first
-    `scoring` tokens are wanted for their probabilities; `scored` of them have been computed.
+    by `STOP`. The rows of its first `scoring` tokens are wanted for their probabilities; `scored`
+    of them have been computed.
+
+    Its rank is made of `band`, the tenant's `virtual` counter, `due_ms`, `arrived_ms` and `order`,
+    its arrival number in this engine, the last tie-breaker. `arrived_ms` is wall-clock time; all
+    other times are this engine's monotonic clock's: `added_ms` when it came, `ttft_by_ms` and
+    `done_by_ms` its deadlines, None without one.
+
+    It ages while steps leave it out, not while they compute it: what runs needs no help, and a long
+    stream of a low band must not outgrow those that arrive. Rejected: counting from its arrival,
+    after which a minute of decoding made batch work interactive.
     """
 
     __slots__ = (
-        "added_ms",
         "arrived_ms",
         "band",
         "blocks",
         "cached_blocks",
         "computed",
+        "done_by_ms",
+        "due_ms",
         "hashes",
         "id",
+        "idle_since_ms",
         "order",
         "preemptions",
         "prompt_tokens",
@@ -61,8 +77,12 @@ class Sequence:
         "scoring",
         "status",
         "stop_ids",
+        "tenant",
         "tokens",
         "tokens_max",
+        "ttft_by_ms",
+        "virtual",
+        "waited_ms",
     )
 
     def __init__(
@@ -75,6 +95,11 @@ class Sequence:
         logged: Iterable[int] = (),
         stop_ids: frozenset[int] = frozenset(),
         band: Band = Band.STANDARD,
+        tenant: str = "",
+        virtual: float = 0.0,
+        due_ms: int = 0,
+        ttft_by_ms: int | None = None,
+        done_by_ms: int | None = None,
         arrived_ms: int = 0,
         added_ms: int = 0,
         order: int = 0,
@@ -88,9 +113,17 @@ class Sequence:
         self.tokens_max = tokens_max
         self.stop_ids = stop_ids
         self.band = band
+        self.tenant = tenant
+        self.virtual = virtual
+        self.due_ms = due_ms
+        self.ttft_by_ms = ttft_by_ms
+        self.done_by_ms = done_by_ms
         self.arrived_ms = arrived_ms
-        self.added_ms = added_ms
         self.order = order
+        self.waited_ms = 0
+        """How long steps had left it out, until it was computed last."""
+        self.idle_since_ms: int | None = added_ms
+        """Since when steps leave it out; None while they compute it."""
         self.scoring = scoring
         self.scored = 0
         self.status = Status.WAITING
@@ -116,6 +149,37 @@ class Sequence:
     def pending(self) -> int:
         """Known tokens without KV; the last one's row gives the next token."""
         return len(self.tokens) - self.computed
+
+    def lacks_prompt(self) -> bool:
+        """Whether more than one token is missing and not just output that ran ahead a little."""
+        return self.pending > 1 and not self.runs_ahead()
+
+    def runs_ahead(self) -> bool:
+        """Whether a little output has no KV yet: a grammar forced some tokens."""
+        return self.computed >= self.prompt_tokens and 1 < self.pending <= CATCH_UP_TOKENS
+
+    def effective_band(self, now: int) -> int:
+        """The band, improved by the time without being computed."""
+        idle_ms = 0 if self.idle_since_ms is None else now - self.idle_since_ms
+        return aged_band(self.band, self.waited_ms + idle_ms, PROMOTE_MS)
+
+    def rank(self, now: int) -> tuple[Rank, int]:
+        """Smaller goes first: headrace.policy.priority, then who came here first."""
+        band = self.effective_band(now)
+        return Rank(band, self.virtual, self.due_ms, self.arrived_ms), self.order
+
+    def is_late(self, now: int) -> bool:
+        """Whether a deadline has passed: `priority.is_late` on this engine's clock."""
+        deadlines = (self.done_by_ms, None if self.output_tokens else self.ttft_by_ms)
+        return any(deadline is not None and now >= deadline for deadline in deadlines)
+
+    def note_step(self, computed: bool, now: int) -> None:
+        """The step that begins at `now` computes some of it, or leaves it out."""
+        if not computed:
+            self.idle_since_ms = now if self.idle_since_ms is None else self.idle_since_ms
+        elif self.idle_since_ms is not None:
+            self.waited_ms += now - self.idle_since_ms
+            self.idle_since_ms = None
 
     def become(self, status: Status) -> None:
         assert status in TRANSITIONS[self.status], f"{self.status} cannot become {status}"
