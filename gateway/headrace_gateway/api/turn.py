@@ -174,8 +174,8 @@ class Turn:
     def _check_admission(self, ask: Ask) -> None:
         """Raises what the fleet would refuse `ask` with; nothing is sent or taken for it."""
         admission = self.gateway.fleet.admit(self.record.name, ask)
-        self._span.set_attribute("headrace.admission.reason", admission.reason)
         if not admission.admitted:
+            self._span.set_attribute("headrace.admission.reason", admission.reason)
             raise admission.refusal()
 
     async def encode(self, text: str, *, add_bos: bool) -> array[int]:
