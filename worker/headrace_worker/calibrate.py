@@ -9,7 +9,8 @@ Invariant: nothing about the prompts' past is computed: its KV is imported as ze
 step exactly what real KV costs. The fit weighs each step's error by its duration (a decode step of
 20 ms counts as much as a prefill step of 800 ms) and no term is negative. Rejected: fitting what a
 serving worker reports, whose steps are all alike. Cells are visited in rounds, so that a slow
-minute of the machine spoils a little of each instead of all of one.
+minute of the machine spoils a little of each instead of all of one, and in random order, so that
+the time limit may come anywhere.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ CHUNKS = (16, 64, 128, 256, 512)
 MIXED_ROWS = (2, 8)
 DECODE_STEPS = 4
 """Timed in one visit of a decode cell."""
+DECODE_KV_TOKENS_MAX = 16_384
+"""Of all rows of a cell together: a step of more says nothing new and takes seconds."""
 ROUNDS_MAX = 12
 SEED = 1
 TERMS = (
@@ -194,16 +197,17 @@ def cells(kv_tokens: int, context_tokens: int, max_jobs: int, step_tokens: int) 
     found = [Cell(n, context, 0, 0) for context in CONTEXTS for n in rows]
     found += [Cell(0, 0, chunk, offset) for offset in CONTEXTS for chunk in chunks]
     found += [
-        Cell(n, CONTEXTS[1], chunk, 0)
+        Cell(n, CONTEXTS[1], min(chunk, step_tokens - n), 0)
         for n in MIXED_ROWS
         for chunk in chunks[1:]
-        if n <= max_jobs and n + chunk <= step_tokens
+        if n <= max_jobs and n < step_tokens
     ]
     longest = context_tokens - 4 * BLOCK_TOKENS
     return [
         cell
         for cell in found
         if max(cell.context, cell.offset + cell.chunk) <= longest
+        and cell.rows * cell.context <= DECODE_KV_TOKENS_MAX
         # decoding rows keep their past in the pool from visit to visit
         and cell.kv_tokens + 2 * step_tokens <= kv_tokens
     ]
@@ -278,15 +282,17 @@ class Bench:
 
 
 def measure(bench: Bench, wanted: Sequence[Cell], limit_s: float) -> list[Timing]:
-    """Visits `wanted` in rounds until `limit_s` are over, each of them at least once."""
-    took: dict[Cell, list[float]] = {cell: [] for cell in wanted}
+    """Visits `wanted` in rounds until `limit_s` are over, at least one cell of each kind."""
+    took: dict[Cell, list[float]] = {}
+    dice, kinds = random.Random(SEED), {cell.kind for cell in wanted}
+    order = [c for _ in range(ROUNDS_MAX) for c in dice.sample(wanted, len(wanted))]
     bench.visit(wanted[0])  # the first step of a process is slow
     end_s = time.monotonic() + limit_s
-    for cell in [cell for _ in range(ROUNDS_MAX) for cell in wanted]:
-        if time.monotonic() > end_s and all(took.values()):
+    for cell in order:
+        if time.monotonic() > end_s and {seen.kind for seen in took} == kinds:
             break
-        took[cell] += bench.visit(cell)
-    return [Timing(cell, statistics.median(times)) for cell, times in took.items()]
+        took.setdefault(cell, []).extend(bench.visit(cell))
+    return [Timing(cell, statistics.median(took[cell])) for cell in wanted if cell in took]
 
 
 @contextmanager
@@ -384,7 +390,9 @@ def main() -> None:
         if args.companion:
             keep_busy(bench, wanted)
         with companions(args.beside):
+            began, cpu = time.monotonic(), time.process_time()
             timings = measure(bench, wanted, args.seconds)
+            cores = (time.process_time() - cpu) / (time.monotonic() - began)
         model = fit(
             timings,
             kv_tokens=sizes.kv_tokens,
@@ -399,6 +407,7 @@ def main() -> None:
         for timing in timings:
             print(f"{timing.cell} {timing.took_ms:.1f} ms, {predicted_ms(model, timing.cell):.1f}")
     print(report(model, timings))
+    print(f"it had {cores:.2f} cores for {torch.get_num_threads()} threads on average")
     if args.out is not None:
         args.out.write_text(model.to_json() + "\n")
         print(f"written to {args.out}")
