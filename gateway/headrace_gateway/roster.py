@@ -1,7 +1,7 @@
-"""The dispatcher's picture of a model's workers: who lives, who leads the load, what is free.
+"""The dispatcher's picture of a model's workers: who lives, and what Redis says is reserved there.
 
-Invariant: Redis decides. The picture is refreshed from the registry and corrected by events in
-between; where it is wrong the hand-off script says so and the worker's line is read again.
+Invariant: Redis decides. The picture is refreshed from the registry; where it is wrong the hand-off
+script says so and the worker's line is read again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from headrace import keys, wire
 from headrace.errors import WireError
 from headrace.streams import as_bytes
 from headrace.types import WorkerLoad, WorkerRecord, WorkerRole, WorkerState, WorkerStatus
-from headrace_gateway.policy.routing import Candidate
+from headrace_gateway.policy.workload import WorkerFacts
 
 log = structlog.get_logger()
 
@@ -30,7 +30,8 @@ class WorkerView:
 
     @property
     def takes_jobs(self) -> bool:
-        return self.status is not None and self.status.state is WorkerState.READY
+        ready = self.status is not None and self.status.state is WorkerState.READY
+        return ready and self.record.role is not WorkerRole.DECODE
 
 
 class Roster:
@@ -87,7 +88,7 @@ class Roster:
             self.live[worker] = replace(view, load=load)
 
     def adjust(self, worker: str, tokens: int, jobs: int) -> None:
-        """Add to what `worker` has reserved, as a hand-off or a finish event told."""
+        """Add to what `worker` has reserved, as a hand-off told."""
         view = self.live.get(worker)
         if view is not None:
             load = WorkerLoad(
@@ -98,18 +99,12 @@ class Roster:
     def forget(self, worker: str) -> None:
         self.live.pop(worker, None)
 
-    def candidates(self) -> list[Candidate]:
+    def facts(self) -> list[WorkerFacts]:
         """The workers that may get a new job."""
         return [
-            Candidate(
-                worker=view.record.id,
-                reserved_tokens=view.load.reserved_tokens,
-                reserved_jobs=view.load.reserved_jobs,
-                tokens_max=view.record.kv_tokens,
-                jobs_max=view.record.max_jobs,
-            )
+            WorkerFacts(view.record.id, view.record.kv_tokens, view.record.max_jobs)
             for view in self.live.values()
-            if view.takes_jobs and view.record.role is not WorkerRole.DECODE
+            if view.takes_jobs
         ]
 
     @property

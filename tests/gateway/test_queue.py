@@ -14,7 +14,7 @@ from headrace.clock import SystemClock
 from headrace.errors import DependencyError, JobFailedError, NotFoundError, OverloadError
 from headrace.streams import Scripts
 from headrace.types import FinishReason
-from headrace_gateway import dispatcher
+from headrace_gateway import dispatcher, term
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
 from headrace_gateway.leadership import Lease
@@ -216,8 +216,8 @@ async def test_changes_of_leaders_are_no_deaths_of_workers(
     generation = await owner.submit(a_job("j", "g0"), INVALID_SPAN)
     await eventually(worker.jobs)
     await worker.die()
-    for term in range(FRUITLESS_ATTEMPTS_MAX + 1):
-        await eventually(lambda n=term: _attempt_at_least(redis, "j", n + 2))
+    for number in range(FRUITLESS_ATTEMPTS_MAX + 1):
+        await eventually(lambda n=number: _attempt_at_least(redis, "j", n + 2))
         await redis.set(keys.leader(MODEL.name), "nobody", px=600)
     heir = ScriptedWorker(redis, "w2")
     await heir.join()
@@ -364,7 +364,7 @@ async def test_no_job_waits_for_ever(
     """What no worker had room for in all that time ends with an error that says so."""
     running = [await fleet.submit(a_job(f"r{i}", "g1"), INVALID_SPAN) for i in range(4)]
     await eventually(lambda: _has(worker, 4))
-    monkeypatch.setattr(dispatcher, "QUEUE_WAIT_MS_MAX", 300)
+    monkeypatch.setattr(term, "QUEUE_WAIT_MS_MAX", 300)
     late = await fleet.submit(a_job("late", "g1"), INVALID_SPAN)
     with pytest.raises(JobFailedError, match="no worker had room"):
         await everything(late)

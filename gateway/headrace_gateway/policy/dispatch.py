@@ -65,7 +65,7 @@ class DispatchPolicy:
         self.queue = FairQueue(config.shares)
         self.workload = Workload(self.lengths.expect)
         self.index = PrefixIndex()
-        self.breakers = Breakers()
+        self.breakers = Breakers(self.workload.count_on)
         self.throughput = Throughput(config.shares)
         self._router = Router(config.routing)
 
@@ -85,7 +85,7 @@ class DispatchPolicy:
     def adopt(self, worker: str, job: Job, now_ms: int) -> None:
         """A job was found on `worker` that this object has not sent there."""
         if not self.workload.booked(worker, job.id):
-            self.workload.book(worker, job, len(job.prompt), now_ms)
+            self.workload.book(worker, job, len(job.prompt), found=True)
             self.breakers.dispatched(worker, now_ms)
 
     def push(self, item: Queued) -> bool:
@@ -97,20 +97,17 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            route = self._router.choose(
-                item.job, self.workload, self.index, self.breakers, now_ms
-            )
+            route = self._router.choose(item.job, self.workload, self.index, self.breakers, now_ms)
             if route.worker:
-                return Decision(item, route, self.queue.counters.value(item.job.tenant))
+                job = item.job
+                return Decision(item, route, self.queue.counters.value(job.tenant, job.band))
         return None
 
     def handed_off(self, decision: Decision, now_ms: int) -> None:
         """Book `decision`: it leaves the queue, its tenant pays for the prompt."""
-        item, worker = decision.item, decision.route.worker
-        uncached = decision.uncached_tokens
-        # a job whose worker died pays once
-        self.queue.take(item.job.id, 0 if item.rescued_from else uncached)
-        self.workload.book(worker, item.job, uncached, now_ms)
+        item, worker, uncached = decision.item, decision.route.worker, decision.uncached_tokens
+        self.queue.take(item.job.id, _to_pay(decision))
+        self.workload.book(worker, item.job, uncached)
         self.index.expect(worker, item.job.blocks, now_ms)
         self.breakers.dispatched(worker, now_ms)
         self.throughput.dispatched(item.job.band, uncached + item.job.expected_output)
@@ -118,11 +115,10 @@ class DispatchPolicy:
     def refused(self, decision: Decision, *, again: bool) -> None:
         """The hand-off did not happen; with `again` the job waits on, else it is gone."""
         job = decision.item.job
-        if self.workload.cancel(decision.route.worker, job.id) and not decision.item.rescued_from:
-            tokens = -decision.uncached_tokens
-            self.queue.charge(job.tenant, job.weight, job.band, input_tokens=tokens)
-        if again:
-            self.queue.push(decision.item)
+        self.workload.cancel(decision.route.worker, job.id)
+        self.queue.put_back(decision.item, _to_pay(decision))
+        if not again:
+            self.queue.remove(job.id)
 
     def progress(self, report: Progress, now_ms: int) -> None:
         """What a worker said of its running jobs, its blocks and its speed."""
@@ -137,16 +133,17 @@ class DispatchPolicy:
     def done(self, done: JobDone, now_ms: int) -> None:
         """A job ended on a worker: room is free, its tenant pays the rest, its length is learned."""
         charge = self.workload.done(done)
+        p = done.progress
+        self.queue.finished(p.job, p.output)
+        complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
         if done.reason is FinishReason.ERROR:
             self.breakers.failed(done.worker, now_ms)
-        else:
-            self.breakers.progress(done.worker, now_ms, 1)
-        if charge is None:
-            return
-        self._charge(charge)
-        if done.reason in (FinishReason.STOP, FinishReason.LENGTH):
-            p = done.progress
-            self.lengths.note(charge.tenant, p.output, p.computed + p.cached, p.cached)
+        elif complete:
+            self.breakers.succeeded(done.worker, now_ms)
+        if charge is not None:
+            self._charge(charge)
+            if complete:
+                self.lengths.note(charge.tenant, p.output, p.computed + p.cached, p.cached)
 
     def _charge(self, charge: Charge) -> None:
         self.queue.charge(
@@ -175,18 +172,24 @@ class DispatchPolicy:
             self.queue.counts, self.queue.work, self.workload.prefill_per_s, free, now_ms
         )
 
-    def places(self, limit: int, now_ms: int) -> Positions:
-        """Place and predicted start of the first `limit` waiting jobs, in predicted order."""
+    def places(self, limit: int, now_ms: int) -> dict[str, Positions]:
+        """Place and predicted start of the first `limit` waiting jobs, for each gateway its own."""
         rate = self.throughput.work_per_s
-        return {
-            item.job.id: (place, int(now_ms + 1000 * ahead / rate) if rate else 0)
-            for place, (item, ahead) in enumerate(self.queue.order(limit), 1)
-        }
+        found: dict[str, Positions] = {}
+        for place, (item, ahead) in enumerate(self.queue.order(limit), 1):
+            start_ms = int(now_ms + 1000 * ahead / rate) if rate else 0
+            found.setdefault(item.job.gateway, {})[item.job.id] = (place, start_ms)
+        return found
 
     def check_integrity(self) -> None:
         self.queue.check_integrity()
         self.workload.check_integrity()
         self.index.check_integrity()
+
+
+def _to_pay(decision: Decision) -> int:
+    """Prompt tokens that the tenant pays for: a job whose worker died has been paid for."""
+    return 0 if decision.item.rescued_from else decision.uncached_tokens
 
 
 def reason_of_lateness(item: Queued, now_ms: int) -> str:
