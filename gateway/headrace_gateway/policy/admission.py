@@ -13,7 +13,7 @@ band's own queue, which leaves the total to whoever comes first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from headrace.errors import DependencyError, OverloadError
 from headrace.types import EXPECTED_OUTPUT_TOKENS, Band, Board, Job
@@ -123,7 +123,7 @@ def decide(ask: Ask, facts: AdmissionFacts, limits: AdmissionLimits) -> Admissio
     obstacles = [
         *_ceilings(ask.band, queue, limits),
         *_live(ask.band, queue, facts.live_jobs, limits),
-        *_deadlines(ask, queue, facts.token_ms),
+        *_deadlines(ask, queue, board, facts.token_ms),
     ]
     if not obstacles:
         return Admission(
@@ -144,22 +144,17 @@ class _Obstacle:
     for_ever: bool = False
 
 
-@dataclass(slots=True)
 class _Queue:
     """The queue as the board and what came since make it. Work that fits at once does not wait."""
 
-    board: Board
-    facts: AdmissionFacts
-    queued: list[int] = field(init=False)
-    work: list[int] = field(init=False)
+    __slots__ = ("_board", "queued", "work")
 
-    def __post_init__(self) -> None:
-        board, facts = self.board, self.facts
+    def __init__(self, board: Board, facts: AdmissionFacts) -> None:
+        self._board = board
         self.queued, self.work = list(board.queued), list(board.queued_work)
         # late binding: where somebody waits, what is free is free for nobody who would come behind
         free = 0 if any(board.queued) else board.capacity_tokens - board.reserved_tokens
-        for band in Band:
-            came = facts.recent_work[band]
+        for band, came in enumerate(facts.recent_work):
             waits = max(0, came - max(0, free))
             free -= came
             if waits:
@@ -172,7 +167,7 @@ class _Queue:
 
     def drain_ms(self, work: float) -> float:
         """How long the fleet takes for `work` tokens."""
-        rate = self.board.work_per_s
+        rate = self._board.work_per_s
         return 1000 * work / rate if rate > 0 else RETRY_MS_UNKNOWN
 
     def leave_ms(self, count: int) -> float:
@@ -186,9 +181,9 @@ class _Queue:
 
     def wait_ms(self, band: Band) -> int:
         """The predicted wait of a job that comes now."""
-        rate = self.board.work_per_s
-        came = sum(self.work[: band + 1]) - sum(self.board.queued_work[: band + 1])
-        return self.board.waits_ms[band] + (round(1000 * came / rate) if rate > 0 else 0)
+        rate = self._board.work_per_s
+        came = sum(self.work[: band + 1]) - sum(self._board.queued_work[: band + 1])
+        return self._board.waits_ms[band] + (round(1000 * came / rate) if rate > 0 else 0)
 
 
 def _ceilings(band: Band, queue: _Queue, limits: AdmissionLimits) -> list[_Obstacle]:
@@ -219,9 +214,11 @@ def _live(band: Band, queue: _Queue, live: int, limits: AdmissionLimits) -> list
     return [_Obstacle("queue_full", reason, queue.leave_ms(live - live_max + 1))]
 
 
-def _deadlines(ask: Ask, queue: _Queue, token_ms: float) -> list[_Obstacle]:
+def _deadlines(ask: Ask, queue: _Queue, board: Board, token_ms: float) -> list[_Obstacle]:
     """What would come too late even if all goes as predicted."""
-    rate = queue.board.prefill_per_s
+    if not ask.ttft_by_ms and not ask.done_by_ms:
+        return []
+    rate = board.prefill_per_s
     prefill_ms = 1000 * ask.uncached_tokens / rate if rate > 0 else 0
     wait_ms = queue.wait_ms(ask.band)
     found = []
