@@ -1,0 +1,343 @@
+"""The whole fleet as discrete events: gateways, dispatcher and workers around the real policies.
+
+Invariant: events are taken in order of (time, number), so that a seed gives the same run; nothing
+but events changes anything. Admission against the last board, intake, dispatch whenever something
+changed, hand-off, steps, reports at the workers' interval, ends: what the services do with Redis in
+between is a delay. Rejected: coroutines on a virtual clock, which run the services' own code but a
+thousand times slower.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
+
+from headrace.policy.cost_model import CostModel
+from headrace.types import Board, FinishReason, Job, JobDone
+from headrace_gateway.policy.fair_queue import Queued
+from headrace_gateway.policy.workload import WorkerFacts
+from headrace_sim.alternatives import OURS, Alternative, Dispatch
+from headrace_sim.gateway import EPOCH_MS, BlockNames, GatewayConfig, SimGateway
+from headrace_sim.kv_cache import round_up
+from headrace_sim.metrics import Gaps, Outcome, Records, Service
+from headrace_sim.sequence import SimSequence
+from headrace_sim.worker import SimWorker
+from headrace_sim.workload import SimRequest, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Delays:
+    """Milliseconds between the services, and how often they tell."""
+
+    intake_ms: float = 2.0
+    hand_off_ms: float = 2.0
+    reply_ms: float = 2.0
+    done_ms: float = 1.0
+    report_ms: float = 250.0
+    board_ms: float = 250.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetConfig:
+    """What is simulated. `check`: integrity after every event, slow."""
+
+    workers: int
+    cost: CostModel
+    alternative: Alternative = OURS
+    gateways: int = 1
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    delays: Delays = field(default_factory=Delays)
+    seed: int = 0
+    check: bool = False
+
+
+class Kind(IntEnum):
+    """Events; at the same instant the lower goes first."""
+
+    STEP = 0
+    DONE = 1
+    REPORT = 2
+    BOARD = 3
+    ARRIVE = 4
+    INTAKE = 5
+    REACH = 6
+    DEADLINE = 7
+
+
+@dataclass(slots=True)
+class Live:
+    """A request under way."""
+
+    request: SimRequest
+    job: Job
+    gateway: SimGateway
+    worker: SimWorker | None = None
+    sequence: SimSequence | None = None
+    handed_ms: float = 0.0
+    charged: tuple[int, int] = (0, 0)
+
+
+class Fleet:
+    """One run. `run()` it once, then read `records`, `service`, `gaps` and the workers."""
+
+    def __init__(self, config: FleetConfig, stream: Stream) -> None:
+        self.config = config
+        self.records = Records()
+        self.service = Service()
+        self.gaps = Gaps()
+        self.now_ms = 0.0
+        self.events = 0
+        alternative = config.alternative
+        self.policy: Dispatch = alternative.make(config.seed)
+        self._names = BlockNames()
+        gateway = replace(
+            config.gateway,
+            refuses=config.gateway.refuses and alternative.refuses,
+            sessions=config.gateway.sessions or alternative.sessions,
+        )
+        self.gateways = [SimGateway(f"g{n}", gateway, self._names) for n in range(config.gateways)]
+        self.workers = {
+            name: SimWorker(name, config.cost, alternative.rules, on_gaps=self.gaps.add)
+            for name in (f"w{n}" for n in range(config.workers))
+        }
+        self._stream = stream
+        self._source: Iterator[SimRequest] = iter(())
+        self._queue: list[tuple[float, int, int, Kind, Any]] = []
+        self._number = 0
+        self._live: dict[str, Live] = {}
+        self._reporting: set[str] = set()
+        self._arriving = 0
+        self._reserved = 0
+        self._handlers: dict[Kind, Callable[[Any], None]] = {
+            Kind.STEP: self._step,
+            Kind.DONE: self._done,
+            Kind.REPORT: self._report,
+            Kind.BOARD: self._board,
+            Kind.ARRIVE: self._arrive,
+            Kind.INTAKE: self._intake,
+            Kind.REACH: self._reach,
+            Kind.DEADLINE: self._deadline,
+        }
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    @property
+    def wall_ms(self) -> int:
+        return EPOCH_MS + int(self.now_ms)
+
+    def run(self) -> Fleet:
+        """To the end of the last request."""
+        cost = self.config.cost
+        facts = [WorkerFacts(name, cost.kv_tokens, cost.max_jobs) for name in self.workers]
+        self.policy.set_workers(facts, self.wall_ms)
+        self._source = iter(self._stream.start())
+        self._board(None)
+        self._next_arrival()
+        while self._queue:
+            self.now_ms, _, _, kind, subject = heapq.heappop(self._queue)
+            self.events += 1
+            self._handlers[kind](subject)
+            if self.config.check:
+                self.check_integrity()
+        return self
+
+    def _at(self, at_ms: float, kind: Kind, subject: Any) -> None:
+        self._number += 1
+        heapq.heappush(self._queue, (at_ms, int(kind), self._number, kind, subject))
+
+    # requests come
+
+    def _next_arrival(self) -> None:
+        request = next(self._source, None)
+        if request is not None:
+            self._arriving += 1
+            self._at(request.at_ms, Kind.ARRIVE, (request, True))
+
+    def _arrive(self, subject: tuple[SimRequest, bool]) -> None:
+        request, from_source = subject
+        self._arriving -= 1
+        if from_source:
+            self._next_arrival()
+        if round_up(request.input_tokens + request.output_tokens) > self.config.cost.kv_tokens:
+            self._end(request, Outcome.TOO_LONG)
+            return
+        gateway = self.gateways[request.gateway % len(self.gateways)]
+        job = gateway.job(request)
+        if not gateway.admit(job).admitted:
+            self._end(request, Outcome.REFUSED)
+            return
+        live = self._live[request.id] = Live(request, job, gateway)
+        self._at(self.now_ms + self.config.delays.intake_ms, Kind.INTAKE, live)
+
+    def _end(self, request: SimRequest, outcome: Outcome, **facts: Any) -> None:
+        """`request` ended; a closed loop's client may send the next."""
+        self.records.add(request, outcome, self.now_ms, **facts)
+        following = self._stream.ended(request, self.now_ms)
+        if following is not None:
+            self._arriving += 1
+            self._at(max(following.at_ms, self.now_ms), Kind.ARRIVE, (following, False))
+
+    # the dispatcher
+
+    def _intake(self, live: Live) -> None:
+        job = live.job
+        self.policy.push(Queued(job, "intake", job.id, int(self.now_ms * 1e6)))
+        self.service.waits(job.tenant, job.weight, self.now_ms)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Hand on whatever can go now."""
+        while (decision := self.policy.next(self.wall_ms)) is not None:
+            self.policy.handed_off(decision, self.wall_ms)
+            live = self._live[decision.item.job.id]
+            live.job = replace(live.job, virtual=decision.virtual)
+            live.worker = self.workers[decision.route.worker]
+            live.handed_ms = self.now_ms
+            self._reserved += live.job.cost_tokens
+            self.service.goes(live.job.tenant, self.now_ms)
+            self._at(self.now_ms + self.config.delays.hand_off_ms, Kind.REACH, live)
+
+    def _board(self, _: None) -> None:
+        """The dispatcher's round: drop what is late, publish the board."""
+        now = self.wall_ms
+        for item in self.policy.late(now):
+            self.policy.cancel(item.job.id)
+            self.service.goes(item.job.tenant, self.now_ms)
+            self._finish(self._live[item.job.id], Outcome.LATE)
+        outlook = self.policy.outlook(now)
+        board = Board(
+            leader="g0",
+            published_ms=now,
+            queued=outlook.queued,
+            queued_work=outlook.queued_work,
+            waits_ms=outlook.waits_ms,
+            capacity_tokens=len(self.workers) * self.config.cost.kv_tokens,
+            reserved_tokens=self._reserved,
+            workers=len(self.workers),
+            work_per_s=outlook.work_per_s,
+            prefill_per_s=outlook.prefill_per_s,
+            band_work_per_s=outlook.band_work_per_s,
+        )
+        for gateway in self.gateways:
+            gateway.see(board)
+        self._dispatch()
+        if self._live or self._arriving or not self._number:
+            self._at(self.now_ms + self.config.delays.board_ms, Kind.BOARD, None)
+
+    # the workers
+
+    def _reach(self, live: Live) -> None:
+        worker, job = live.worker, live.job
+        assert worker is not None, "it was handed to somebody"
+        live.sequence = SimSequence(job, live.request.output_tokens, live.request.blocks)
+        version = worker.version
+        worker.add(live.sequence, self.now_ms)
+        self._follow(worker, version)
+        for by_ms in {job.ttft_by_ms, job.done_by_ms} - {0}:
+            self._at(max(self.now_ms, by_ms - EPOCH_MS), Kind.DEADLINE, (live, by_ms))
+
+    def _follow(self, worker: SimWorker, version: int) -> None:
+        """Come back when the steps under way end, if that has changed."""
+        if worker.version != version and worker.next_ms < math.inf:
+            self._at(worker.next_ms, Kind.STEP, (worker, worker.version))
+            if worker.name not in self._reporting:
+                self._reporting.add(worker.name)
+                self._at(self.now_ms + self.config.delays.report_ms, Kind.REPORT, worker)
+
+    def _step(self, subject: tuple[SimWorker, int]) -> None:
+        worker, version = subject
+        if worker.version != version:
+            return
+        advance = worker.advance(self.now_ms)
+        for sequence in advance.finished:
+            self._leave(worker, sequence, FinishReason.STOP)
+        for sequence in advance.dropped:
+            self._leave(worker, sequence, FinishReason.DEADLINE)
+        self._follow(worker, version)
+
+    def _leave(self, worker: SimWorker, sequence: SimSequence, reason: FinishReason) -> None:
+        progress = worker.progress_of(sequence)
+        live = self._live[sequence.job.id]
+        self._serve(live, progress.computed, progress.output)
+        self._reserved -= sequence.job.cost_tokens
+        done = JobDone(worker.name, progress, reason)
+        self._at(self.now_ms + self.config.delays.done_ms, Kind.DONE, done)
+        late = reason is FinishReason.DEADLINE
+        self._finish(live, Outcome.LATE if late else Outcome.COMPLETE)
+
+    def _serve(self, live: Live, computed: int, output: int) -> None:
+        """Count what `live` has got since the last time."""
+        before_computed, before_output = live.charged
+        live.charged = (computed, output)
+        new = computed - before_computed, output - before_output
+        self.service.add(live.job.tenant, self.now_ms, *new)
+
+    def _finish(self, live: Live, outcome: Outcome) -> None:
+        """The client has, or is told, everything."""
+        request, sequence = live.request, live.sequence
+        del self._live[request.id]
+        live.gateway.live -= 1
+        wait_ms = (live.handed_ms or self.now_ms) - request.at_ms
+        ttft_ms, cached, output = math.inf, 0, 0
+        if sequence is not None:
+            cached, output = max(0, sequence.cached), sequence.output
+            if sequence.first_ms >= 0:
+                ttft_ms = sequence.first_ms + self.config.delays.reply_ms - request.at_ms
+        if outcome is Outcome.COMPLETE and sequence is not None:
+            decode_ms = self.now_ms - sequence.first_ms
+            live.gateway.ended(live.job, output, cached, decode_ms)
+        self._end(
+            request,
+            outcome,
+            wait_ms=wait_ms,
+            ttft_ms=ttft_ms,
+            cached_tokens=cached,
+            output_tokens=output,
+        )
+
+    def _done(self, done: JobDone) -> None:
+        self.policy.done(done, self.wall_ms)
+        self._dispatch()
+
+    def _report(self, worker: SimWorker) -> None:
+        report = worker.report(self.now_ms, self._names)
+        if report is None and worker.next_ms == math.inf:
+            self._reporting.discard(worker.name)
+            return
+        self._at(self.now_ms + self.config.delays.report_ms, Kind.REPORT, worker)
+        if report is None:
+            return
+        for progress in report.jobs:
+            live = self._live.get(progress.job)
+            if live is not None:
+                self._serve(live, progress.computed, progress.output)
+        self.policy.progress(report, self.wall_ms)
+        self._dispatch()
+
+    def _deadline(self, subject: tuple[Live, int]) -> None:
+        """A job on a worker is due: drop it if it still owes what was due."""
+        live, by_ms = subject
+        sequence, worker = live.sequence, live.worker
+        if live.request.id not in self._live or sequence is None or worker is None:
+            return
+        if by_ms == live.job.ttft_by_ms != live.job.done_by_ms and sequence.first_ms >= 0:
+            return
+        version = worker.version
+        if worker.drop(sequence, self.now_ms):
+            self._leave(worker, sequence, FinishReason.DEADLINE)
+        self._follow(worker, version)
+
+    def check_integrity(self) -> None:
+        self.policy.check_integrity()
+        for worker in self.workers.values():
+            worker.check_integrity()
+        assert self._reserved == sum(
+            live.job.cost_tokens for live in self._live.values() if live.worker is not None
+        ), "what is reserved belongs to jobs under way"
