@@ -145,7 +145,7 @@ class _Obstacle:
 
 
 class _Queue:
-    """The queue as the board and what came since make it. Work that fits at once does not wait."""
+    """The queue as the board and what came since make it; work that fits at once does not wait."""
 
     __slots__ = ("_board", "queued", "work")
 
@@ -155,11 +155,10 @@ class _Queue:
         # late binding: where somebody waits, what is free is free for nobody who would come behind
         free = 0 if any(board.queued) else board.capacity_tokens - board.reserved_tokens
         for band, came in enumerate(facts.recent_work):
-            waits = max(0, came - max(0, free))
+            self.work[band] += max(0, came - max(0, free))
             free -= came
-            if waits:
-                self.queued[band] += facts.recent_jobs[band]
-                self.work[band] += waits
+            # room for tokens may lack a slot for the job, of which a board says nothing
+            self.queued[band] += facts.recent_jobs[band]
 
     @property
     def jobs(self) -> int:
