@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,16 +12,16 @@ from hypothesis import strategies as st
 
 from headrace.types import Band
 from headrace_gateway.policy.band_shares import EARNED_TOKENS_MAX
-from headrace_gateway.policy.fair_queue import BAND_SHARES, FairQueue
+from headrace_gateway.policy.fair_queue import BAND_SHARES, FairQueue, Queued
 from headrace_gateway.policy.timeline import Timeline
 from headrace_gateway.policy.virtual_counters import VirtualCounters
 from support.waiting import serve, waiting
 
 
-def pushed(*items: object) -> FairQueue:
+def pushed(*items: Queued) -> FairQueue:
     queue = FairQueue()
     for item in items:
-        assert queue.push(item)  # type: ignore[arg-type]  # keeps the stories short
+        assert queue.push(item)
     return queue
 
 
@@ -143,6 +144,15 @@ def test_a_correction_gives_back_no_more_than_was_charged_since_the_return() -> 
     queue.check_integrity()
 
 
+def test_a_prompt_that_is_all_cached_counts_as_one_token() -> None:
+    """Or its tenant would stay first for as long as its jobs have made nothing."""
+    queue = pushed(*(waiting(f"a{i}", "a") for i in range(3)), waiting("b", "b", arrived_ms=1))
+    for _ in range(2):
+        job = queue.heads()[0].job
+        queue.take(job.id, 0)
+    assert job.id == "b"
+
+
 def test_a_backlog_in_batch_is_no_credit_elsewhere() -> None:
     """A tenant whose batch jobs waited long does not take over the band above."""
     queue = pushed(waiting("x", "x", Band.BATCH))
@@ -192,6 +202,39 @@ def test_a_band_that_was_idle_gets_no_burst() -> None:
     turns = "".join(name[0] for name in serve(queue, 100))
     assert turns.index("b") in (20, 21)
     assert turns.count("b") <= 5
+
+
+def test_what_was_earned_is_gone_when_the_last_job_leaves() -> None:
+    """A job that is cancelled just before its turn leaves its turn to nobody."""
+    queue = pushed(*(waiting(f"i{i}", band=Band.INTERACTIVE) for i in range(99)))
+    queue.push(waiting("b0", band=Band.BATCH))
+    serve(queue, 19)
+    queue.remove("b0")
+    queue.push(waiting("b1", band=Band.BATCH))
+    assert serve(queue, 22).index("b1") in (20, 21)
+
+
+def test_what_a_band_took_while_no_other_waited_is_no_debt() -> None:
+    queue = pushed(*(waiting(f"b{i}", band=Band.BATCH) for i in range(500)))
+    serve(queue, 400)
+    for i in range(99):
+        queue.push(waiting(f"i{i}", band=Band.INTERACTIVE))
+    turns = "".join(name[0] for name in serve(queue, 90))
+    assert turns.index("b") in (20, 21)
+
+
+def test_a_job_that_comes_back_undone_brings_its_bands_share_back() -> None:
+    """Its worker died before it made a token. Batch had earned its 1,000 for 20,000 of work."""
+    queue = pushed(*(waiting(f"i{i}", band=Band.INTERACTIVE) for i in range(5_000)))
+    job = waiting("b", band=Band.BATCH, output=1_000)
+    for _ in range(2):
+        queue.push(job)
+        turns = 0
+        while (head := queue.heads()[0]) is not job:
+            queue.take(head.job.id, 4)
+            turns += 1
+        queue.take("b", 4)
+    assert turns < 100
 
 
 def test_what_a_band_is_owed_is_bounded_while_its_jobs_find_no_room() -> None:
@@ -391,12 +434,12 @@ class Run:
     """Runs a program on a queue, with a plain list beside it that says what must hold."""
 
     queue: FairQueue = field(default_factory=FairQueue)
-    model: dict[str, object] = field(default_factory=dict)
-    taken: list[tuple[object, int]] = field(default_factory=list)
-    log: list[object] = field(default_factory=list)
+    model: dict[str, Queued] = field(default_factory=dict)
+    taken: list[tuple[Queued, int]] = field(default_factory=list)
+    log: list[list[str]] = field(default_factory=list)
     pushes: int = 0
 
-    def step(self, step: tuple) -> None:  # type: ignore[type-arg]  # one of STEPS
+    def step(self, step: tuple[Any, ...]) -> None:
         getattr(self, step[0])(*step[1:])
         self.queue.check_integrity()
         assert len(self.queue) == len(self.model)
@@ -423,11 +466,11 @@ class Run:
         if place < len(heads):
             job = heads[place].job
             counters = self.queue.counters
-            rivals = {i.job.tenant for i in self.model.values() if i.job.band == job.band}  # type: ignore[attr-defined]
+            rivals = {i.job.tenant for i in self.model.values() if i.job.band == job.band}
             least = min(counters.value(tenant, job.band) for tenant in rivals)
             assert counters.value(job.tenant, job.band) == least
             item = self.queue.take(job.id, len(job.prompt))
-            del self.model[job.id]
+            assert item is self.model.pop(job.id)
             self.taken.append((item, len(job.prompt)))
 
     def remove(self, number: int) -> None:
@@ -436,7 +479,7 @@ class Run:
 
     def charge(self, number: int, input_tokens: int, output_tokens: int) -> None:
         if number < len(self.taken):
-            job = self.taken[number][0].job  # type: ignore[attr-defined]
+            job = self.taken[number][0].job
             self.queue.charge(job.tenant, job.weight, job.band, input_tokens, output_tokens)
 
     def finish(self, number: int, output_tokens: int) -> None:
@@ -445,21 +488,21 @@ class Run:
     def back(self, number: int) -> None:
         if number < len(self.taken):
             item, tokens = self.taken.pop(number)
-            assert self.queue.put_back(item, tokens)  # type: ignore[arg-type]
-            self.model[item.job.id] = item  # type: ignore[attr-defined]
+            assert self.queue.put_back(item, tokens)
+            self.model[item.job.id] = item
 
     def late(self, now_ms: int) -> None:
         late = {item.job.id for item in self.queue.late(now_ms)}
         assert late == {
-            name
-            for name, item in self.model.items()
-            if 0 < item.job.ttft_by_ms <= now_ms  # type: ignore[attr-defined]
+            name for name, item in self.model.items() if 0 < item.job.ttft_by_ms <= now_ms
         }
 
 
 @given(st.lists(STEPS, max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_any_program_keeps_the_queue_whole_offers_what_waits_and_repeats(program: list) -> None:  # type: ignore[type-arg]
+def test_any_program_keeps_the_queue_whole_offers_what_waits_and_repeats(
+    program: list[tuple[Any, ...]],
+) -> None:
     first, again = Run(), Run()
     for step in program:
         first.step(step)

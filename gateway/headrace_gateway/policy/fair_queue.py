@@ -261,11 +261,12 @@ class FairQueue:
         """Undo `take`: nobody took the job after all. False if it waits already."""
         job = item.job
         running = self._running.pop(job.id, None)
+        self.charge(job.tenant, job.weight, job.band, input_tokens=-max(1, input_tokens))
+        added = self._add(item, lift=False)
         if running is not None:
             work = -_taken_work(input_tokens, running.expected_output)
             self._shares.corrected(running.band, work, self._waiting(), running.ahead)
-        self.charge(job.tenant, job.weight, job.band, input_tokens=-max(1, input_tokens))
-        return self._add(item, lift=False)
+        return added
 
     def remove(self, job_id: str) -> Queued | None:
         """Take `job_id` out, unserved; None if it does not wait."""
@@ -362,7 +363,6 @@ class FairQueue:
         job = item.job
         if job.id in self._slots:
             return False
-        self.finished(job.id, len(job.logged))
         self._sequence += 1
         slot = _Slot(item, due_ms(job), self._sequence, work_of(job))
         self._slots[job.id] = slot
@@ -372,6 +372,8 @@ class FairQueue:
         self._waits.add(item.queued_ns, slot.number, item)
         if deadline := _deadline_ms(job):
             self._deadlines.add(deadline, slot.number, item)
+        # not before it waits: an idle band could not be given back what it had paid for the job
+        self.finished(job.id, len(job.logged))
         return True
 
     def _drop(self, slot: _Slot) -> Queued:

@@ -74,7 +74,6 @@ class VirtualCounters:
         if least is None:
             last = self._last_left[band]
             least = self._base[band] if last is None else self.value(last, band)
-        self._base[band] = least
         counter = self._counter(tenant, band)
         counter.value = counter.floor = max(counter.value, least)
         self._set_waits(counter, band, True)
