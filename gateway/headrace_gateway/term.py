@@ -188,6 +188,7 @@ class Term:
             work_per_s=outlook.work_per_s,
             prefill_per_s=outlook.prefill_per_s,
             band_work_per_s=outlook.band_work_per_s,
+            free_jobs=self.policy.workload.free_jobs,
         )
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(keys.board(self._model), wire_reports.encode_board(board), px=keys.BOARD_TTL_MS)

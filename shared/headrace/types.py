@@ -253,8 +253,8 @@ class Board:
     their expected work in tokens (uncached prompt + output). `waits_ms` is how long a job that
     arrives now would wait for a worker. `work_per_s` is the rate at which the fleet does such work
     when it is busy, 0 before it was measured, `band_work_per_s` that at which each band's leaves
-    the queue; `prefill_per_s` the uncached prompt tokens per second of one worker. `published_ms`
-    is wall-clock time.
+    the queue; `prefill_per_s` the uncached prompt tokens per second of one worker. `free_jobs` are
+    the workers' free slots. `published_ms` is wall-clock time.
     """
 
     leader: str
@@ -268,6 +268,7 @@ class Board:
     work_per_s: float
     prefill_per_s: float
     band_work_per_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    free_jobs: int = 0
 
     @property
     def queued_tokens(self) -> int:

@@ -37,6 +37,7 @@ def encode_board(board: Board) -> bytes:
             "rate": board.work_per_s,
             "prefill": board.prefill_per_s,
             "band_rates": list(board.band_work_per_s),
+            "free": board.free_jobs,
         }
     )
 
@@ -58,6 +59,7 @@ def decode_board(data: bytes) -> Board:
         work_per_s=f.number("rate"),
         prefill_per_s=f.number("prefill"),
         band_work_per_s=(rates[0], rates[1], rates[2]),
+        free_jobs=f.get("free", int),
     )
 
 

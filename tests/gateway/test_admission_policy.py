@@ -108,11 +108,13 @@ def test_a_burst_between_two_boards_counts() -> None:
 
 
 def test_a_burst_that_fits_into_free_room_does_not_wait() -> None:
-    """Its jobs are bounded nevertheless: whether there are slots for them the board cannot say."""
-    idle = a_board(capacity_tokens=100_000, reserved_tokens=50_000)
-    assert decide(ask(), AdmissionFacts(idle, (0, 7, 0), (0, 50_000, 0)), LIMITS).admitted
+    """Room is tokens and slots: what lacks either counts as waiting."""
+    idle = a_board(capacity_tokens=100_000, reserved_tokens=50_000, free_jobs=20)
+    assert decide(ask(), AdmissionFacts(idle, (0, 20, 0), (0, 50_000, 0)), LIMITS).admitted
     assert decide(ask(), AdmissionFacts(idle, (0, 7, 0), (0, 54_001, 0)), LIMITS).status == 429
-    assert decide(ask(), AdmissionFacts(idle, (0, 8, 0), (0, 80, 0)), LIMITS).status == 429
+    assert decide(ask(), AdmissionFacts(idle, (0, 27, 0), (0, 270, 0)), LIMITS).admitted
+    assert decide(ask(), AdmissionFacts(idle, (0, 28, 0), (0, 280, 0)), LIMITS).status == 429
+    assert decide(ask(), AdmissionFacts(idle, (10, 20, 0), (90, 180, 0)), LIMITS).status == 429
     waiting = replace(idle, queued=(0, 1, 0))
     assert decide(ask(), AdmissionFacts(waiting, (0, 2, 0), (0, 5_000, 0)), LIMITS).status == 429
 

@@ -153,12 +153,15 @@ class _Queue:
         self._board = board
         self.queued, self.work = list(board.queued), list(board.queued_work)
         # late binding: where somebody waits, what is free is free for nobody who would come behind
-        free = 0 if any(board.queued) else board.capacity_tokens - board.reserved_tokens
-        for band, came in enumerate(facts.recent_work):
-            self.work[band] += max(0, came - max(0, free))
-            free -= came
-            # room for tokens may lack a slot for the job, of which a board says nothing
-            self.queued[band] += facts.recent_jobs[band]
+        waiting = any(board.queued)
+        tokens = 0 if waiting else max(0, board.capacity_tokens - board.reserved_tokens)
+        slots = 0 if waiting else board.free_jobs
+        for band, (jobs, work) in enumerate(zip(facts.recent_jobs, facts.recent_work, strict=True)):
+            late = max(0, jobs - slots)
+            # room for tokens may lack a slot for the job
+            self.work[band] += max(0, work - tokens, work * late // jobs if jobs else 0)
+            self.queued[band] += late
+            tokens, slots = max(0, tokens - work), max(0, slots - jobs)
 
     @property
     def jobs(self) -> int:
