@@ -28,6 +28,9 @@ from headrace_sim.sequence import SimSequence
 from headrace_sim.worker import SimWorker
 from headrace_sim.workload import SimRequest, Stream
 
+REFUSED_MS = 1_000.0
+"""Until the next request of a client for whose last one no wait helps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Delays:
@@ -166,23 +169,27 @@ class Fleet:
         if from_source:
             self._next_arrival()
         if round_up(request.input_tokens + request.output_tokens) > self.config.cost.kv_tokens:
-            self._end(request, Outcome.TOO_LONG)
+            self._end(request, Outcome.TOO_LONG, REFUSED_MS)
             return
         gateway = self.gateways[request.gateway % len(self.gateways)]
         job = gateway.job(request)
-        if not gateway.admit(job).admitted:
-            self._end(request, Outcome.REFUSED)
+        admission = gateway.admit(job)
+        if not admission.admitted:
+            # who does as told tries again when told to, or does something else for a while
+            self._end(request, Outcome.REFUSED, admission.retry_after_ms or REFUSED_MS)
             return
         live = self._live[request.id] = Live(request, job, gateway)
         self._at(self.now_ms + self.config.delays.intake_ms, Kind.INTAKE, live)
 
-    def _end(self, request: SimRequest, outcome: Outcome, **facts: Any) -> None:
-        """`request` ended; a closed loop's client may send the next."""
+    def _end(
+        self, request: SimRequest, outcome: Outcome, pause_ms: float = 0.0, **facts: Any
+    ) -> None:
+        """`request` ended; a closed loop's client may send the next after `pause_ms`."""
         self.records.add(request, outcome, self.now_ms, **facts)
-        following = self._stream.ended(request, self.now_ms)
+        following = self._stream.ended(request, self.now_ms + pause_ms)
         if following is not None:
             self._arriving += 1
-            self._at(max(following.at_ms, self.now_ms), Kind.ARRIVE, (following, False))
+            self._at(following.at_ms, Kind.ARRIVE, (following, False))
 
     # the dispatcher
 

@@ -260,7 +260,10 @@ class GroupStats:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run's figures, as they are printed and written as JSON."""
+    """A run's figures, as they are printed and written as JSON.
+
+    `work_max_over_mean`: of the tokens that workers computed; `busy_…`: of the time they did.
+    """
 
     name: str
     workers: int
@@ -276,7 +279,8 @@ class Summary:
     input_per_s: float
     hit_ratio: float
     utilisation: float
-    load_max_over_mean: float
+    work_max_over_mean: float
+    busy_max_over_mean: float
     preemptions: int
     fairness: Fairness
     bands: dict[str, GroupStats]

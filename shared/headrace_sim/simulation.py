@@ -47,7 +47,10 @@ def summarize(fleet: Fleet, slo: Slo, tenants_max: int = 32) -> Summary:
         input_per_s=prompt / span_s,
         hit_ratio=sum(records.cached_tokens[row] for row in complete) / max(1, prompt),
         utilisation=sum(busy) / 1000 / span_s / len(busy),
-        load_max_over_mean=max(busy) * len(busy) / max(1e-9, sum(busy)),
+        work_max_over_mean=_unevenness(
+            [worker.prefill_tokens + worker.output_tokens for worker in fleet.workers.values()]
+        ),
+        busy_max_over_mean=_unevenness(busy),
         preemptions=sum(worker.scheduler.preemptions for worker in fleet.workers.values()),
         fairness=fairness(fleet.service, tenants_max),
         bands=bands,
@@ -59,6 +62,11 @@ def summarize(fleet: Fleet, slo: Slo, tenants_max: int = 32) -> Summary:
             for band in sorted(set(records.band))
         },
     )
+
+
+def _unevenness(loads: Sequence[float]) -> float:
+    """The largest over the mean."""
+    return max(loads) * len(loads) / sum(loads) if sum(loads) > 0 else 1.0
 
 
 def compare(

@@ -10,6 +10,7 @@ from headrace import __version__
 from headrace.cli.bench import bench
 from headrace.cli.chat import chat
 from headrace.cli.pull import pull
+from headrace.cli.simulate import simulate
 from headrace.cli.status import status
 from headrace.cli.up import up
 
@@ -37,7 +38,7 @@ def main(
     """Serves large language models from a fleet of workers."""
 
 
-for command in (up, chat, status, pull):
+for command in (up, chat, status, pull, simulate):
     app.command()(command)
 app.add_typer(bench, name="bench")
 
