@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from headrace.clock import ManualClock
 from headrace.errors import CallerError, ModelError, SettingsError
-from headrace.types import Band, FinishReason
+from headrace.types import BLOCK_KEY_BYTES, Band, Finish, FinishReason, JobProgress
+from headrace_worker.cache_link import _entry
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
-from headrace_worker.results import BlockPayload
+from headrace_worker.results import BlockPayload, JobStory
 from headrace_worker.runner import Runner
 from worker.builders import finish_all, logits_of, make_engine, make_job, random_tokens
 
@@ -457,3 +458,94 @@ def test_a_scored_prompt_survives_preemption(tiny: LoadedModel) -> None:
     )
     assert len(told) == 59 and told == pytest.approx(expected, abs=1e-4)
     assert out.tokens["s"] == calm.tokens["s"]
+
+
+def test_a_deadline_for_the_first_token_saves_the_prefill(tiny: LoadedModel) -> None:
+    """What is late before its first token ends at once, mid-prompt or while it waits."""
+    clock = ManualClock()
+    limits = {"max_running": 1, "step_tokens_max": 16}
+    engine = Engine(tiny, EngineConfig(kv_tokens=512, **limits), clock)
+    by = clock.wall_ms() + 100
+    engine.add(make_job("slow", random_tokens(100, 1), ttft_by_ms=by))
+    engine.add(make_job("waits", random_tokens(100, 2), ttft_by_ms=by))
+    engine.step()
+    clock.advance(99)
+    assert engine.step().deltas == []
+    clock.advance(1)
+    result = engine.step()
+    assert [(d.job, d.tokens, d.finish) for d in result.deltas] == [
+        (name, (), Finish(FinishReason.DEADLINE)) for name in ("slow", "waits")
+    ]
+    assert [story.progress for story in result.stories] == [
+        JobProgress("slow", 32, 0, 0),
+        JobProgress("waits", 0, 0, 0),
+    ]
+    assert result.work.busy_ns == 0 and not engine.has_work
+    engine.check_integrity()
+
+
+def test_a_deadline_for_the_whole_ends_a_stream_within_a_step(tiny: LoadedModel) -> None:
+    """With the tokens so far; the other deadline counts no more once there is a first token."""
+    clock = ManualClock()
+    engine = Engine(tiny, EngineConfig(kv_tokens=512), clock)
+    wall = clock.wall_ms()
+    engine.add(make_job("a", [1, 2, 3], max_tokens=99, ttft_by_ms=wall + 5, done_by_ms=wall + 50))
+    engine.add(make_job("b", [1, 2, 4], max_tokens=99, logged=[7], ttft_by_ms=wall + 1))
+    told: list[int] = []
+    for _ in range(5):
+        told += next(d for d in engine.step().deltas if d.job == "a").tokens
+        clock.advance(10)
+    result = engine.step()
+    [end] = [delta for delta in result.deltas if delta.job == "a"]
+    assert end.finish == Finish(FinishReason.DEADLINE)
+    assert (end.first, end.tokens) == (5, ()) and len(told) == 5
+    assert result.stories[0].progress == JobProgress("a", 3, 0, 5)
+    assert engine.cancel("b"), "it goes on"
+
+
+def test_a_step_says_what_it_did(tiny: LoadedModel) -> None:
+    """Computed and cached prompt tokens add up to the prompt, whatever preemption repeated."""
+    engine = make_engine(tiny, 160, step_tokens_max=32, max_running=4)
+    prompt = random_tokens(48, 1)
+    finish_all(engine, [make_job("warm", prompt, max_tokens=1)])
+    jobs = [
+        make_job("bulk", [*prompt, *random_tokens(30, 2)], max_tokens=20, band=Band.BATCH),
+        make_job("vip", random_tokens(90, 3), max_tokens=8, band=Band.INTERACTIVE),
+    ]
+    engine.add(jobs[0])
+    moved: dict[str, list[JobProgress]] = {"bulk": [], "vip": []}
+    ends: dict[str, JobStory] = {}
+    prefilled, told, keys = 0, 0, set[bytes]()
+    for number in range(200):
+        if number == 4:
+            engine.add(jobs[1])
+        result = engine.step()
+        for progress in result.work.moved:
+            moved[progress.job].append(progress)
+        ends |= {story.job: story for story in result.stories}
+        prefilled += result.work.prefill_tokens
+        told += result.work.output_tokens
+        keys = (keys - result.work.news.keys()) | {
+            k for k, came in result.work.news.items() if came
+        }
+        if len(ends) == 2:
+            break
+    assert ends["bulk"].preemptions > 0
+    assert ends["bulk"].progress == JobProgress("bulk", 30, 48, 20)
+    assert ends["vip"].progress == JobProgress("vip", 90, 0, 8)
+    for steps in moved.values():
+        assert [p.computed for p in steps] == sorted(p.computed for p in steps)
+        assert [p.output for p in steps] == sorted(p.output for p in steps)
+    assert told == 28 and prefilled > 30 + 90, "what was computed again was work"
+    assert keys <= {block_hash[:BLOCK_KEY_BYTES] for block_hash in engine._pool._by_hash}
+
+
+def test_offered_blocks_name_their_owner(tiny: LoadedModel) -> None:
+    """Band and tenant of the job, for what the cache service keeps for whom."""
+    job = make_job("a", random_tokens(40, 1), band=Band.INTERACTIVE, tenant="mill")
+    out = finish_all(make_engine(tiny), [job])
+    assert {(payload.band, payload.tenant) for payload in out.blocks.values()} == {
+        (Band.INTERACTIVE, "mill")
+    }
+    sent = _entry(next(iter(out.blocks.values())))
+    assert (sent.band, sent.tenant) == (Band.INTERACTIVE, "mill")

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Sequences
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from headrace.types import Band, FinishReason
 from headrace_worker.policy.blocks import BlockPool
 from headrace_worker.policy.plan import Outcome, Plan
 from headrace_worker.policy.scheduler import Scheduler
-from headrace_worker.policy.sequence import PROMOTE_MS, TRANSITIONS, Sequence, Status, blocks_for
+from headrace_worker.policy.sequence import TRANSITIONS, Sequence, Status, blocks_for
 from worker.builders import make_sequence
 
 

@@ -2,7 +2,8 @@
 
 A program is arrivals of all bands (some fork a live sequence, some share a prefix, some want their
 prompt scored, some have deadlines), aborts, guesses right and wrong, and forced output, over a pool
-and a budget that are far too small and a clock that jumps. `HEADRACE_TEST_PROGRAMS` sets how many, `HEADRACE_TEST_SEED` where they begin.
+and a budget that are far too small and a clock that jumps. `HEADRACE_TEST_PROGRAMS` sets how many,
+`HEADRACE_TEST_SEED` where they begin.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_lower_streams_are_not_limited() -> None:
 
 
 def test_age_earns_no_long_steps() -> None:
-    """Batch work that waited a minute is first in order, in small chunks beside interactive work."""
+    """Batch work that waited a minute goes first, in small chunks beside interactive work."""
     scheduler = make_scheduler()
     scheduler.add(make_sequence("old", [2] * 300, band=BATCH, added_ms=0))
     scheduler.add(make_sequence("vip", [1] * 8, band=INTERACTIVE, arrived_ms=9, order=1))
