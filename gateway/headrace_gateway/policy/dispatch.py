@@ -85,7 +85,7 @@ class DispatchPolicy:
     def adopt(self, worker: str, job: Job, now_ms: int) -> None:
         """A job was found on `worker` that this object has not sent there."""
         if not self.workload.booked(worker, job.id):
-            self.workload.book(worker, job, len(job.prompt), found=True)
+            self.workload.book(worker, job, len(job.prompt), now_ms, found=True)
             self.breakers.dispatched(worker, now_ms)
 
     def push(self, item: Queued) -> bool:
@@ -107,7 +107,7 @@ class DispatchPolicy:
         """Book `decision`: it leaves the queue, its tenant pays for the prompt."""
         item, worker, uncached = decision.item, decision.route.worker, decision.uncached_tokens
         self.queue.take(item.job.id, _to_pay(decision))
-        self.workload.book(worker, item.job, uncached)
+        self.workload.book(worker, item.job, uncached, now_ms)
         self.index.expect(worker, item.job.blocks, now_ms)
         self.breakers.dispatched(worker, now_ms)
         self.throughput.dispatched(item.job.band, uncached + item.job.expected_output)

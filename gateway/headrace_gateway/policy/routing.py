@@ -1,89 +1,277 @@
-"""Which worker gets a job: rendezvous hashing with bounded load.
+"""Which worker gets a job: where it costs least, with a bound on what any one is given.
 
-Invariant: a prompt's affinity names the same worker on every gateway, unless that worker already
-holds more than LOAD_BOUND times its share of the jobs, or has no room; then the next in the key's
-own order takes it, so a hot prefix spills to the same neighbour every time.
-Sources: Thaler and Ravishankar 1996 (rendezvous); Mirrokni, Thorup and Zadimoghaddam 2016
-(consistent hashing with bounded loads). Rejected: a hash ring, which needs a table and moves more
-keys when workers come and go at this fleet size.
+Invariant: a job goes only where there is room and the breaker lets it. While any such worker has
+room one gets it, and free room goes before room that lower bands have to give up.
+
+The cost of a worker is what waits and decodes there, and RECOMPUTE_WEIGHT times the prompt tokens
+that it does not hold: computing them delays this job, and then whoever waits behind it, and the
+blocks they take are somebody else's. A worker's share is what it was given lately, in parts of what
+it may have been: LOAD_BOUND times the mean. Over its share, a worker gets no prompt that nobody
+holds, and a prompt it holds only if that saves more than its excess costs; so a hot prefix is
+copied once its holder has had its share, and one busy minute does not scatter conversations.
+
+A prompt that nobody holds much of goes to the first within its share in the rendezvous order of its
+first unknown block: prompts that only begin alike spread, and equal ones meet again, from whichever
+gateway. Not all of 500 workers are looked at, but those that can win: the best holders, the
+preferred, those with least to do, the one that was given least.
+
+Sources: NVIDIA Dynamo (cost); Thaler and Ravishankar 1996 (rendezvous); Mirrokni, Thorup and
+Zadimoghaddam 2016 (bounded loads). Rejected: the longest prefix alone, which herds; the cost of
+this job alone (weight 1), which costs a quarter of the hits on a real trace; a bound on what is
+there at the moment, which most busy workers exceed in a fleet that is half idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from headrace.policy.hashing import rendezvous_weight
+from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
+from headrace_gateway.policy.bookings import ALL, Demand, Room
+from headrace_gateway.policy.breaker import Breakers
+from headrace_gateway.policy.prefix_index import Holders, PrefixIndex
+from headrace_gateway.policy.rendezvous import Rendezvous
+from headrace_gateway.policy.workload import Workload
 
 LOAD_BOUND = 1.25
+RECOMPUTE_WEIGHT = 8.0
+EXCESS_WEIGHT = 4.0
+"""A worker a quarter over its share loses what a wholly cached prompt saves."""
+KNOWN_PART = 0.25
+"""A prompt of which nobody holds so much counts as unknown."""
+HOLDERS_MAX = 3
+PREFERRED_MAX = 3
+LEAST_MAX = 2
+SEARCHED_MAX = 64
+"""Workers, least loaded first, among which the holders of a hot prefix are looked for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A worker as routing sees it."""
+class RoutingConfig:
+    """What can be tuned; the numbers of candidates bound what a decision costs."""
+
+    load_bound: float = LOAD_BOUND
+    recompute_weight: float = RECOMPUTE_WEIGHT
+    excess_weight: float = EXCESS_WEIGHT
+    known_part: float = KNOWN_PART
+    holders_max: int = HOLDERS_MAX
+    preferred_max: int = PREFERRED_MAX
+    least_max: int = LEAST_MAX
+
+
+class Score(NamedTuple):
+    """A candidate: prompt tokens it would compute, what waits and decodes there, the cost of both
+    in tokens, what it was given lately in parts of its share, its jobs, and the verdict."""
 
     worker: str
-    reserved_tokens: int
-    reserved_jobs: int
-    tokens_max: int
-    jobs_max: int
-
-    def has_room(self, cost: int) -> bool:
-        """Whether `cost` KV tokens fit; an idle worker takes any job that it was not refused."""
-        if self.reserved_jobs == 0:
-            return True
-        return self.reserved_tokens + cost <= self.tokens_max and self.reserved_jobs < self.jobs_max
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Why a candidate was or was not taken. `rank` is its place in the key's own order."""
-
-    worker: str
-    rank: int
-    reserved_jobs: int
-    reserved_tokens: int
+    uncached_tokens: int
+    work: float
+    cost: float
+    share: float
+    jobs: int
     verdict: str
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The decision: a worker or '' when the job has to wait, the reason, and every score."""
+    """The decision: a worker, or '' when the job has to wait; the reason; who was considered.
+
+    The worker holds `cached_blocks` leading blocks of the prompt.
+    """
 
     worker: str
     reason: str
-    scores: tuple[Score, ...]
+    scores: tuple[Score, ...] = ()
+    cached_blocks: int = 0
+    room: Room = Room.NONE
 
 
-def choose(affinity: bytes, cost: int, candidates: Sequence[Candidate]) -> Route:
-    """The worker for a job of `cost` KV tokens whose prompt hashes to `affinity`."""
-    if not candidates:
-        return Route("", "no worker is ready", ())
-    total = sum(c.reserved_jobs for c in candidates)
-    bound = -int(-(LOAD_BOUND * (total + 1)) // len(candidates))
-    ordered = sorted(candidates, key=lambda c: (-rendezvous_weight(affinity, c.worker), c.worker))
-    chosen, spill = "", ""
-    scores = []
-    for rank, c in enumerate(ordered):
-        if not c.has_room(cost):
-            verdict = "no room"
-        elif c.reserved_jobs + 1 > bound:
-            verdict = f"over its share ({bound} jobs)"
-            spill = spill or c.worker
-        else:
-            verdict = "fits"
-            chosen = chosen or c.worker
-        scores.append(Score(c.worker, rank, c.reserved_jobs, c.reserved_tokens, verdict))
-    first = ordered[0].worker
-    if chosen:
-        reason = "affinity" if chosen == first else "spill-over"
-    elif spill:
-        # everyone with room is over its share: the others are full, so the bound cannot hold
-        least = min(
-            (c for c in candidates if c.has_room(cost)),
-            key=lambda c: (c.reserved_jobs, c.reserved_tokens, c.worker),
+class _Candidate(NamedTuple):
+    """A worker that may get the job; the smallest is the best."""
+
+    gives_way: bool
+    price: float
+    order: int
+    worker: str
+    blocks: int
+    over: bool
+    room: Room
+
+
+class Router:
+    """Chooses a worker for each job; remembers nothing but the rendezvous orders."""
+
+    def __init__(self, config: RoutingConfig | None = None) -> None:
+        self._config = config or RoutingConfig()
+        self._rendezvous = Rendezvous()
+        self._named: tuple[str, ...] = ()
+
+    def choose(
+        self, job: Job, workload: Workload, index: PrefixIndex, breakers: Breakers, now_ms: int
+    ) -> Route:
+        """Where `job` goes at wall-clock `now_ms`; no worker when none has room."""
+        names = workload.open_workers
+        if not names:
+            return Route("", "no worker is ready")
+        if names is not self._named:
+            self._rendezvous.set_names(names)
+            self._named = names
+        index.expire(now_ms)
+        choice = _Choice(self._config, workload, index, breakers, job, now_ms)
+        preferred = self._preferred(job, choice.known_blocks)
+        for worker in self._worth_a_look(choice, preferred):
+            choice.consider(worker)
+        return choice.best(preferred) or choice.anywhere()
+
+    def _preferred(self, job: Job, known_blocks: int) -> tuple[str, ...]:
+        first = known_blocks * BLOCK_KEY_BYTES
+        unknown = job.blocks[first : first + BLOCK_KEY_BYTES] or job.blocks[-BLOCK_KEY_BYTES:]
+        found = self._rendezvous.preferred(job.affinity + unknown)
+        return found[: self._config.preferred_max]
+
+    def _worth_a_look(self, choice: _Choice, preferred: tuple[str, ...]) -> Iterator[str]:
+        yield from choice.holders()
+        yield from preferred
+        yield from choice.workload.least_loaded(self._config.least_max)
+        yield choice.workload.least_given
+
+
+class _Choice:
+    """One decision in the making."""
+
+    __slots__ = (
+        "_allows",
+        "_candidates",
+        "_config",
+        "_demand",
+        "_found",
+        "_index",
+        "_now_ms",
+        "_scores",
+        "_seen",
+        "_share",
+        "workload",
+    )
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        workload: Workload,
+        index: PrefixIndex,
+        breakers: Breakers,
+        job: Job,
+        now_ms: int,
+    ) -> None:
+        self._config = config
+        self.workload = workload
+        self._index = index
+        self._allows = breakers.allows
+        self._now_ms = now_ms
+        self._demand: Demand = workload.demand(job)
+        self._found: list[Holders] = index.leaders(job.blocks)
+        self._seen: dict[str, None] = {}
+        self._scores: list[Score] = []
+        self._candidates: list[_Candidate] = []
+        self._share = workload.share(self._demand, config.load_bound, now_ms)
+
+    @property
+    def known_blocks(self) -> int:
+        """Leading blocks of the prompt that some worker holds."""
+        return self._found[0].blocks if self._found else 0
+
+    def holders(self) -> Iterator[str]:
+        """Who holds most of the prompt; of those that hold the same, who has least to do."""
+        wanted = self._config.holders_max
+        for found in self._found:
+            if wanted <= 0:
+                return
+            names = self._index.names(found.slots, wanted)
+            if names is None:
+                slot = self._index.slot
+                least = self.workload.least_loaded(SEARCHED_MAX)
+                names = [worker for worker in least if slot(worker) & found.slots][:wanted]
+            wanted -= len(names)
+            yield from names
+
+    def consider(self, worker: str) -> None:
+        """Score `worker`, once."""
+        if worker in self._seen:
+            return
+        standing = self.workload.standing(worker, self._demand)
+        if standing is None:
+            return  # it drains
+        order = len(self._seen)
+        self._seen[worker] = None
+        config, demand = self._config, self._demand
+        slot, blocks = self._index.slot(worker), 0
+        for found in self._found:
+            if found.slots & slot:
+                blocks = found.blocks
+                break
+        uncached = max(1, demand.held - blocks * BLOCK_TOKENS)
+        slowness = standing.slowness
+        cost = (standing.work + config.recompute_weight * uncached) * slowness
+        share = standing.given * slowness / self._share
+        words = standing.verdict.reason
+        room = standing.verdict.room
+        if room is not Room.NONE:
+            if self._allows(worker, self._now_ms):
+                price, over = cost, share > 1
+                if over:
+                    saved = config.recompute_weight * demand.held * slowness
+                    price += config.excess_weight * (share - 1) * saved
+                    words = "over its share"
+                self._candidates.append(
+                    _Candidate(room is not Room.FREE, price, order, worker, blocks, over, room)
+                )
+            else:
+                words = "its breaker is open"
+        self._scores.append(
+            Score(worker, uncached, standing.work, cost, share, standing.jobs, words)
         )
-        chosen, reason = least.worker, "least loaded"
-    else:
-        reason = "no worker has room"
-    return Route(chosen, reason, tuple(scores))
+
+    def best(self, preferred: tuple[str, ...]) -> Route | None:
+        """The best candidate; None if none has free room."""
+        if not self._candidates:
+            return None
+        best = min(self._candidates)
+        if best.gives_way:
+            return None
+        if self.known_blocks * BLOCK_TOKENS < self._config.known_part * self._demand.held:
+            return self._place(best, preferred)
+        if best.blocks == self.known_blocks:
+            return self._route(best, "holds most of the prompt")
+        return self._route(best, "its holders have more to do than it saves")
+
+    def _place(self, best: _Candidate, preferred: tuple[str, ...]) -> Route:
+        """Where a prompt goes that nobody holds."""
+        within = [c for c in self._candidates if not c.over and not c.gives_way]
+        if not within:
+            return self._route(best, "all are over their share")
+        least = min(within)
+        for candidate in sorted(within, key=lambda c: c.order):
+            # a neighbour may be busier by as much as this prompt is work itself
+            if candidate.worker in preferred and candidate.price <= least.price + self._demand.held:
+                first = candidate.worker == preferred[0]
+                return self._route(candidate, "affinity" if first else "spill-over")
+        return self._route(least, "least to do")
+
+    def anywhere(self) -> Route:
+        """Whoever has room, free room first, when no candidate has free room."""
+        found = self.workload.find(self._demand, ALL, self._may)
+        if found is not None:
+            self.consider(found)
+            return self._route(min(self._candidates), "the only free room")
+        if not self._candidates:
+            found = self.workload.find(self._demand, self._demand.band, self._may)
+            if found is None:
+                return Route("", "no worker has room", tuple(self._scores))
+            self.consider(found)
+        return self._route(min(self._candidates), "lower bands give way")
+
+    def _may(self, worker: str) -> bool:
+        return self._allows(worker, self._now_ms)
+
+    def _route(self, chosen: _Candidate, reason: str) -> Route:
+        return Route(chosen.worker, reason, tuple(self._scores), chosen.blocks, chosen.room)

@@ -1,9 +1,8 @@
-"""Chained block hashes and rendezvous weights: how caches and routing name a prefix.
+"""Chained block hashes: how caches and routing name a prefix.
 
 Invariant: a block's hash covers everything before it, the model and the tenant's salt, so equal
 hashes mean equal KV that this tenant may see. SHA-256, since a collision would serve somebody
-else's text. Source of the weights: Thaler and Ravishankar, "A name-based mapping scheme for
-rendezvous", 1996.
+else's text; where a mistake only costs time, as in routing, 64 bits do.
 """
 
 from __future__ import annotations
@@ -41,6 +40,6 @@ def block_hashes(root: bytes, tokens: Sequence[int], limit: int | None = None) -
     return hashes
 
 
-def rendezvous_weight(key: bytes, node: str) -> int:
-    """How much `key` wants to be on `node`; the highest weight wins, ties by name."""
-    return int.from_bytes(hashlib.blake2b(key + b"\0" + node.encode(), digest_size=8).digest())
+def hash64(data: bytes) -> int:
+    """64 even bits of `data`, the same in every process: what rendezvous hashing mixes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())

@@ -1,0 +1,334 @@
+"""One worker's bookings: the jobs on it, their sums, and whether one more fits besides.
+
+Invariant: every sum is that of the jobs, and `profiles` and `refusals` are what these jobs imply:
+whatever may free room drops both. A refusal is remembered as a size that did not fit, since what is
+as large in both respects does not fit either (peak.py grows with both).
+
+Room is asked by level: level b counts the jobs of bands 0 to b. "Fits" is the Past-Future peak
+within the cap, where a prefix that several running jobs share counts once. Rejected: finding out
+what a candidate shares with those that run, which makes its size another one at each worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
+
+from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Band, Job, JobProgress
+from headrace_gateway.policy.peak import PeakProfile
+from headrace_gateway.policy.speeds import Speeds
+
+JOBS_FACTOR = 2
+"""Times its max_jobs are on a worker at most, those that wait for preemption included."""
+SHARED_BLOCKS = 32
+"""Shared prefixes are looked for in steps of so many blocks."""
+SHARED_STEPS_MAX = 64
+ALL = int(Band.BATCH)
+"""The level at which jobs of all bands count."""
+_UNLIMITED = (1 << 60, 1 << 60)
+
+
+class Expect(Protocol):
+    """Output tokens of a generation of `tenant` that is `longer_than` (Lengths.expect)."""
+
+    def __call__(self, tenant: str, *, max_tokens: int, longer_than: int) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """A worker that takes jobs."""
+
+    worker: str
+    kv_tokens: int
+    max_jobs: int
+
+
+class Room(Enum):
+    FREE = "free"
+    PREEMPTING = "preempting"
+    NONE = "none"
+
+
+class Verdict(NamedTuple):
+    """Whether a worker has room for a job, and why (not)."""
+
+    room: Room
+    reason: str
+
+
+FITS = Verdict(Room.FREE, "fits")
+IDLE = Verdict(Room.FREE, "idle")
+PREEMPTING = Verdict(Room.PREEMPTING, "lower bands give way")
+CLOSED = Verdict(Room.NONE, "takes no jobs")
+REFUSED = Verdict(Room.NONE, "said that it is full")
+NO_SLOT = Verdict(Room.NONE, "has as many jobs as it takes")
+NO_TOKENS = Verdict(Room.NONE, "its KV would overflow")
+
+
+class Demand(NamedTuple):
+    """What a job asks of a worker: KV tokens from the start, output to come."""
+
+    band: int
+    held: int
+    remaining: int
+
+
+class Charge(NamedTuple):
+    """What a job's tenant has to be charged, in tokens; `input_tokens` may correct downwards."""
+
+    job: str
+    tenant: str
+    weight: float
+    band: Band
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(slots=True)
+class Booking:
+    """A job on a worker.
+
+    `output` counts from the job's first attempt on, `expected` is where it may end. `waiting` is
+    prefill to be done, `charged` the input tokens that its tenant has paid for; `corrects`: that is
+    set right when the worker knows what was cached. `baseline`: the first report only says what
+    another leader has charged.
+    """
+
+    job: str
+    tenant: str
+    weight: float
+    band: Band
+    prompt: int
+    logged: int
+    max_tokens: int
+    expected: int
+    waiting: int
+    charged: int
+    corrects: bool
+    baseline: bool
+    output: int
+    shares: tuple[int, ...]
+
+    @property
+    def held(self) -> int:
+        return self.prompt + self.output
+
+    @property
+    def remaining(self) -> int:
+        return max(1, self.expected - self.output)
+
+    def advance(self, told: JobProgress, expect: Expect) -> tuple[int, int]:
+        """Take in a report; input and output tokens to charge."""
+        made = 0 if self.baseline else max(0, told.output - self.output)
+        self.baseline = False
+        self.output = max(self.output, told.output)
+        if self.output >= self.expected:
+            longer = expect(self.tenant, max_tokens=self.max_tokens, longer_than=self.output)
+            self.expected = max(longer, self.output)
+        correction = 0
+        if told.computed or made:
+            uncached = self.uncached(told)
+            begun = self.output > self.logged
+            self.waiting = 0 if begun else max(0, uncached - told.computed)
+            if self.corrects:
+                correction = uncached - self.charged
+                self.charged = uncached
+        return correction, made
+
+    def settle(self, told: JobProgress, expect: Expect) -> tuple[int, int]:
+        """As `advance`, at its end: what was never computed, as its caller left, is not charged."""
+        correction, made = self.advance(told, expect)
+        if self.corrects:
+            correction += min(told.computed, self.uncached(told)) - self.charged
+        return correction, made
+
+    def uncached(self, told: JobProgress) -> int:
+        """Tokens that it had to compute before its first new one."""
+        return max(0, self.prompt + self.logged - told.cached)
+
+    def charge(self, input_tokens: int, output_tokens: int) -> Charge:
+        return Charge(self.job, self.tenant, self.weight, self.band, input_tokens, output_tokens)
+
+
+def booking_of(job: Job, demand: Demand, uncached_tokens: int, *, found: bool) -> Booking:
+    """What is booked when `job` goes to a worker, or is `found` there."""
+    return Booking(
+        job=job.id,
+        tenant=job.tenant,
+        weight=job.weight,
+        band=job.band,
+        prompt=len(job.prompt),
+        logged=len(job.logged),
+        max_tokens=job.sampling.max_tokens,
+        expected=len(job.logged) + demand.remaining,
+        waiting=uncached_tokens,
+        charged=uncached_tokens,
+        corrects=job.attempt == 1 and not found,
+        baseline=found,
+        output=len(job.logged),
+        shares=_shares(job.blocks),
+    )
+
+
+class Bookings:
+    """The jobs on one worker. Lists have a value per Band, or per level."""
+
+    __slots__ = (
+        "counts",
+        "facts",
+        "full",
+        "held",
+        "is_open",
+        "jobs",
+        "load",
+        "profiles",
+        "refusals",
+        "reserved",
+        "shared",
+        "shares",
+        "speeds",
+        "waiting",
+    )
+
+    def __init__(self, facts: WorkerFacts) -> None:
+        self.facts = facts
+        self.is_open = False
+        self.full = False
+        """It said so, whatever we believe."""
+        self.jobs: dict[str, Booking] = {}
+        self.counts = [0] * len(Band)
+        self.waiting = [0] * len(Band)
+        self.reserved = [0] * len(Band)
+        self.held = 0
+        self.load = 0
+        self.shares: dict[int, int] = {}
+        self.shared = 0
+        """Steps of prefixes that more than one job has."""
+        self.profiles: list[PeakProfile | None] = [None] * len(Band)
+        self.refusals: list[tuple[int, int] | None] = [_UNLIMITED] * len(Band)
+        """Per level the (held, remaining) that did not fit; None where nothing does."""
+        self.speeds = Speeds()
+
+    def put(self, booking: Booking) -> None:
+        """One more job: what did not fit still does not."""
+        self.jobs[booking.job] = booking
+        self.counts[booking.band] += 1
+        for key in booking.shares:
+            count = self.shares.get(key, 0)
+            self.shares[key] = count + 1
+            self.shared += count == 1
+        self.add(booking)
+        self.profiles = [None] * len(Band)
+
+    def take(self, job_id: str) -> Booking | None:
+        """The job leaves."""
+        booking = self.jobs.pop(job_id, None)
+        if booking is None:
+            return None
+        self.counts[booking.band] -= 1
+        for key in booking.shares:
+            count = self.shares.pop(key) - 1
+            self.shared -= count == 1
+            if count:
+                self.shares[key] = count
+        self.subtract(booking)
+        self.changed()
+        return booking
+
+    def add(self, booking: Booking) -> None:
+        band, held = booking.band, booking.held
+        self.waiting[band] += booking.waiting
+        self.reserved[band] += held + booking.remaining
+        self.held += held
+
+    def subtract(self, booking: Booking) -> None:
+        band, held = booking.band, booking.held
+        self.waiting[band] -= booking.waiting
+        self.reserved[band] -= held + booking.remaining
+        self.held -= held
+
+    def changed(self) -> None:
+        """What did not fit may fit now."""
+        self.full = False
+        self.profiles = [None] * len(Band)
+        self.refusals = [_UNLIMITED] * len(Band)
+
+    def fits(self, level: int, demand: Demand, kv_share: float) -> Verdict:
+        """Whether `demand` fits beside the jobs of `level`."""
+        if self.full:
+            return REFUSED
+        refusal = self.refusals[level]
+        if refusal is None:
+            return NO_SLOT
+        if demand.held >= refusal[0] and demand.remaining >= refusal[1]:
+            return NO_TOKENS
+        verdict = self._fits(level, demand, int(kv_share * self.facts.kv_tokens))
+        if verdict is NO_SLOT:
+            self.refusals[level] = None
+        elif verdict is NO_TOKENS:
+            self.refusals[level] = (demand.held, demand.remaining)
+        return verdict
+
+    def _fits(self, level: int, demand: Demand, cap: int) -> Verdict:
+        count = sum(self.counts[: level + 1])
+        if count and count >= self.facts.max_jobs:
+            return NO_SLOT
+        if self.jobs and len(self.jobs) >= JOBS_FACTOR * self.facts.max_jobs:
+            return NO_SLOT
+        if count == 0:
+            return IDLE
+        if sum(self.reserved[: level + 1]) + demand.held + demand.remaining <= cap:
+            return FITS
+        peak = self._profile(level).peak_with(demand.held, demand.remaining)
+        return FITS if peak <= cap else NO_TOKENS
+
+    def _profile(self, level: int) -> PeakProfile:
+        found = self.profiles[level]
+        if found is None:
+            bookings = [b for b in self.jobs.values() if b.band <= level]
+            bookings.sort(key=_by_remaining)
+            found = PeakProfile(
+                _counted_once(bookings)
+                if self.shared
+                else [(b.held, b.remaining) for b in bookings]
+            )
+            self.profiles[level] = found
+        return found
+
+    def check_integrity(self) -> None:
+        bookings = list(self.jobs.values())
+        for band in Band:
+            mine = [b for b in bookings if b.band == band]
+            assert self.counts[band] == len(mine), "jobs add up"
+            assert self.waiting[band] == sum(b.waiting for b in mine), "prefill adds up"
+            reserved = sum(b.held + b.remaining for b in mine)
+            assert self.reserved[band] == reserved, "reserved tokens add up"
+        assert self.held == sum(b.held for b in bookings), "held tokens add up"
+        assert sum(self.shares.values()) == sum(len(b.shares) for b in bookings)
+        assert self.shared == sum(count > 1 for count in self.shares.values())
+
+
+def _by_remaining(booking: Booking) -> int:
+    return booking.output - booking.expected
+
+
+def _shares(blocks: bytes) -> tuple[int, ...]:
+    """The keys of a prompt's blocks in steps: prompts share as many steps as are equal."""
+    if len(blocks) < SHARED_BLOCKS * BLOCK_KEY_BYTES:
+        return ()
+    steps = memoryview(blocks).cast("Q")[SHARED_BLOCKS - 1 :: SHARED_BLOCKS]
+    return tuple(steps[:SHARED_STEPS_MAX])
+
+
+def _counted_once(by_remaining: Sequence[Booking]) -> list[tuple[int, int]]:
+    """(held, remaining), where whoever ends last pays for what is shared."""
+    seen: set[int] = set()
+    sizes = []
+    for booking in by_remaining:
+        own = sum(key not in seen for key in booking.shares)
+        shared = (len(booking.shares) - own) * SHARED_BLOCKS * BLOCK_TOKENS
+        seen.update(booking.shares)
+        sizes.append((booking.held - shared, booking.remaining))
+    return sizes

@@ -1,0 +1,83 @@
+"""What each worker was given lately: sums of work that fade by half in HALF_LIFE_MS.
+
+Invariant: all sums fade alike, so their order and their parts of the total change only when work is
+given. They are kept in units that grow instead: what is added at a later time counts for more, and
+nothing has to be touched as time goes (forward decay). Now and then all are brought back to a unit
+of one. Source: Cormode et al., "Forward Decay" (ICDE 2009).
+Rejected: windows of fixed length, at whose edges a worker's share jumps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from math import exp2
+
+HALF_LIFE_MS = 60_000
+_HALF_LIVES_MAX = 64
+"""Between two adjustments of the unit."""
+
+
+class Given:
+    """Work by worker. `unit(now)` is what one token given now counts."""
+
+    def __init__(self, half_life_ms: int = HALF_LIFE_MS) -> None:
+        self._half_life_ms = half_life_ms
+        self._epoch_ms: int | None = None
+        self._sums: dict[str, float] = {}
+        self._order: list[tuple[float, str]] = []
+        self.total = 0.0
+
+    @property
+    def window_s(self) -> float:
+        """At a steady rate, a sum is what is given in so many seconds."""
+        return self._half_life_ms * 1.442695 / 1000
+
+    def set_workers(self, workers: Iterable[str]) -> None:
+        """Those that count; new ones have been given nothing."""
+        kept = {worker: self._sums.get(worker, 0.0) for worker in workers}
+        if kept.keys() != self._sums.keys():
+            self._sums = kept
+            self._sort()
+
+    def of(self, worker: str) -> float:
+        """In units of the epoch: comparable with other sums and multiples of `unit`."""
+        return self._sums.get(worker, 0.0)
+
+    @property
+    def least(self) -> str:
+        """Who was given least, the first by name of equal ones; '' if there is nobody."""
+        return self._order[0][1] if self._order else ""
+
+    def unit(self, now_ms: int) -> float:
+        if self._epoch_ms is None:
+            self._epoch_ms = now_ms
+        half_lives = (now_ms - self._epoch_ms) / self._half_life_ms
+        if half_lives > _HALF_LIVES_MAX:
+            fade = 0.5 ** min(half_lives, 1_000.0)
+            self._sums = {worker: each * fade for worker, each in self._sums.items()}
+            self._sort()
+            self._epoch_ms, half_lives = now_ms, 0.0
+        # a clock that was set back makes what is given now count little, for a while
+        return exp2(max(half_lives, -1_000.0))
+
+    def add(self, worker: str, tokens: float, now_ms: int) -> None:
+        """`worker` was given `tokens` of work, or, below 0, had them taken back at once."""
+        unit = self.unit(now_ms)
+        before = self._sums.get(worker)
+        if before is None:
+            return
+        after = max(0.0, before + tokens * unit)
+        del self._order[bisect_left(self._order, (before, worker))]
+        insort(self._order, (after, worker))
+        self._sums[worker] = after
+        self.total += after - before
+
+    def check_integrity(self) -> None:
+        assert sorted((each, worker) for worker, each in self._sums.items()) == self._order
+        total = sum(self._sums.values())
+        assert abs(total - self.total) <= 1e-6 * (1 + total), "sums add up"
+
+    def _sort(self) -> None:
+        self._order = sorted((each, worker) for worker, each in self._sums.items())
+        self.total = sum(self._sums.values())

@@ -1,0 +1,382 @@
+"""What is on each worker of a model: jobs, work still to do, and where there is room for more.
+
+Invariant: a job is booked when it is dispatched or found on a worker, moves with the worker's
+reports and goes when it is done; loads and their order are those of the bookings. Nothing here
+decides whether a job exists: where it is wrong, the hand-off says so and the worker is read again.
+
+Room is asked by band. A job sees those of its own and better bands: if they and it fit, it has at
+least PREEMPTING room, since the engine takes lower bands' jobs out for it; FREE if all fit. An idle
+worker takes any job.
+
+Load is prefill-equivalent tokens: prefill that waits, and `decode_weight` of the KV tokens of every
+job there, which each of its steps reads. Source: NVIDIA Dynamo's router, which sums the same two.
+Besides it a worker has what it was given lately, finished or not (given.py). Rejected: counting
+jobs, of which one may be a thousand times another.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headrace.types import Job, JobDone, Progress
+from headrace_gateway.policy.bookings import (
+    ALL,
+    CLOSED,
+    PREEMPTING,
+    Bookings,
+    Charge,
+    Demand,
+    Expect,
+    Room,
+    Verdict,
+    WorkerFacts,
+    booking_of,
+)
+from headrace_gateway.policy.given import HALF_LIFE_MS, Given
+
+__all__ = ["Charge", "Demand", "Room", "Verdict", "WorkerFacts", "Workload", "WorkloadConfig"]
+
+KV_SHARE = 0.95
+DECODE_WEIGHT = 0.05
+OUTPUT_WEIGHT = 2.0
+"""An output token, as work given, in prefill tokens; as tenants are charged for it."""
+IDLE_PART = 0.1
+SLACK_TOKENS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadConfig:
+    """What can be tuned.
+
+    `kv_share`: the part of a worker's KV that jobs may need at their peak. A worker that was given
+    less than `idle_part` of what it can compute is not loaded, whatever others were given; while
+    its speed is unknown, `slack_tokens`.
+    """
+
+    kv_share: float = KV_SHARE
+    decode_weight: float = DECODE_WEIGHT
+    output_weight: float = OUTPUT_WEIGHT
+    half_life_ms: int = HALF_LIFE_MS
+    idle_part: float = IDLE_PART
+    slack_tokens: int = SLACK_TOKENS
+
+
+class Standing(NamedTuple):
+    """How a worker stands for one demand.
+
+    `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
+    the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
+    """
+
+    verdict: Verdict
+    work: int
+    given: float
+    jobs: int
+    slowness: float
+
+
+class Workload:
+    """The bookings of one model's workers."""
+
+    def __init__(self, expect: Expect, config: WorkloadConfig | None = None) -> None:
+        self._expect = expect
+        self._config = config or WorkloadConfig()
+        self._workers: dict[str, Bookings] = {}
+        self._order: list[tuple[int, str]] = []
+        self._open: tuple[str, ...] = ()
+        self._load = 0
+        self._given = Given(self._config.half_life_ms)
+        self._speed = 0.0
+        self._measured = 0
+
+    # who is there
+
+    def set_workers(self, facts: Sequence[WorkerFacts]) -> None:
+        """These live and take jobs; others keep what is booked on them, or go if nothing is."""
+        named = {each.worker: each for each in facts}
+        for worker in [each for each in self._workers if each not in named]:
+            if self._workers[worker].jobs:
+                self._close(worker, self._workers[worker])
+            else:
+                self.forget(worker)
+        for each in facts:
+            known = self._at(each.worker)
+            if known.facts != each or known.full or not known.is_open:
+                known.facts = each
+                known.changed()
+                self._reopen(each.worker, known)
+        names = tuple(sorted(named))
+        if names != self._open:
+            self._open = names
+            self._given.set_workers(names)
+
+    def forget(self, worker: str) -> None:
+        """`worker` is gone, with all that was booked on it."""
+        known = self._workers.pop(worker, None)
+        if known is not None:
+            self._close(worker, known)
+            self._note_speed(known.speeds.prefill_per_s, 0.0)
+            if worker in self._open:
+                self._open = tuple(each for each in self._open if each != worker)
+                self._given.set_workers(self._open)
+
+    def refuse(self, worker: str) -> None:
+        """`worker` takes nothing, whatever we believe, until it reports or is set again."""
+        if worker in self._workers:
+            self._workers[worker].full = True
+
+    @property
+    def workers(self) -> Collection[str]:
+        """All of which something is known."""
+        return self._workers.keys()
+
+    @property
+    def open_workers(self) -> tuple[str, ...]:
+        """Those that take jobs, by name; the same tuple as long as they are the same."""
+        return self._open
+
+    # what is on them
+
+    def book(
+        self, worker: str, job: Job, uncached_tokens: int, now_ms: int, *, found: bool = False
+    ) -> None:
+        """`job` is on `worker`, which will compute `uncached_tokens` of what it starts with.
+
+        `found`: it was there already, so its first report only says what has been charged before.
+        """
+        self.cancel(worker, job.id)
+        known = self._at(worker)
+        demand = self.demand(job)
+        known.put(booking_of(job, demand, uncached_tokens, found=found))
+        self._reorder(worker, known)
+        self._given.add(worker, self._cost(uncached_tokens, demand), now_ms)
+
+    def cancel(self, worker: str, job_id: str) -> bool:
+        """`job_id` is not on `worker` after all; whether it was booked there."""
+        known = self._workers.get(worker)
+        if known is None or known.take(job_id) is None:
+            return False
+        self._settle(worker, known)
+        return True
+
+    def booked(self, worker: str, job_id: str) -> bool:
+        known = self._workers.get(worker)
+        return known is not None and job_id in known.jobs
+
+    def progress(self, report: Progress) -> list[Charge]:
+        """Take in what `report.worker` says; what has to be charged for it."""
+        known = self._workers.get(report.worker)
+        if known is None:
+            return []
+        before = known.speeds.prefill_per_s
+        known.speeds.note(report.busy_ms, report.prefill_tokens, report.output_tokens)
+        self._note_speed(before, known.speeds.prefill_per_s)
+        charges = []
+        for told in report.jobs:
+            booking = known.jobs.get(told.job)
+            if booking is not None:
+                known.subtract(booking)
+                correction, made = booking.advance(told, self._expect)
+                known.add(booking)
+                if correction or made:
+                    charges.append(booking.charge(correction, made))
+        known.changed()
+        self._reorder(report.worker, known)
+        return charges
+
+    def done(self, done: JobDone) -> Charge | None:
+        """A job ended: it leaves its worker. What is left to charge; None if it is not known."""
+        known = self._workers.get(done.worker)
+        booking = None if known is None else known.take(done.progress.job)
+        if known is None or booking is None:
+            return None
+        self._settle(done.worker, known)
+        return booking.charge(*booking.settle(done.progress, self._expect))
+
+    # what fits
+
+    def demand(self, job: Job) -> Demand:
+        """What `job` asks of any worker."""
+        remaining = job.expected_output - len(job.logged)
+        if remaining <= 0:
+            longer = self._expect(
+                job.tenant, max_tokens=job.sampling.max_tokens, longer_than=len(job.logged)
+            )
+            remaining = max(1, longer - len(job.logged))
+        return Demand(int(job.band), len(job.prompt) + len(job.logged), remaining)
+
+    def room(self, worker: str, job: Job) -> Verdict:
+        """Whether `job` may go to `worker` now."""
+        return self.room_for(worker, self.demand(job))
+
+    def room_for(self, worker: str, demand: Demand) -> Verdict:
+        """As `room`, for who asks of many workers."""
+        known = self._workers.get(worker)
+        if known is None or not known.is_open:
+            return CLOSED
+        verdict = known.fits(ALL, demand, self._config.kv_share)
+        if verdict.room is Room.FREE or demand.band == ALL:
+            return verdict
+        own = known.fits(demand.band, demand, self._config.kv_share)
+        return PREEMPTING if own.room is Room.FREE else own
+
+    def find(self, demand: Demand, level: int, allows: Callable[[str], bool]) -> str | None:
+        """The least loaded worker that `allows` and that `demand` fits beside bands to `level`."""
+        held, remaining, share = demand.held, demand.remaining, self._config.kv_share
+        workers = self._workers
+        for _, worker in self._order:
+            known = workers[worker]
+            refusal = known.refusals[level]
+            if refusal is None or (held >= refusal[0] and remaining >= refusal[1]):
+                continue
+            if known.fits(level, demand, share).room is Room.FREE and allows(worker):
+                return worker
+        return None
+
+    # figures
+
+    def jobs_on(self, worker: str) -> Collection[str]:
+        """Ids of the jobs on `worker`."""
+        known = self._workers.get(worker)
+        return () if known is None else known.jobs.keys()
+
+    def count_on(self, worker: str) -> int:
+        known = self._workers.get(worker)
+        return 0 if known is None else len(known.jobs)
+
+    def has_slot(self, worker: str) -> bool:
+        """Whether `worker` could begin one more job, if its KV allows."""
+        known = self._workers.get(worker)
+        if known is None or known.full or not known.is_open:
+            return False
+        return len(known.jobs) < known.facts.max_jobs
+
+    def reserved_tokens(self, worker: str) -> int:
+        """KV tokens that the jobs on `worker` hold and are expected to add."""
+        known = self._workers.get(worker)
+        return 0 if known is None else sum(known.reserved)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """KV tokens of all workers that take jobs."""
+        return sum(self._workers[worker].facts.kv_tokens for worker in self._open)
+
+    @property
+    def free_jobs(self) -> int:
+        """Slots that no job has, on the workers that take jobs."""
+        opened = (self._workers[worker] for worker in self._open)
+        return sum(max(0, each.facts.max_jobs - len(each.jobs)) for each in opened)
+
+    def load(self, worker: str) -> int:
+        """Work that waits or runs on `worker`, in prefill-equivalent tokens."""
+        known = self._workers.get(worker)
+        return 0 if known is None else known.load
+
+    @property
+    def total_load(self) -> int:
+        """Of the workers that take jobs."""
+        return self._load
+
+    def least_loaded(self, limit: int) -> list[str]:
+        """The first `limit` workers that take jobs, least load first, then by name."""
+        return [worker for _, worker in self._order[:limit]]
+
+    @property
+    def least_given(self) -> str:
+        """The worker that was given least lately; '' if none takes jobs."""
+        return self._given.least
+
+    def share(self, demand: Demand, bound: float, now_ms: int) -> float:
+        """What a worker may have been given lately when `demand` comes: `bound` times the mean,
+        with that demand, or what leaves it idle. In units that only `Standing.given` has too."""
+        unit = self._given.unit(now_ms)
+        mean = self._given.total + unit * self._cost(demand.held, demand)
+        speed = self.prefill_per_s
+        idle = self._config.idle_part * speed * self._given.window_s
+        slack = idle if speed else self._config.slack_tokens
+        return bound * mean / len(self._open) + unit * slack
+
+    def standing(self, worker: str, demand: Demand) -> Standing | None:
+        """How `worker` stands for `demand`; None if it takes no jobs."""
+        known = self._workers.get(worker)
+        if known is None or not known.is_open:
+            return None
+        return Standing(
+            self.room_for(worker, demand),
+            known.load - sum(known.waiting[demand.band + 1 :]),
+            self._given.of(worker),
+            len(known.jobs),
+            known.speeds.slowness(self.prefill_per_s),
+        )
+
+    @property
+    def prefill_per_s(self) -> float:
+        """Uncached prompt tokens that one worker computes in a second; 0 while unknown."""
+        return self._speed / self._measured if self._measured else 0.0
+
+    def check_integrity(self) -> None:
+        """Order, loads and bookings say the same. Raises AssertionError."""
+        opened = {name: each for name, each in self._workers.items() if each.is_open}
+        assert sorted(self._order) == self._order
+        assert {w: load for load, w in self._order} == {w: e.load for w, e in opened.items()}
+        assert tuple(sorted(opened)) == self._open
+        assert self._load == sum(each.load for each in opened.values()), "loads add up"
+        for each in self._workers.values():
+            assert each.load == self._load_of(each), "a load is that of the bookings"
+            assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
+            each.check_integrity()
+        self._given.check_integrity()
+        speeds = [each.speeds.prefill_per_s for each in self._workers.values()]
+        assert self._measured == sum(speed > 0 for speed in speeds)
+        assert abs(self._speed - sum(speeds)) <= 1e-6 * (1 + sum(speeds)), "speeds add up"
+
+    # bookkeeping
+
+    def _at(self, worker: str) -> Bookings:
+        known = self._workers.get(worker)
+        if known is None:
+            known = self._workers[worker] = Bookings(WorkerFacts(worker, 0, 0))
+        return known
+
+    def _cost(self, uncached_tokens: int, demand: Demand) -> float:
+        """Of a job, as work given."""
+        return uncached_tokens + self._config.output_weight * demand.remaining
+
+    def _load_of(self, known: Bookings) -> int:
+        return sum(known.waiting) + round(self._config.decode_weight * known.held)
+
+    def _reopen(self, worker: str, known: Bookings) -> None:
+        if not known.is_open:
+            known.is_open = True
+            insort(self._order, (known.load, worker))
+            self._load += known.load
+
+    def _close(self, worker: str, known: Bookings) -> None:
+        if known.is_open:
+            known.is_open = False
+            del self._order[bisect_left(self._order, (known.load, worker))]
+            self._load -= known.load
+
+    def _settle(self, worker: str, known: Bookings) -> None:
+        """A job has left."""
+        self._reorder(worker, known)
+        if not known.jobs and not known.is_open:
+            self.forget(worker)
+
+    def _reorder(self, worker: str, known: Bookings) -> None:
+        """Bring a worker's load and place in the order up to its sums."""
+        load = self._load_of(known)
+        if load != known.load and known.is_open:
+            del self._order[bisect_left(self._order, (known.load, worker))]
+            insort(self._order, (load, worker))
+            self._load += load - known.load
+        known.load = load
+
+    def _note_speed(self, before: float, after: float) -> None:
+        self._speed += after - before
+        self._measured += (after > 0) - (before > 0)
+        if not self._measured:
+            self._speed = 0.0
