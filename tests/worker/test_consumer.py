@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import aiohttp
 import pytest
@@ -12,10 +14,22 @@ from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
 from tokenizers import Tokenizer
 
-from headrace import grammars, keys
+from headrace import grammars, keys, wire
 from headrace.clock import SystemClock
-from headrace.errors import JobFailedError
-from headrace.types import FinishReason, Job
+from headrace.errors import CallerError, JobFailedError
+from headrace.grammars import Grammars, Matcher
+from headrace.policy.hashing import block_hashes, root_hash
+from headrace.streams import parse_entries
+from headrace.types import (
+    BLOCK_KEY_BYTES,
+    FinishReason,
+    Job,
+    JobDone,
+    JobProgress,
+    Progress,
+    pack_tokens,
+)
+from headrace.wire_reports import Event, decode_event
 from headrace_gateway.fleet import Fleet
 from headrace_gateway.generation import Generation
 from headrace_worker import metrics
@@ -318,3 +332,124 @@ async def test_a_dead_part_ends_the_worker_instead_of_leaving_a_trap(
     await heir.stop()
     with contextlib.suppress(RuntimeError):
         await worker.task
+
+
+def in_ms(milliseconds: int) -> int:
+    return SystemClock().wall_ms() + milliseconds
+
+
+@pytest.mark.parametrize("late", ["ttft_by_ms", "done_by_ms"])
+async def test_a_job_that_comes_too_late_is_ended_as_it_comes(
+    tiny: LoadedModel, valkey: Valkey, redis: Redis, late: str
+) -> None:
+    """Nothing is computed for it, and the dispatcher is told why."""
+    worker = Running(tiny, valkey)
+    job = make_job("late", [5], **{late: in_ms(-1)})
+    assert await ended(redis, job) == ([], FinishReason.DEADLINE)
+    [done] = [e for e in await told(redis) if isinstance(e, JobDone)]
+    assert done.progress == JobProgress("late", 0, 0, 0) and done.reason is FinishReason.DEADLINE
+    assert worker.engine._arrivals == 0
+    assert worker.consumer.counts().late_jobs == 1
+    resumed = make_job("resumed", [5], max_tokens=3, logged=[7], ttft_by_ms=in_ms(-1))
+    assert (await ended(redis, resumed))[1] is FinishReason.LENGTH, "it has had its first token"
+    await worker.stop()
+
+
+async def test_a_deadline_passes_while_a_grammar_is_compiled(
+    tiny: LoadedModel, valkey: Valkey, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job ends on time, whoever is still at work for it."""
+    gate = threading.Event()
+
+    def slow(self: Grammars, grammar: str) -> Matcher:
+        assert gate.wait(30)
+        raise CallerError("nobody wants to know any more")
+
+    monkeypatch.setattr(Grammars, "compile", slow)
+    worker = Running(tiny, valkey)
+    job = make_job("held", [5], grammar=grammars.choice(["mill"]), ttft_by_ms=in_ms(300))
+    assert await ended(redis, job) == ([], FinishReason.DEADLINE)
+    gate.set()
+    assert (await ended(redis, a_job("next")))[1] is FinishReason.LENGTH
+    await worker.stop()
+
+
+async def test_a_deadline_passes_while_tokens_come(
+    tiny: LoadedModel, valkey: Valkey, redis: Redis
+) -> None:
+    """The stream ends with the tokens so far."""
+    worker = Running(tiny, valkey)
+    clock = worker.engine._clock = Hasty()
+    job = replace(a_job("long", tokens=480), done_by_ms=in_ms(3_600_000))
+    watch = asyncio.create_task(ended(redis, job))
+    await eventually(lambda: redis.xlen(keys.replies("test", "g")), limit_s=20)
+    clock.ahead_ms = 2 * 3_600_000
+    tokens, reason = await watch
+    assert reason is FinishReason.DEADLINE and 0 < len(tokens) < 480
+    await worker.stop()
+
+
+class Hasty(SystemClock):
+    """A monotonic clock that a test sets forward."""
+
+    ahead_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.ahead_ms
+
+
+async def test_the_dispatcher_is_told_of_progress_blocks_and_ends(
+    tiny: LoadedModel, valkey: Valkey, redis: Redis
+) -> None:
+    """Reports count from 1; prompts are computed or cached; a leaver takes its blocks away."""
+    worker = Running(tiny, valkey)
+    await ended(redis, a_job("first", tokens=300))
+    await ended(redis, a_job("second", tokens=300))
+    [name] = await workers(redis)
+    blocks = keys.blocks("test", name.decode())
+    await eventually(lambda: _reported(redis, output_tokens=600))
+    events = await told(redis)
+    ends = [event for event in events if isinstance(event, JobDone)]
+    assert [(end.worker, end.progress, end.reason) for end in ends] == [
+        (name.decode(), JobProgress("first", 30, 0, 300), FinishReason.LENGTH),
+        (name.decode(), JobProgress("second", 14, 16, 300), FinishReason.LENGTH),
+    ]
+    reports = [event for event in events if isinstance(event, Progress)]
+    assert [report.sequence for report in reports] == list(range(1, len(reports) + 1))
+    assert sum(report.prefill_tokens for report in reports) == 44
+    assert sum(report.busy_ms for report in reports) > 0
+    stored = b"".join(report.stored for report in reports)
+    prompt = pack_tokens(random_tokens(30, 3))
+    [first] = block_hashes(root_hash(tiny.record.fingerprint, b""), prompt)
+    assert stored[:BLOCK_KEY_BYTES] == first[:BLOCK_KEY_BYTES]
+    await eventually(lambda: redis.exists(blocks))
+    await worker.stop()
+    assert not await redis.exists(blocks)
+
+
+async def told(redis: Redis) -> list[Event]:
+    rows = await redis.xrange(keys.events("test"))
+    return [decode_event(entry.data) for entry in parse_entries(rows)]
+
+
+async def _reported(redis: Redis, output_tokens: int) -> bool:
+    reports = [event for event in await told(redis) if isinstance(event, Progress)]
+    return sum(report.output_tokens for report in reports) == output_tokens
+
+
+async def ended(redis: Redis, job: Job) -> tuple[list[int], FinishReason]:
+    """What comes of a job that is put straight into the only worker's stream."""
+    await eventually(lambda: _one_worker(redis), limit_s=20)
+    [name] = await workers(redis)
+    await redis.hset(keys.job("test", job.id), "attempt", job.attempt)
+    await redis.xadd(keys.jobs("test", name.decode()), {"job": wire.encode_job(job)})
+    await eventually(lambda: redis.hget(keys.job("test", job.id), "done"), limit_s=30)
+    rows = parse_entries(await redis.xrange(keys.replies("test", "g")))
+    deltas = [d for row in rows for d in wire.decode_deltas(row.data) if d.job == job.id]
+    finish = deltas[-1].finish
+    assert finish is not None
+    return [token for delta in deltas for token in delta.tokens], finish.reason
+
+
+async def _one_worker(redis: Redis) -> bool:
+    return len(await workers(redis)) == 1
