@@ -59,16 +59,16 @@ class Trace:
 
 
 def read_trace(path: Path, limit: int | None = None) -> Trace:
-    """The first `limit` requests of the trace in `path`; the format shows in its first character.
+    """The first `limit` requests of the trace in `path`.
 
-    Raises TraceError.
+    The format shows in its first character: `{`, or a CSV's header. Raises TraceError.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            is_json = file.read(1) == "{"
+            file.seek(0)
             lines = _bounded(path, file)
-            first = next(lines, "")
-            rows = _both(first, lines)
-            read = _mooncake(path, rows) if first.lstrip().startswith("{") else _azure(path, rows)
+            read = _mooncake(path, lines) if is_json else _azure(path, lines)
             requests = list(islice(read, limit))
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: cannot be read: {error}") from error
@@ -82,25 +82,20 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
 
 
 def _bounded(path: Path, file: Any) -> Iterator[str]:
-    """Lines that are not blank, each of a sane length."""
+    """Lines of a sane length."""
     number = 0
     while line := file.readline(LINE_CHARACTERS_MAX + 1):
         number += 1
         if len(line) > LINE_CHARACTERS_MAX:
             raise TraceError(f"{path}:{number}: longer than {LINE_CHARACTERS_MAX} characters")
-        if line.strip():
-            yield line
-
-
-def _both(first: str, rest: Iterator[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from rest
+        yield line
 
 
 def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -132,8 +127,10 @@ def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
                     f"{path}: neither JSON lines nor a CSV with the column {name}: {header[:5]}"
                 )
         columns = [header.index(name) for name in AZURE_COLUMNS]
-        for number, row in enumerate(rows, 2):
-            where = f"{path}:{number}"
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            if not row:
+                continue
             if len(row) <= max(columns):
                 raise TraceError(f"{where}: has {len(row)} columns, {len(header)} are expected")
             time, given, made = (row[index].strip() for index in columns)
