@@ -207,13 +207,18 @@ class _LongestPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """A way to dispatch, and the order in which its workers serve. `refuses`: it has admission."""
+    """A way to dispatch, and the order in which its workers serve.
+
+    `refuses`: it has admission. `deadlines`: it knows of them. `sessions`: it needs to be told
+    which conversation a request continues.
+    """
 
     name: str
     about: str
     make: Callable[[int], Dispatch]
     rules: Rules = field(default_factory=lambda: Rules(fcfs=True))
     refuses: bool = False
+    deadlines: bool = False
     sessions: bool = False
 
 
@@ -228,6 +233,7 @@ OURS = Alternative(
     lambda _seed: DispatchPolicy(),
     Rules(),
     refuses=True,
+    deadlines=True,
 )
 ALTERNATIVES = {
     each.name: each

@@ -100,6 +100,7 @@ class Fleet:
         gateway = replace(
             config.gateway,
             refuses=config.gateway.refuses and alternative.refuses,
+            deadlines=config.gateway.deadlines and alternative.deadlines,
             sessions=config.gateway.sessions or alternative.sessions,
         )
         self.gateways = [SimGateway(f"g{n}", gateway, self._names) for n in range(config.gateways)]

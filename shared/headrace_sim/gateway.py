@@ -66,11 +66,15 @@ class BlockNames:
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """`sessions`: clients say which conversation a request belongs to. `refuses`: admission."""
+    """`sessions`: clients say which conversation a request belongs to. `refuses`: admission.
+
+    `deadlines`: they are passed on.
+    """
 
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     sessions: bool = False
     refuses: bool = True
+    deadlines: bool = True
 
 
 class SimGateway:
@@ -94,6 +98,9 @@ class SimGateway:
     def job(self, request: SimRequest) -> Job:
         """The job that `request` becomes."""
         now = EPOCH_MS + int(request.at_ms)
+        ttft_ms, total_ms = request.ttft_ms, request.total_ms
+        if not self._config.deadlines:
+            ttft_ms = total_ms = 0
         tokens = request.input_tokens
         blocks = b"".join(self._names(*block) for block in request.blocks)
         likely = int(self.lengths.hit_ratio(request.tenant) * tokens)
@@ -108,8 +115,8 @@ class SimGateway:
             sampling=Sampling(max_tokens=request.max_tokens),
             affinity=self._affinity(request, blocks),
             weight=request.weight,
-            ttft_by_ms=now + request.ttft_ms if request.ttft_ms else 0,
-            done_by_ms=now + request.total_ms if request.total_ms else 0,
+            ttft_by_ms=now + ttft_ms if ttft_ms else 0,
+            done_by_ms=now + total_ms if total_ms else 0,
             expected_tokens=self.lengths.expect(request.tenant, request.max_tokens),
             cached_tokens=min(likely, tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS,
             blocks=blocks,

@@ -120,9 +120,11 @@ def stream_of(asked: Asked, trace: Trace | None) -> Callable[[], Stream]:
     """A function that makes the requests anew for each run."""
     mix = mix_of(asked)
     if trace is not None:
-        TraceStream(trace, mix, seed=asked.seed, rate=asked.rate_scale)
-        return lambda: TraceStream(
-            trace, mix, seed=asked.seed, rate=asked.rate_scale, requests=asked.requests
+        replayed = trace
+        return _tried(
+            lambda: TraceStream(
+                replayed, mix, seed=asked.seed, rate=asked.rate_scale, requests=asked.requests
+            )
         )
     count, tokens = _numbers("--prefixes", asked.prefixes, 2)
     shape = Shape(
@@ -132,14 +134,22 @@ def stream_of(asked: Asked, trace: Trace | None) -> Callable[[], Stream]:
         int(tokens),
     )
     surges = [_surge(text) for text in filter(None, asked.surges.split(","))]
-    return lambda: PoissonStream(
-        mix,
-        shape,
-        per_s=asked.rate,
-        requests=asked.requests or SYNTHETIC_REQUESTS,
-        surges=surges,
-        seed=asked.seed,
+    return _tried(
+        lambda: PoissonStream(
+            mix,
+            shape,
+            per_s=asked.rate,
+            requests=asked.requests or SYNTHETIC_REQUESTS,
+            surges=surges,
+            seed=asked.seed,
+        )
     )
+
+
+def _tried(make: Callable[[], Stream]) -> Callable[[], Stream]:
+    """`make`, after it has once said what it finds wrong."""
+    make()
+    return make
 
 
 def mix_of(asked: Asked) -> Mix:

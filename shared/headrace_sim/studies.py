@@ -41,13 +41,12 @@ from headrace_sim.workload import (
 HIT_SHARE_MIN = 0.95
 LOAD_RATIO_MAX = 1.25
 GOODPUT_GAIN_MIN = 1.3
-GOODPUT_MIX = Mix(
-    tuple(SimTenant(f"t{n}", share=1 / (n + 1)) for n in range(8)), (10.0, 60.0, 30.0), 2
-)
-RATE_STEPS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
+GOODPUT_BANDS = (10.0, 60.0, 30.0)
+GOODPUT_TENANTS = tuple(SimTenant(f"t{n}", share=1 / (n + 1)) for n in range(8))
+RATE_STEPS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 BASELINES = ("fcfs", "least-loaded")
 GOODPUT_REQUESTS = 4_000
-BATCH_ROWS = 48
+BATCH_ROWS = 128
 """Streams that share a step, where the rate a fleet can bear is estimated."""
 ADVERSARY_S = 600.0
 
@@ -185,21 +184,31 @@ def _work_ms(input_tokens: int, output_tokens: int, cost: CostModel, hit_ratio: 
     return prefill + output_tokens * (row + cost.step_ms / rows)
 
 
-def goodput(trace: Trace, config: FleetConfig, slo: Slo, requests: int = GOODPUT_REQUESTS) -> Study:
+def goodput(
+    trace: Trace,
+    config: FleetConfig,
+    slo: Slo,
+    requests: int = GOODPUT_REQUESTS,
+    steps: Sequence[float] = RATE_STEPS,
+) -> Study:
     """At rising rates, how many requests meet their targets, and does any band or tenant pay?
 
-    The knee is the rate at which the baseline's goodput is highest.
+    Clients say their target of the first token as a deadline; baselines know none. `steps` are
+    multiples of the rate that the fleet is estimated to bear. The knee is the rate at which the
+    baseline's goodput is highest.
     """
+    first, standard, batch = (int(ms) for ms in slo.ttft_ms)
+    mix = Mix(GOODPUT_TENANTS, GOODPUT_BANDS, config.gateways, (first, standard, batch))
     trace = replace(trace, requests=trace.requests[:requests])
     own_per_s = 1000 * len(trace.requests) / trace.span_ms
     full = bearable_per_s(trace, config, hit_ratio=0.2 if trace.requests[0].blocks else 0.0)
     ways = [OURS, *(ALTERNATIVES[name] for name in BASELINES)]
     rows: list[tuple[float, list[Summary]]] = []
-    for step in RATE_STEPS:
+    for step in steps:
         rate = step * full / own_per_s
 
         def stream(rate: float = rate) -> Stream:
-            return TraceStream(trace, GOODPUT_MIX, seed=config.seed, rate=rate)
+            return TraceStream(trace, mix, seed=config.seed, rate=rate)
 
         fleets = compare(config, ways, stream)
         rows.append((step * full, [summarize(fleet, slo) for fleet in fleets]))
