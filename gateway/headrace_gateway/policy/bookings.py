@@ -62,7 +62,6 @@ FITS = Verdict(Room.FREE, "fits")
 IDLE = Verdict(Room.FREE, "idle")
 PREEMPTING = Verdict(Room.PREEMPTING, "lower bands give way")
 CLOSED = Verdict(Room.NONE, "takes no jobs")
-REFUSED = Verdict(Room.NONE, "said that it is full")
 NO_SLOT = Verdict(Room.NONE, "has as many jobs as it takes")
 NO_TOKENS = Verdict(Room.NONE, "its KV would overflow")
 
@@ -178,7 +177,6 @@ class Bookings:
     __slots__ = (
         "counts",
         "facts",
-        "full",
         "held",
         "is_open",
         "jobs",
@@ -195,8 +193,6 @@ class Bookings:
     def __init__(self, facts: WorkerFacts) -> None:
         self.facts = facts
         self.is_open = False
-        self.full = False
-        """It said so, whatever we believe."""
         self.jobs: dict[str, Booking] = {}
         self.counts = [0] * len(Band)
         self.waiting = [0] * len(Band)
@@ -219,7 +215,9 @@ class Bookings:
             count = self.shares.get(key, 0)
             self.shares[key] = count + 1
             self.shared += count == 1
-        self.add(booking)
+        self.waiting[booking.band] += booking.waiting
+        self.reserved[booking.band] += booking.held + booking.remaining
+        self.held += booking.held
         self.profiles = [None] * len(Band)
 
     def take(self, job_id: str) -> Booking | None:
@@ -233,32 +231,28 @@ class Bookings:
             self.shared -= count == 1
             if count:
                 self.shares[key] = count
-        self.subtract(booking)
-        self.changed()
+        self.waiting[booking.band] -= booking.waiting
+        self.reserved[booking.band] -= booking.held + booking.remaining
+        self.held -= booking.held
         return booking
 
-    def add(self, booking: Booking) -> None:
-        band, held = booking.band, booking.held
-        self.waiting[band] += booking.waiting
-        self.reserved[band] += held + booking.remaining
-        self.held += held
-
-    def subtract(self, booking: Booking) -> None:
-        band, held = booking.band, booking.held
-        self.waiting[band] -= booking.waiting
-        self.reserved[band] -= held + booking.remaining
-        self.held -= held
+    def advance(self, booking: Booking, told: JobProgress, expect: Expect) -> tuple[int, int]:
+        """Booking.advance, with the sums kept."""
+        band, waiting, held = booking.band, booking.waiting, booking.held
+        reserved = held + booking.remaining
+        charges = booking.advance(told, expect)
+        self.waiting[band] += booking.waiting - waiting
+        self.held += booking.held - held
+        self.reserved[band] += booking.held + booking.remaining - reserved
+        return charges
 
     def changed(self) -> None:
         """What did not fit may fit now."""
-        self.full = False
         self.profiles = [None] * len(Band)
         self.refusals = [_UNLIMITED] * len(Band)
 
     def fits(self, level: int, demand: Demand, kv_share: float) -> Verdict:
         """Whether `demand` fits beside the jobs of `level`."""
-        if self.full:
-            return REFUSED
         refusal = self.refusals[level]
         if refusal is None:
             return NO_SLOT

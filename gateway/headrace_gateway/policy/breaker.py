@@ -86,9 +86,11 @@ class Breakers:
     def dispatched(self, worker: str, now_ms: int) -> None:
         """A job goes to `worker`, which has it in `running` by now."""
         breaker = self._breakers.setdefault(worker, _Breaker())
-        if self._running(worker) <= 1 or breaker.state is State.HALF_OPEN:
+        if self._running(worker) <= 1:
             breaker.quiet_ms = now_ms
-        breaker.probe = breaker.state is State.HALF_OPEN
+        self._look(worker, breaker, now_ms)
+        if breaker.state is State.HALF_OPEN:
+            breaker.quiet_ms, breaker.probe = now_ms, True
 
     def progress(self, worker: str, now_ms: int, tokens: int) -> None:
         """`worker` computed or made `tokens`, or ended a job well."""

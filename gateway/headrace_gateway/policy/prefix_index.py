@@ -1,57 +1,50 @@
 """Which worker's KV pool holds which blocks, as far as the dispatcher knows.
 
-Invariant: the index is a hint. It follows the workers' reports (`stored`, `removed`, snapshots) and
-runs ahead of them by what was dispatched (`expect`), which is believed for TTL_MS only. A block's
-key is part of its chained hash, so it names the whole prefix that ends there; a worker counts for
-a block only if it holds all before it, because a hole has to be computed with all that follows.
+Invariant: the index is a hint. It follows the workers' reports (`stored`, `removed`, snapshots),
+and what was dispatched counts as held until the reports come (expectations.py). A block's key is
+part of its chained hash, so it names the whole prefix that ends there; a worker counts for a block
+only if it holds those before it, because a hole has to be computed with all that follows.
 
-One table maps a key to the bit set of the workers that hold it, one per worker maps its keys, in
-order of age, to CONFIRMED or the instant at which an expectation ends. Both hold the same pairs.
-Bounded per worker and in total: past a bound a worker's oldest eighth is forgotten, which costs a
-missed hit. Rejected: a radix tree over tokens, which says what chained hashes say and needs its
-nodes split; trusting dispatches alone, which believes in blocks that were evicted long ago.
+One table maps a key to the bit set of the workers that hold it, one per worker its keys in order of
+age. Both hold the same pairs. Bounded per worker and in total: past a bound a worker's oldest
+eighth is forgotten, which costs a missed hit.
+
+A look-up of a random key costs a cache miss, half a microsecond in a large table, so a long prompt
+is not walked. Pools evict tails before heads, so along a prompt holders only get fewer: beyond the
+first WALKED blocks the places where they do are found by bisection. A hole that it does not
+hit counts as held, which costs some prefill. Rejected: a radix tree over tokens, which says what
+chained hashes say and needs its nodes split.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 
 from headrace.types import BLOCK_KEY_BYTES
+from headrace_gateway.policy.expectations import Expectations, Holders, first_less
 
-TTL_MS = 30_000
-"""How long a dispatched prompt counts as held by its worker without being reported."""
 WORKER_BLOCKS_MAX = 262_144
 """Of a worker whose size nobody told; 4 million tokens."""
 TOTAL_BLOCKS_MAX = 1_048_576
 """Pairs of worker and block; about 150 bytes each."""
-CONFIRMED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Holders:
-    """The workers, as a bit set of slots, that hold exactly `blocks` leading blocks of a prompt."""
-
-    blocks: int
-    slots: int
+WALKED = 16
 
 
 class PrefixIndex:
     """Blocks by worker, and workers by block."""
 
-    def __init__(self, ttl_ms: int = TTL_MS, total_max: int = TOTAL_BLOCKS_MAX) -> None:
-        self._ttl_ms = ttl_ms
+    def __init__(self, total_max: int = TOTAL_BLOCKS_MAX) -> None:
         self._total_max = total_max
         self._slots: dict[str, int] = {}
         self._names: dict[int, str] = {}
-        self._free: list[int] = []
+        self._retired: deque[tuple[int, int]] = deque()
         self._bits: dict[str, int] = {}
-        self._held: dict[str, dict[int, int]] = {}
+        self._live = 0
+        self._held: dict[str, dict[int, None]] = {}
         self._limits: dict[str, int] = {}
         self._holders: dict[int, int] = {}
-        self._expected: deque[tuple[int, str, list[int]]] = deque()
-        self._pending = 0
+        self._expected = Expectations()
         self._count = 0
 
     def __len__(self) -> int:
@@ -61,6 +54,8 @@ class PrefixIndex:
     def limit(self, worker: str, blocks: int) -> None:
         """`worker` can hold no more than `blocks` blocks; a tenth more are kept."""
         self._limits[worker] = blocks + blocks // 10 + 1
+        if worker in self._held:
+            self._trim(worker)
 
     def stored(self, worker: str, keys: bytes) -> None:
         """Blocks came into `worker`'s pool."""
@@ -68,64 +63,33 @@ class PrefixIndex:
             return
         held, bit = self._of(worker)
         holders = self._holders
+        before = len(held)
         for key in _split(keys):
-            if key not in held:
-                others = holders.get(key)
-                holders[key] = others | bit if others else bit
-                self._count += 1
-            held[key] = CONFIRMED
+            held[key] = None
+            others = holders.get(key)
+            holders[key] = others | bit if others else bit
+        self._count += len(held) - before
         self._trim(worker)
 
     def removed(self, worker: str, keys: bytes) -> None:
         """Blocks left `worker`'s pool."""
-        if worker in self._held:
-            self._drop(worker, _split(keys))
+        if keys and worker in self._held:
+            gone = _split(keys)
+            self._expected.remove(self._bits[worker], gone)
+            self._drop(worker, gone)
 
     def replace(self, worker: str, keys: bytes) -> None:
-        """`worker` holds these blocks, and none but those still expected."""
+        """`worker` holds these blocks, and none but those it is expected to."""
         present = dict.fromkeys(_split(keys))
         held, _ = self._of(worker)
-        gone = [key for key, until in held.items() if until == CONFIRMED and key not in present]
-        self._drop(worker, gone)
+        self._drop(worker, [key for key in held if key not in present])
         self.stored(worker, keys)
 
     def expect(self, worker: str, keys: bytes, now_ms: int) -> None:
-        """A prompt of these blocks was sent to `worker`: it will hold them, unless it does not
-        say so within the time that expectations live."""
-        self.expire(now_ms)
-        if not keys:
-            return
-        held, bit = self._of(worker)
-        until = now_ms + self._ttl_ms
-        blocks = _split(keys)
-        states = list(map(held.get, blocks))
-        news = [key for key, state in zip(blocks, states, strict=True) if state != CONFIRMED]
-        if not news:
-            return
-        fresh = [key for key in news if key not in held] if any(states) else news
-        known = len(held)
-        held.update(dict.fromkeys(news, until))
-        self._count += len(held) - known
-        others = map(self._holders.get, fresh, repeat(0))
-        slots = [each | bit if each else bit for each in others]
-        self._holders.update(zip(fresh, slots, strict=True))
-        self._expected.append((until, worker, news))
-        self._pending += len(news)
-        self._trim(worker)
-        while self._pending > self._total_max:
-            self._end_oldest()
-
-    def expire(self, now_ms: int) -> None:
-        """Forget what was expected and never came."""
-        while self._expected and self._expected[0][0] <= now_ms:
-            self._end_oldest()
-
-    def _end_oldest(self) -> None:
-        until, worker, keys = self._expected.popleft()
-        self._pending -= len(keys)
-        held = self._held.get(worker)
-        if held is not None:
-            self._drop(worker, [key for key in keys if held.get(key) == until])
+        """A prompt of these blocks was sent to `worker`: it will hold them."""
+        if keys:
+            _, bit = self._of(worker)
+            self._expected.add(bit, memoryview(keys).cast("Q"), now_ms)
 
     def forget_worker(self, worker: str) -> None:
         """`worker` is gone, and its blocks with it."""
@@ -134,11 +98,16 @@ class PrefixIndex:
         if held is None:
             return
         self._drop(worker, list(held))
+        self._live ^= self._bits.pop(worker)
         del self._held[worker]
-        del self._bits[worker]
         slot = self._slots.pop(worker)
         del self._names[slot]
-        self._free.append(slot)
+        # expectations may still name it: it is used again when these have ended
+        self._retired.append((self._expected.generation + 2, slot))
+
+    def expire(self, now_ms: int) -> None:
+        """Forget what was expected and did not come in time."""
+        self._expected.expire(now_ms)
 
     def match(self, keys: bytes) -> dict[str, int]:
         """Leading blocks of the prompt that each worker holds, for those that hold any."""
@@ -150,24 +119,30 @@ class PrefixIndex:
 
     def leaders(self, keys: bytes) -> list[Holders]:
         """The workers that hold leading blocks, by how many: most first, each worker once."""
+        if not keys:
+            return []
+        view = memoryview(keys).cast("Q")
+        held = self._stored(view)
+        expected = self._expected.leaders(view, self._live)
+        return _merged(held, expected) if expected else held
+
+    def _stored(self, view: memoryview[int]) -> list[Holders]:
         found: list[Holders] = []
-        alive = last = -1
-        blocks = len(keys) // BLOCK_KEY_BYTES
-        get = self._holders.get
-        for place, key in enumerate(memoryview(keys).cast("Q") if keys else ()):
-            slots = get(key, 0)
-            # long runs of blocks have one and the same set of holders
-            if slots != last:
-                last = slots
-                both = alive & slots
-                if both != alive:
-                    if place:
-                        found.append(Holders(place, alive ^ both))
-                    alive = both
-                    if not alive:
-                        break
-        if alive > 0 and blocks:
-            found.append(Holders(blocks, alive))
+        get, total = self._holders.get, len(view)
+        alive, place = -1, 0
+        while place < total:
+            both = alive & get(view[place], 0)
+            if both != alive:
+                if place:
+                    found.append(Holders(place, alive ^ both))
+                alive = both
+                if not alive:
+                    break
+            place += 1
+            if place >= WALKED:
+                place += first_less(get, view, range(place, total), alive)
+        else:
+            found.append(Holders(total, alive))
         found.reverse()
         return found
 
@@ -193,21 +168,23 @@ class PrefixIndex:
             for key in held:
                 seen[key] = seen.get(key, 0) | bit
         assert seen == self._holders, "both tables hold the same pairs"
-        assert self._pending == sum(len(keys) for _, _, keys in self._expected)
-        ends = {(worker, key, until) for until, worker, keys in self._expected for key in keys}
         for worker, held in self._held.items():
             assert len(held) <= self._cap(worker), "a worker's blocks are bounded"
-            assert all(
-                until == CONFIRMED or (worker, key, until) in ends for key, until in held.items()
-            ), "every expectation ends"
+        assert self._live == sum(self._bits.values())
+        slots = [*self._names, *(slot for _, slot in self._retired)]
+        assert sorted(slots) == list(range(len(slots))), "a slot is used or retired"
+        self._expected.check_integrity()
 
-    def _of(self, worker: str) -> tuple[dict[int, int], int]:
+    def _of(self, worker: str) -> tuple[dict[int, None], int]:
         """A worker's own table and its bit; it gets a slot if it has none."""
         if worker not in self._held:
-            slot = self._free.pop() if self._free else len(self._slots)
+            slot = len(self._slots) + len(self._retired)
+            if self._retired and self._retired[0][0] <= self._expected.generation:
+                slot = self._retired.popleft()[1]
             self._slots[worker] = slot
             self._names[slot] = worker
             self._bits[worker] = 1 << slot
+            self._live |= 1 << slot
             self._held[worker] = {}
             # everybody's part of the total has become smaller
             for each in self._held:
@@ -228,8 +205,9 @@ class PrefixIndex:
         held, holders = self._held[worker], self._holders
         bit = self._bits[worker]
         for key in keys:
-            if held.pop(key, None) is None:
+            if key not in held:
                 continue
+            del held[key]
             self._count -= 1
             slots = holders[key] ^ bit
             if slots:
@@ -242,6 +220,25 @@ def _split(keys: bytes) -> list[int]:
     """Block keys as integers; which ones does not matter, as long as equal ones stay equal."""
     assert len(keys) % BLOCK_KEY_BYTES == 0, "whole keys"
     return memoryview(keys).cast("Q").tolist() if keys else []
+
+
+def _merged(one: list[Holders], other: list[Holders]) -> list[Holders]:
+    """Each worker where it has most."""
+    found: list[Holders] = []
+    seen = 0
+    for each in sorted((*one, *other), key=_blocks, reverse=True):
+        fresh = each.slots & ~seen
+        seen |= fresh
+        if not fresh:
+            continue
+        if found and found[-1].blocks == each.blocks:
+            fresh |= found.pop().slots
+        found.append(Holders(each.blocks, fresh))
+    return found
+
+
+def _blocks(holders: Holders) -> int:
+    return holders.blocks
 
 
 def _slots_of(slots: int) -> list[int]:

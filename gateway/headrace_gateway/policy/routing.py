@@ -30,7 +30,8 @@ from typing import NamedTuple
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import ALL, Demand, Room
 from headrace_gateway.policy.breaker import Breakers
-from headrace_gateway.policy.prefix_index import Holders, PrefixIndex
+from headrace_gateway.policy.expectations import Holders
+from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
 from headrace_gateway.policy.workload import Workload
 
@@ -117,6 +118,8 @@ class Router:
         if names is not self._named:
             self._rendezvous.set_names(names)
             self._named = names
+        if workload.is_hopeless(workload.demand(job)):
+            return Route("", "no worker has room")
         index.expire(now_ms)
         choice = _Choice(self._config, workload, index, breakers, job, now_ms)
         preferred = self._preferred(job, choice.known_blocks)

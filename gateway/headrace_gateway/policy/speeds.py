@@ -54,13 +54,6 @@ class Speeds:
             per_token = self._busy / (self._prefill + self._output)
         return 1000 / per_token
 
-    @property
-    def work_per_s(self) -> float:
-        """Prompt and output tokens in a busy second, mixed as they came; 0 while unknown."""
-        if self._busy < BUSY_MS_MIN:
-            return 0.0
-        return 1000 * (self._prefill + self._output) / self._busy
-
     def slowness(self, mean_prefill_per_s: float) -> float:
         """How long this worker takes for what takes 1 at the mean speed; 1 where they are alike."""
         own = self.prefill_per_s

@@ -17,11 +17,11 @@ jobs, of which one may be a thousand times another.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from headrace.types import Job, JobDone, Progress
+from headrace.types import Band, Job, JobDone, Progress
 from headrace_gateway.policy.bookings import (
     ALL,
     CLOSED,
@@ -45,6 +45,9 @@ OUTPUT_WEIGHT = 2.0
 """An output token, as work given, in prefill tokens; as tenants are charged for it."""
 IDLE_PART = 0.1
 SLACK_TOKENS = 16_384
+CHANGED_MAX = 32
+"""Workers that have changed since a size was refused everywhere, before it is looked for again."""
+_UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,16 @@ class Standing(NamedTuple):
     slowness: float
 
 
+@dataclass(slots=True)
+class _Refused:
+    """Of one level: all workers that take jobs refuse what is as large as (held, remaining) in
+    both, but those that have changed since."""
+
+    held: int = _UNLIMITED
+    remaining: int = _UNLIMITED
+    changed: dict[str, None] = field(default_factory=dict)
+
+
 class Workload:
     """The bookings of one model's workers."""
 
@@ -87,7 +100,7 @@ class Workload:
         self._workers: dict[str, Bookings] = {}
         self._order: list[tuple[int, str]] = []
         self._open: tuple[str, ...] = ()
-        self._load = 0
+        self._refused = [_Refused() for _ in Band]
         self._given = Given(self._config.half_life_ms)
         self._speed = 0.0
         self._measured = 0
@@ -104,10 +117,10 @@ class Workload:
                 self.forget(worker)
         for each in facts:
             known = self._at(each.worker)
-            if known.facts != each or known.full or not known.is_open:
+            if known.facts != each or not known.is_open:
                 known.facts = each
-                known.changed()
                 self._reopen(each.worker, known)
+                self._changed(each.worker, known)
         names = tuple(sorted(named))
         if names != self._open:
             self._open = names
@@ -122,11 +135,6 @@ class Workload:
             if worker in self._open:
                 self._open = tuple(each for each in self._open if each != worker)
                 self._given.set_workers(self._open)
-
-    def refuse(self, worker: str) -> None:
-        """`worker` takes nothing, whatever we believe, until it reports or is set again."""
-        if worker in self._workers:
-            self._workers[worker].full = True
 
     @property
     def workers(self) -> Collection[str]:
@@ -178,13 +186,11 @@ class Workload:
         for told in report.jobs:
             booking = known.jobs.get(told.job)
             if booking is not None:
-                known.subtract(booking)
-                correction, made = booking.advance(told, self._expect)
-                known.add(booking)
+                correction, made = known.advance(booking, told, self._expect)
                 if correction or made:
                     charges.append(booking.charge(correction, made))
-        known.changed()
         self._reorder(report.worker, known)
+        self._changed(report.worker, known)
         return charges
 
     def done(self, done: JobDone) -> Charge | None:
@@ -223,17 +229,37 @@ class Workload:
         own = known.fits(demand.band, demand, self._config.kv_share)
         return PREEMPTING if own.room is Room.FREE else own
 
+    def is_hopeless(self, demand: Demand) -> bool:
+        """Whether it is known already that no worker has room for `demand`."""
+        refused = self._refused[demand.band]
+        return (
+            demand.held >= refused.held
+            and demand.remaining >= refused.remaining
+            and not refused.changed
+        )
+
     def find(self, demand: Demand, level: int, allows: Callable[[str], bool]) -> str | None:
-        """The least loaded worker that `allows` and that `demand` fits beside bands to `level`."""
-        held, remaining, share = demand.held, demand.remaining, self._config.kv_share
-        workers = self._workers
-        for _, worker in self._order:
-            known = workers[worker]
-            refusal = known.refusals[level]
-            if refusal is None or (held >= refusal[0] and remaining >= refusal[1]):
-                continue
-            if known.fits(level, demand, share).room is Room.FREE and allows(worker):
-                return worker
+        """The least loaded worker that `allows` and that `demand` fits beside bands to `level`.
+
+        Whoever refuses is not asked again for as much until something there changes, so that a
+        fleet that is full is looked through in the time of what has changed.
+        """
+        refused = self._refused[level]
+        again = demand.held >= refused.held and demand.remaining >= refused.remaining
+        workers: Iterable[str] = (worker for _, worker in self._order)
+        if again:
+            workers = sorted(refused.changed, key=self._by_load)
+        not_allowed = []
+        for worker in workers:
+            known = self._workers[worker]
+            if known.fits(level, demand, self._config.kv_share).room is Room.FREE:
+                if allows(worker):
+                    return worker
+                not_allowed.append(worker)
+        smaller = demand.held <= refused.held and demand.remaining <= refused.remaining
+        if not again or smaller or len(refused.changed) > CHANGED_MAX:
+            refused.held, refused.remaining = demand.held, demand.remaining
+            refused.changed = dict.fromkeys(not_allowed)
         return None
 
     # figures
@@ -250,7 +276,7 @@ class Workload:
     def has_slot(self, worker: str) -> bool:
         """Whether `worker` could begin one more job, if its KV allows."""
         known = self._workers.get(worker)
-        if known is None or known.full or not known.is_open:
+        if known is None or not known.is_open:
             return False
         return len(known.jobs) < known.facts.max_jobs
 
@@ -274,11 +300,6 @@ class Workload:
         """Work that waits or runs on `worker`, in prefill-equivalent tokens."""
         known = self._workers.get(worker)
         return 0 if known is None else known.load
-
-    @property
-    def total_load(self) -> int:
-        """Of the workers that take jobs."""
-        return self._load
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
@@ -323,7 +344,12 @@ class Workload:
         assert sorted(self._order) == self._order
         assert {w: load for load, w in self._order} == {w: e.load for w, e in opened.items()}
         assert tuple(sorted(opened)) == self._open
-        assert self._load == sum(each.load for each in opened.values()), "loads add up"
+        for level, refused in enumerate(self._refused):
+            assert refused.changed.keys() <= opened.keys()
+            demand = Demand(level, refused.held, refused.remaining)
+            for name, each in opened.items():
+                fits = each.fits(level, demand, self._config.kv_share).room is Room.FREE
+                assert name in refused.changed or not fits, "it was refused everywhere else"
         for each in self._workers.values():
             assert each.load == self._load_of(each), "a load is that of the bookings"
             assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
@@ -352,17 +378,28 @@ class Workload:
         if not known.is_open:
             known.is_open = True
             insort(self._order, (known.load, worker))
-            self._load += known.load
 
     def _close(self, worker: str, known: Bookings) -> None:
         if known.is_open:
             known.is_open = False
+            for refused in self._refused:
+                refused.changed.pop(worker, None)
             del self._order[bisect_left(self._order, (known.load, worker))]
-            self._load -= known.load
+
+    def _changed(self, worker: str, known: Bookings) -> None:
+        """What did not fit on `worker` may fit now."""
+        known.changed()
+        if known.is_open:
+            for refused in self._refused:
+                refused.changed[worker] = None
+
+    def _by_load(self, worker: str) -> tuple[int, str]:
+        return self._workers[worker].load, worker
 
     def _settle(self, worker: str, known: Bookings) -> None:
         """A job has left."""
         self._reorder(worker, known)
+        self._changed(worker, known)
         if not known.jobs and not known.is_open:
             self.forget(worker)
 
@@ -372,7 +409,6 @@ class Workload:
         if load != known.load and known.is_open:
             del self._order[bisect_left(self._order, (known.load, worker))]
             insort(self._order, (load, worker))
-            self._load += load - known.load
         known.load = load
 
     def _note_speed(self, before: float, after: float) -> None:
