@@ -84,8 +84,13 @@ class Term:
         ]
 
     async def close(self) -> None:
-        await self._intake.close()
-        await self._events.close()
+        """Let the readers' connections go, also when a stop arrives meanwhile."""
+        closing = asyncio.gather(self._intake.close(), self._events.close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
 
     async def _read_intake(self) -> None:
         async for entries in self._intake:
