@@ -113,15 +113,21 @@ class Client:
             }
         ).encode()
 
-    async def send(self, ask: Ask, watch: Watch | None = None) -> Answer:
-        """One request to its end. Never raises for what a service did."""
+    async def send(
+        self, ask: Ask, watch: Watch | None = None, answer: Answer | None = None
+    ) -> Answer:
+        """One request to its end. Never raises for what a service did.
+
+        Who wants to look at it while it is under way gives the `answer` that is filled in.
+        """
         assert self._session is not None
         body = self.body(ask)
         headers = {"content-type": "application/json"}
         if ask.key:
             headers["authorization"] = f"Bearer {ask.key}"
         url = f"{self.urls[ask.gateway]}/v1/completions"
-        answer = Answer(ask, time.perf_counter())
+        answer = answer or Answer(ask, 0.0)
+        answer.sent_s = time.perf_counter()
         try:
             async with self._session.post(url, data=body, headers=headers) as got:
                 answer.head_s = time.perf_counter()

@@ -19,6 +19,7 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from bench._load import Ask, Client, parse_shape, run
 NAMES = ("a", "b")
 SAMPLE_S = 0.25
 OUTPUT_WEIGHT = 2
+WAIT_MS_MAX = 3_600_000
+WAITING_BANDS = ("INTERACTIVE", "STANDARD", "BATCH")
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Served:
     waiting: int = 0
     waiting_least: list[int] = field(default_factory=list)
     complete: int = 0
-    failed: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
 
     def add(self, prompt: int, output: int) -> None:
         window = int((time.perf_counter() - self.from_s) // self.window_s)
@@ -76,7 +79,7 @@ async def one(client: Client, served: Served, ask: Ask) -> None:
         served.add(0, answer.tokens - counted)  # a piece is not always one token
         served.complete += 1
     else:
-        served.failed += 1
+        served.failed[answer.how or str(answer.status)] += 1
     if not answer.admitted:
         await asyncio.sleep(max(0.25, answer.retry_after_ms / 1000))
 
@@ -145,7 +148,7 @@ def figures(tenants: list[Served], owed: float, seconds: float, window_s: float)
         "output_tokens": [sum(t.output[:windows]) for t in tenants],
         "waiting_least": [min(t.waiting_least, default=0) for t in tenants],
         "complete": [t.complete for t in tenants],
-        "failed": [t.failed for t in tenants],
+        "failed": [dict(t.failed) for t in tenants],
     }
 
 
@@ -157,7 +160,7 @@ def show(facts: dict[str, Any], window_s: float, cpus: dict[str, float]) -> None
     for number, name in enumerate(NAMES):
         print(
             f"tenant {name}: {facts['output_tokens'][number]} output tokens, "
-            f"{facts['complete'][number]} requests complete, {facts['failed'][number]} not; "
+            f"{facts['complete'][number]} requests complete, not so {facts['failed'][number]}; "
             f"at least {facts['waiting_least'][number]} waited at any time"
         )
     print(
@@ -188,7 +191,12 @@ def main() -> None:
     args = parser.parse_args()
     a, _, b = args.weights.partition(":")
     keys = f"bench-key-a:a weight={a},bench-key-b:b weight={b}"
-    env = {"HEADRACE_API_KEYS": keys, "HEADRACE_MAX_JOBS": str(args.max_jobs)}
+    env = {
+        "HEADRACE_API_KEYS": keys,
+        "HEADRACE_MAX_JOBS": str(args.max_jobs),
+        # what is measured is who is served of those that wait, not who may wait
+        **{f"HEADRACE_WAIT_{band}_MS_MAX": str(WAIT_MS_MAX) for band in WAITING_BANDS},
+    }
     fleet = Fleet(
         args.workers,
         gateways=2,

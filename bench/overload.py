@@ -143,11 +143,11 @@ async def probe(client: Client, bench: Run, band: int, refused: list[Answer]) ->
         return found
     until = time.perf_counter() + bench.args.drain
     while time.perf_counter() < until:
-        sent = time.perf_counter()
-        task = asyncio.create_task(client.send(bench.ask(band)))
-        # an answer that is not refused at once was admitted; it ends when it ends
-        await asyncio.wait({task}, timeout=PROBE_EVERY_S)
-        if not task.done() or task.result().admitted:
+        sent, answer = time.perf_counter(), Answer(bench.ask(band), 0.0)
+        task = asyncio.create_task(client.send(answer.ask, answer=answer))
+        while not answer.status and not task.done():
+            await asyncio.sleep(0.002)
+        if answer.admitted:
             break
         await asyncio.sleep(max(0.0, sent + PROBE_EVERY_S - time.perf_counter()))
     else:
