@@ -23,6 +23,7 @@ GAP_GROWTH = 1.05
 """Gaps between tokens fall into classes, each so much wider than the one before."""
 GAP_MS_MIN = 0.1
 GAP_CLASSES = 300
+_CLASSES_PER_E = 1 / math.log(GAP_GROWTH)
 PERCENTILES = (50, 90, 99)
 
 
@@ -53,7 +54,7 @@ class Gaps:
         self._counts = [[0] * GAP_CLASSES for _ in Band]
 
     def add(self, band: int, gap_ms: float, count: int) -> None:
-        place = int(math.log(max(gap_ms, GAP_MS_MIN) / GAP_MS_MIN) / math.log(GAP_GROWTH) + 0.5)
+        place = int(math.log(max(gap_ms, GAP_MS_MIN) / GAP_MS_MIN) * _CLASSES_PER_E + 0.5)
         self._counts[band][min(place, GAP_CLASSES - 1)] += count
 
     def percentile(self, band: int, percent: float) -> float:

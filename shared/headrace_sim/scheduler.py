@@ -76,6 +76,8 @@ class SimScheduler:
         """When the order of who waits may change next."""
         self._ran_ms = [-math.inf] * len(Band)
         self._hurried_steps = 0
+        self._here = [0] * len(Band)
+        """Sequences by their own band, whatever they do."""
 
     @property
     def running(self) -> int:
@@ -86,13 +88,18 @@ class SimScheduler:
         return lane if sequence.job.id in lane.members else None
 
     def add(self, sequence: SimSequence, now_ms: float) -> None:
-        """`sequence` waits from now on."""
+        """`sequence` is here from now on, and waits."""
+        self._here[sequence.job.band] += 1
+        self._wait(sequence, now_ms)
+
+    def _wait(self, sequence: SimSequence, now_ms: float) -> None:
         sequence.note_step(False, now_ms)
         self._settle(sequence, now_ms)
         insort(self.waiting, sequence, key=self.key)
 
     def remove(self, sequence: SimSequence, now_ms: float) -> None:
         """`sequence` ends, whatever it is doing."""
+        self._here[sequence.job.band] -= 1
         if sequence.job.id in self.prefilling or self.lane_of(sequence):
             self._leave(sequence, now_ms)
         else:
@@ -128,6 +135,13 @@ class SimScheduler:
     def plan(self, now_ms: float) -> SimPlan:
         """The next step."""
         self._promote(now_ms)
+        if not self.waiting and not self.prefilling:
+            lanes = [lane for lane in self.lanes if lane.members]
+            if self.cache.available >= sum(map(len, lanes)):
+                self._hurried_steps = 0
+                for lane in self.lanes:
+                    lane.note_step(True, now_ms)
+                return SimPlan(lanes, [], again=False)
         draft = _Draft(self, now_ms, self._guarded(now_ms))
         groups = self._groups()
         hurried = False
@@ -164,9 +178,7 @@ class SimScheduler:
         if self.rules.fcfs:
             return int(Band.BATCH)
         for band, ran_ms in enumerate(self._ran_ms):
-            if now_ms - ran_ms < self.rules.calm_ms or any(lane.rows[band] for lane in self.lanes):
-                return band
-            if any(s.job.band == band for s in (*self.prefilling.values(), *self.waiting)):
+            if self._here[band] or now_ms - ran_ms < self.rules.calm_ms:
                 return band
         return int(Band.BATCH)
 
@@ -230,7 +242,7 @@ class SimScheduler:
         self._leave(sequence, now_ms)
         sequence.preemptions += 1
         self.preemptions += 1
-        self.add(sequence, now_ms)
+        self._wait(sequence, now_ms)
 
     def _leave(self, sequence: SimSequence, now_ms: float) -> None:
         """Out of the batch; its output so far stays known."""
@@ -264,6 +276,10 @@ class SimScheduler:
         assert self.waiting == sorted(self.waiting, key=self.key), "who waits stands in order"
         for lane in self.lanes:
             lane.check_integrity()
+        here = [0] * len(Band)
+        for sequence in (*running, *self.waiting):
+            here[sequence.job.band] += 1
+        assert here == self._here, "everybody is counted"
 
 
 class _Draft:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from random import Random
 from typing import Protocol
 
@@ -83,6 +84,7 @@ class Mix:
     gateways: int = 1
     ttft_ms: tuple[int, int, int] = (0, 0, 0)
     total_ms: tuple[int, int, int] = (0, 0, 0)
+    _shares: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tenants or self.gateways < 1:
@@ -94,8 +96,12 @@ class Mix:
             if len(bands) != len(Band) or min(bands) < 0 or sum(bands) <= 0:
                 raise SettingsError(f"a band mix is three parts like 10/60/30, not {bands}")
 
+        # a frozen value's one field that follows from the others
+        shares = list(accumulate(tenant.share for tenant in self.tenants))
+        object.__setattr__(self, "_shares", shares)
+
     def tenant(self, rng: Random) -> SimTenant:
-        return rng.choices(self.tenants, [t.share for t in self.tenants])[0]
+        return rng.choices(self.tenants, cum_weights=self._shares)[0]
 
     def band(self, tenant: SimTenant, rng: Random) -> Band:
         return Band(rng.choices(range(len(Band)), tenant.bands or self.bands)[0])
@@ -228,7 +234,7 @@ class Drawn:
         self._seed = seed
         self._rng = Random(f"stream {stream} {seed}")
         self._made = 0
-        self._popularity = [1 / (n + 1) for n in range(shape.prefixes)]
+        self._popularity = list(accumulate(1 / (n + 1) for n in range(shape.prefixes)))
 
     def draw(self, at_ms: float, tenant: SimTenant | None = None) -> SimRequest:
         rng, shape = self._rng, self._shape
@@ -239,7 +245,7 @@ class Drawn:
         blocks: tuple[PrefixBlock, ...] = ()
         prefix = -1 - n
         if shape.prefixes:
-            prefix = rng.choices(range(shape.prefixes), self._popularity)[0]
+            prefix = rng.choices(range(shape.prefixes), cum_weights=self._popularity)[0]
             count = shape.prefix_tokens // shape.block_tokens
             # a tenant's prefix is nobody else's
             salt = self._mix.tenants.index(tenant) + 1000 * self._stream
