@@ -74,7 +74,8 @@ def run(asked: Asked, console: Console) -> None:
     if asked.plot is not None:
         plots.need_matplotlib()
     config, slo = fleet_config(asked), slo_of(asked)
-    trace = None if asked.what == SYNTHETIC else read_trace(Path(asked.what))
+    limit = asked.requests if asked.study else None
+    trace = None if asked.what == SYNTHETIC else read_trace(Path(asked.what), limit)
     if asked.study is not None:
         studies.run(asked.study, trace, config, slo, console, asked.plot, asked.json_file)
         return

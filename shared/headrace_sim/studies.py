@@ -45,7 +45,6 @@ GOODPUT_BANDS = (10.0, 60.0, 30.0)
 GOODPUT_TENANTS = tuple(SimTenant(f"t{n}", share=1 / (n + 1)) for n in range(8))
 RATE_STEPS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 BASELINES = ("fcfs", "least-loaded")
-GOODPUT_REQUESTS = 4_000
 BATCH_ROWS = 128
 """Streams that share a step, where the rate a fleet can bear is estimated."""
 ADVERSARY_S = 600.0
@@ -72,6 +71,8 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Run study `name` and print it. Raises SettingsError."""
+    if plot is not None and name != "goodput":
+        raise SettingsError("--plot: of the studies only goodput draws something")
     if name == "adversary":
         study = adversary(config)
     elif trace is None:
@@ -87,7 +88,7 @@ def run(
     if json_file is not None:
         facts = {"study": study.name, "holds": study.holds, "figures": study.figures}
         json_file.write_text(json.dumps(facts, indent=2, default=asdict) + "\n")
-    if plot is not None and study.curves:
+    if plot is not None:
         title = f"{study.name}: {trace.name if trace else 'synthetic'}"
         plots.draw_curves(study.curves, plot, x="requests/s", y="goodput (requests/s)", title=title)
 
@@ -188,7 +189,6 @@ def goodput(
     trace: Trace,
     config: FleetConfig,
     slo: Slo,
-    requests: int = GOODPUT_REQUESTS,
     steps: Sequence[float] = RATE_STEPS,
 ) -> Study:
     """At rising rates, how many requests meet their targets, and does any band or tenant pay?
@@ -199,7 +199,6 @@ def goodput(
     """
     first, standard, batch = (int(ms) for ms in slo.ttft_ms)
     mix = Mix(GOODPUT_TENANTS, GOODPUT_BANDS, config.gateways, (first, standard, batch))
-    trace = replace(trace, requests=trace.requests[:requests])
     own_per_s = 1000 * len(trace.requests) / trace.span_ms
     full = bearable_per_s(trace, config, hit_ratio=0.2 if trace.requests[0].blocks else 0.0)
     ways = [OURS, *(ALTERNATIVES[name] for name in BASELINES)]

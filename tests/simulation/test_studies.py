@@ -105,6 +105,7 @@ def test_the_command_prints_draws_and_writes(tmp_path: Path) -> None:
         (["synthetic", "--rate", "0"], "the rate has to be above 0"),
         (["synthetic", "--input-tokens", "x"], "--input-tokens"),
         (["synthetic", "--study", "prefix"], "replays a trace"),
+        (["synthetic", "--study", "adversary", "--plot", "a.png"], "only goodput draws"),
     ],
 )
 def test_what_cannot_be_simulated_is_told_in_one_line(arguments: list[str], told: str) -> None:
