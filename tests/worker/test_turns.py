@@ -16,7 +16,7 @@ from headrace_worker.policy.plan import Plan
 from headrace_worker.policy.scheduler import Scheduler
 from headrace_worker.policy.sequence import PROMOTE_MS, Sequence, Status
 from headrace_worker.policy.turns import HURRIED_STEPS_MAX
-from worker.builders import make_job, make_sequence
+from worker.builders import make_job, make_sequence, random_tokens
 
 INTERACTIVE, STANDARD, BATCH = Band
 
@@ -69,20 +69,48 @@ def test_streams_of_its_own_band_and_better_go_on() -> None:
     assert counts(step(scheduler)) == {"interactive": 1, "standard": 1, "prompt": 16}
 
 
-def test_streams_are_left_out_for_a_bounded_number_of_steps() -> None:
-    """Under prompts without end a batch stream gets a token in each HURRIED_STEPS_MAX + 1 steps."""
-    scheduler = make_scheduler()
+@pytest.mark.parametrize(
+    ("prompts", "left_out_max"),
+    [
+        ([INTERACTIVE], HURRIED_STEPS_MAX),
+        ([STANDARD], HURRIED_STEPS_MAX),
+        ([INTERACTIVE, STANDARD], 2 * HURRIED_STEPS_MAX),
+    ],
+)
+def test_streams_are_left_out_for_a_bounded_number_of_steps(
+    prompts: list[Band], left_out_max: int
+) -> None:
+    """Under prompts without end a batch stream gets a token every so many steps all the same."""
+    scheduler = make_scheduler(calm_ms=0, running_max=64)
     stream = make_sequence("stream", [1], output=999, band=BATCH)
     scheduler.add(stream)
     step(scheduler)
     gaps, gap = [], 0
-    for number in range(80):
-        scheduler.add(make_sequence(f"v{number}", [2] * 70, output=1, band=INTERACTIVE, order=1))
-        plan = step(scheduler)
-        gap = gap + 1 if "stream" not in counts(plan) else 0
+    for number in range(84):
+        if number % 7 < 4 or len(prompts) == 1:
+            prompt = make_sequence(f"p{number}", [2] * 70, output=1, band=prompts[0], order=1)
+            scheduler.add(prompt)
+        scheduler.add(make_sequence(f"q{number}", [3] * 70, output=1, band=prompts[-1], order=2))
+        gap = gap + 1 if "stream" not in counts(step(scheduler)) else 0
         gaps.append(gap)
-    assert max(gaps) == HURRIED_STEPS_MAX
-    assert stream.output_tokens == 1 + 80 // (HURRIED_STEPS_MAX + 1)
+    assert max(gaps) == left_out_max
+    assert stream.output_tokens >= 1 + 84 // (left_out_max + 1)
+
+
+def test_standard_prompts_do_not_use_up_the_interactive_allowance() -> None:
+    """Whenever it comes, an interactive prompt finds a step without lower streams."""
+    scheduler = make_scheduler(running_max=64)
+    scheduler.add(make_sequence("stream", [1], output=999, band=BATCH))
+    step(scheduler)
+    for number in range(12):
+        for choice in range(2):
+            prompt = random_tokens(200, 2 * number + choice)
+            scheduler.add(make_sequence(f"s{number}.{choice}", prompt, output=1, order=2))
+        for _ in range(1 + number % 5):
+            step(scheduler)
+        vip = make_sequence(f"v{number}", [500 + number] * 40, output=1, band=INTERACTIVE)
+        scheduler.add(vip)
+        assert counts(step(scheduler)) == {vip.id: 40}
 
 
 def test_one_band_alone_never_hurries() -> None:
@@ -168,13 +196,16 @@ def test_the_guarded_band_is_the_best_one_about(here: list[Band], ran: dict[int,
     assert guarded == min(about, default=BATCH)
 
 
-def test_groups_are_bands_until_somebody_waited_long_enough() -> None:
+def test_groups_are_bands_until_one_has_used_up_its_allowance() -> None:
+    """Then it goes together with all behind it, those before it for themselves as ever."""
     sequences = [make_sequence(band.label, [1], band=band) for band in reversed(Band)]
-    for hurried in range(HURRIED_STEPS_MAX):
-        split = turns.groups(sequences, 0, hurried)
-        assert [ids(group) for group in split] == [["interactive"], ["standard"], ["batch"]]
-    assert turns.groups(sequences, 0, HURRIED_STEPS_MAX) == [sequences]
-    aged = turns.groups(sequences, PROMOTE_MS, 0)
+    split = turns.groups(sequences, 0, {0: HURRIED_STEPS_MAX - 1})
+    assert [ids(group) for group in split] == [["interactive"], ["standard"], ["batch"]]
+    split = turns.groups(sequences, 0, {1: HURRIED_STEPS_MAX})
+    assert [ids(group) for group in split] == [["interactive"], ["standard", "batch"]]
+    split = turns.groups(sequences, 0, {0: HURRIED_STEPS_MAX})
+    assert [ids(group) for group in split] == [["interactive", "standard", "batch"]]
+    aged = turns.groups(sequences, PROMOTE_MS, {})
     assert [ids(group) for group in aged] == [["standard", "interactive"], ["batch"]]
 
 

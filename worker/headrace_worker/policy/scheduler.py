@@ -60,7 +60,7 @@ class Scheduler:
         self._calm_ms = calm_ms
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
-        self._hurried_steps = 0
+        self._hurried_steps: dict[int, int] = {}
         self._ran_ms: dict[int, int] = {}
 
     @property
@@ -104,17 +104,11 @@ class Scheduler:
         here = [*self._running.values(), *self._waiting.values()]
         guarded = turns.guarded_band(here, self._ran_ms, now, self._calm_ms)
         draft = Draft(now, self._step_tokens_max, guarded, self._lower_prefill_tokens)
-        groups = turns.groups(here, now, self._hurried_steps)
-        hurried = False
-        for place, group in enumerate(groups, 1):
-            for sequence in turns.streams(group, now):
-                if draft.budget and sequence.status is Status.RUNNING:
-                    self._extend(draft, sequence)
-            prompts = self._plan_prompts(draft, group)
-            if place < len(groups) and (prompts or not draft.budget):
-                hurried = True
-                break
-        self._hurried_steps = self._hurried_steps + 1 if hurried else 0
+        hurried_for = self._plan_groups(draft, turns.groups(here, now, self._hurried_steps))
+        if hurried_for is None:
+            self._hurried_steps.clear()
+        else:
+            self._hurried_steps[hurried_for] = self._hurried_steps.get(hurried_for, 0) + 1
         for sequence in here:
             self._note_step(sequence, sequence.id in draft.items, now)
             if guesses.get(sequence.id) and sequence.id in draft.items:
@@ -124,7 +118,7 @@ class Scheduler:
             tuple(draft.admitted.values()),
             tuple(draft.preempted.values()),
             self.pool.take_evicted(),
-            hurried,
+            hurried_for is not None,
         )
 
     def late(self, now: int) -> list[Sequence]:
@@ -170,6 +164,22 @@ class Scheduler:
         for sequence in self._waiting.values():
             assert sequence.status in (Status.WAITING, Status.PREEMPTED), "a waiting one says so"
             sequence.check_integrity()
+
+    def _plan_groups(self, draft: Draft, groups: Sequences[Sequences[Sequence]]) -> int | None:
+        """Plans group after group; the effective band for which others were left out, if any."""
+        now = draft.now
+        for place, group in enumerate(groups, 1):
+            running = turns.streams(group, now)
+            for sequence in running:
+                if draft.budget and sequence.status is Status.RUNNING:
+                    self._extend(draft, sequence)
+            prompts = self._plan_prompts(draft, group)
+            if place < len(groups) and (prompts or not draft.budget):
+                return group[0].effective_band(now)
+            still = [s for s in running if s.status is Status.RUNNING and s.pending == 1]
+            if any(sequence.id not in draft.items for sequence in still):
+                return groups[0][0].effective_band(now)  # its catching up took the budget
+        return None
 
     def _plan_prompts(self, draft: Draft, group: Sequences[Sequence]) -> bool:
         """Plans chunks of what lacks more than a token, and lets in who waits; whether any."""

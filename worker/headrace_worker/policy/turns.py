@@ -5,9 +5,11 @@ about lately, the others' prompts are computed in small chunks, which keeps ever
 better band's prompt is computed in a step of its own, without the streams and prompts of lower
 bands: a hurried step. With one band alone neither rule applies, and steps are as full as they can.
 
-Invariant: at most HURRIED_STEPS_MAX steps in a row are hurried. The next one has everybody in it,
-streams first, so a stream of a low band gets a token at least every HURRIED_STEPS_MAX + 1 steps, as
-long as it keeps its KV. Rejected: leaving out streams until no prompt is there, which under
+Invariant: between two steps that leave nobody out, at most HURRIED_STEPS_MAX are hurried for each
+band. So a stream is left out for at most HURRIED_STEPS_MAX steps in a row for each band that is
+better than its own, as long as it keeps its KV: 3 for a standard one, 6 for batch. The bands have
+separate allowances, so that standard prompts do not use up what an interactive one will need.
+Rejected: leaving out streams until no prompt is there, which under
 sustained overload is never; a smaller step for all, which costs throughput where nobody hurries.
 The chunks are those of Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with
 Sarathi-Serve" (OSDI 2024), with the limit on those who can wait.
@@ -24,17 +26,26 @@ from headrace_worker.policy.sequence import Sequence, Status
 HURRIED_STEPS_MAX = 3
 
 
-def groups(sequences: Iterable[Sequence], now: int, hurried_steps: int) -> list[list[Sequence]]:
+def groups(
+    sequences: Iterable[Sequence], now: int, hurried_steps: Mapping[int, int]
+) -> list[list[Sequence]]:
     """Who is planned together: each effective band for itself, the best first.
 
-    Everybody together once `hurried_steps` in a row have left somebody out.
+    `hurried_steps`: how many there were for each band since a step left nobody out. One that
+    has used up its allowance goes together with all behind it.
     """
-    if hurried_steps >= HURRIED_STEPS_MAX:
-        return [list(sequences)]
     bands: dict[int, list[Sequence]] = {}
     for sequence in sequences:
         bands.setdefault(sequence.effective_band(now), []).append(sequence)
-    return [bands[band] for band in sorted(bands)]
+    together: list[list[Sequence]] = []
+    spent = False
+    for band in sorted(bands):
+        if spent:
+            together[-1] += bands[band]
+        else:
+            together.append(bands[band])
+        spent = spent or hurried_steps.get(band, 0) >= HURRIED_STEPS_MAX
+    return together
 
 
 def guarded_band(
