@@ -264,6 +264,7 @@ class SimScheduler:
             if sequence.held >= sequence.shareable:
                 sequence.blocks = (*held, (self._rests, rest))
         self.cache.give_back(own - max(0, rest))
+        sequence.prompt_computed = sequence.prompt_progress
         sequence.own_tokens, sequence.held, sequence.computed = 0, 0, 0
 
     def check_integrity(self) -> None:

@@ -33,6 +33,7 @@ class SimSequence:
         "output_tokens",
         "own_tokens",
         "preemptions",
+        "prompt_computed",
         "prompt_tokens",
         "reported",
         "seen_band",
@@ -63,6 +64,8 @@ class SimSequence:
         self.first_ms = -1.0
         self.cached = -1
         """Prompt tokens found in the cache when it was first admitted; -1 before."""
+        self.prompt_computed = 0
+        """Prompt tokens that were not cached and have been computed when it last left the batch."""
         self.preemptions = 0
         self.stay = 0
         """Counts its stays in the batch, so that what was planned for an earlier one is void."""
@@ -75,6 +78,12 @@ class SimSequence:
     def known(self) -> int:
         """Known tokens of a sequence that does not decode."""
         return self.prompt_tokens + self.output
+
+    @property
+    def prompt_progress(self) -> int:
+        """Prompt tokens computed so far; one that was preempted computes them again."""
+        computed = min(self.computed, self.prompt_tokens) - max(0, self.cached)
+        return max(computed, self.prompt_computed)
 
     @property
     def pending(self) -> int:

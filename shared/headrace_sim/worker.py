@@ -190,9 +190,7 @@ class SimWorker:
         lane = self.scheduler.lane_of(sequence)
         output = lane.output(sequence, further_steps) if lane else sequence.output
         cached = max(0, sequence.cached)
-        computed = min(sequence.computed, sequence.prompt_tokens) - cached
-        # a preempted one computes again what it had reported already
-        return JobProgress(sequence.job.id, max(computed, sequence.reported[0]), cached, output)
+        return JobProgress(sequence.job.id, sequence.prompt_progress, cached, output)
 
     def report(self, now_ms: float, keys: BlockKeys) -> Progress | None:
         """What it tells the dispatcher at `now_ms`; None when there is nothing to tell."""

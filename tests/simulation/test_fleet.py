@@ -51,6 +51,18 @@ def test_every_request_ends_once_and_nothing_is_left(way: str) -> None:
     assert len(complete) > 60
     computed = sum(worker.output_tokens for worker in fleet.workers.values())
     assert computed == sum(fleet.records.output_tokens[n] for n in complete)
+    for tenant, n in fleet.records.tenants.items():
+        rows_of = [row for row in complete if fleet.records.tenant[row] == n]
+        prompt, cached, output = (
+            sum(column[row] for row in rows_of)
+            for column in (
+                fleet.records.prompt_tokens,
+                fleet.records.cached_tokens,
+                fleet.records.output_tokens,
+            )
+        )
+        served = fleet.service.total(tenant) * fleet.service.weights[tenant]
+        assert served == pytest.approx(prompt - cached + 2 * output), "all service is counted"
     for worker in fleet.workers.values():
         assert worker.scheduler.cache.private == worker.scheduler.cache.shared == 0
         assert worker.scheduler.running == 0
