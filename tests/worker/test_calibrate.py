@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from headrace.errors import SettingsError
 from headrace.policy.cost_model import CostModel
 from headrace_worker.calibrate import (
     TERMS,
@@ -18,10 +19,12 @@ from headrace_worker.calibrate import (
     fit_terms,
     measure,
     predicted_ms,
+    prepare,
     report,
 )
 from headrace_worker.engine import EngineConfig
 from headrace_worker.loading import LoadedModel
+from headrace_worker.settings import WorkerSettings
 
 SIZES = {"kv_tokens": 90_000, "max_jobs": 32, "step_tokens": 512, "name": "made up"}
 TRUTH = CostModel(50.0, 3.5, 5.0, 20.0, 1_300.0, **SIZES)
@@ -117,3 +120,9 @@ def test_the_engine_takes_the_steps_that_were_planned(tiny: LoadedModel) -> None
     model = fit(timings, kv_tokens=8_192, max_jobs=4, step_tokens=64, name="tiny")
     assert CostModel.from_json(model.to_json()) == model
     assert "decode" in report(model, timings)
+
+
+def test_cpu_time_is_for_one_thread() -> None:
+    """With more the threads' times add up; that is said before a model is loaded."""
+    with pytest.raises(SettingsError, match="only with one thread"):
+        prepare(WorkerSettings(threads=2), cpu_time=True)

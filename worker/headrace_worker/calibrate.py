@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -34,7 +34,7 @@ import torch
 
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, SettingsError
 from headrace.models import resolve
 from headrace.policy.cost_model import (
     CONTEXT_UNIT_TOKENS,
@@ -216,8 +216,14 @@ def cells(kv_tokens: int, context_tokens: int, max_jobs: int, step_tokens: int) 
 class Bench:
     """An engine that is brought into any cell's state, stepped and timed."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
-        """Raises ModelError when the KV pool does not fit into memory."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`clock` counts seconds. Raises ModelError when the KV pool does not fit into memory."""
+        self._clock = clock
         self.engine = Engine(loaded, config, SystemClock())
         self._dice = random.Random(SEED)
         size_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, config.kv_dtype)
@@ -248,9 +254,9 @@ class Bench:
         return took
 
     def _step(self, expect: int) -> float:
-        began = time.perf_counter()
+        began = self._clock()
         result = self.engine.step()
-        took = (time.perf_counter() - began) * 1000
+        took = (self._clock() - began) * 1000
         got = sum(len(delta.tokens) for delta in result.deltas)
         assert got == expect, f"a step made {got} tokens, {expect} were planned"
         return took
@@ -327,8 +333,10 @@ class Sizes:
         return cells(self.kv_tokens, context_tokens, self.max_jobs, self.step_tokens)
 
 
-def prepare(settings: WorkerSettings) -> tuple[Bench, Sizes]:
-    """Raises ModelError."""
+def prepare(settings: WorkerSettings, *, cpu_time: bool = False) -> tuple[Bench, Sizes]:
+    """Raises ModelError, and SettingsError for CPU time of several threads, which add up."""
+    if cpu_time and settings.threads != 1:
+        raise SettingsError("CPU time tells how long a step takes only with one thread")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
@@ -351,7 +359,7 @@ def prepare(settings: WorkerSettings) -> tuple[Bench, Sizes]:
     dtype = str(loaded.dtype).removeprefix("torch.")
     about = f"{name} {dtype} {settings.quantization}, {torch.get_num_threads()} threads"
     sizes = Sizes(kv_tokens, settings.max_jobs, settings.step_tokens, about)
-    return Bench(loaded, config), sizes
+    return Bench(loaded, config, time.process_time if cpu_time else time.perf_counter), sizes
 
 
 def keep_busy(bench: Bench, wanted: Sequence[Cell]) -> None:
@@ -378,12 +386,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the cost model's JSON goes")
     parser.add_argument("--seconds", type=float, default=75.0, help="about how long to measure")
     parser.add_argument("--beside", type=int, default=0, help="workers that step beside this one")
+    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is busy now")
     parser.add_argument("--companion", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="print every measured cell")
     args = parser.parse_args()
     settings = load_or_exit(WorkerSettings)
     try:
-        bench, sizes = prepare(settings)
+        bench, sizes = prepare(settings, cpu_time=args.cpu_time)
         wanted = sizes.cells(bench.engine.record.context_tokens)
         if not wanted:
             raise SystemExit("headrace calibrate: the KV pool is too small for any step")

@@ -56,6 +56,12 @@ MaxJobs = Annotated[
 ]
 Seconds = Annotated[float, typer.Option(min=1.0, max=3_600.0, help="About how long to measure.")]
 Out = Annotated[Path, typer.Option(help="Where the cost model goes, for `simulate --cost`.")]
+CpuTime = Annotated[
+    bool,
+    typer.Option(
+        "--cpu-time", help="Count CPU time of one thread: for a machine that is busy now."
+    ),
+]
 Table = Annotated[bool, typer.Option("--table", help="Print every step that was measured.")]
 
 
@@ -72,6 +78,7 @@ def calibrate(
     max_jobs: MaxJobs = None,
     seconds: Seconds = 75.0,
     out: Out = Path("cost.json"),
+    cpu_time: CpuTime = False,
     table: Table = False,
 ) -> None:
     """Time the real engine's steps here and write the cost model that `simulate --cost` reads."""
@@ -94,6 +101,7 @@ def calibrate(
     argv = [
         *(sys.executable, "-m", "headrace_worker.calibrate"),
         *("--seconds", str(seconds), "--beside", str(workers - 1), "--out", str(out)),
+        *(["--cpu-time"] if cpu_time else []),
         *(["--table"] if table else []),
     ]
     done = subprocess.run(argv, env=os.environ | given)
