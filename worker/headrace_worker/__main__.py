@@ -17,6 +17,7 @@ from headrace.errors import ModelError
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS
 from headrace_worker import metrics
+from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
@@ -123,6 +124,7 @@ async def serve(settings: WorkerSettings) -> None:
 
 def main() -> None:
     settings = load_or_exit(WorkerSettings)
+    keep_freed_memory()
     logs.setup("worker", level=settings.log_level, json=settings.log_json)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     try:
