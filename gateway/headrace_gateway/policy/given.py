@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from math import exp2
 
-HALF_LIFE_MS = 60_000
+HALF_LIFE_MS = 120_000
 _HALF_LIVES_MAX = 64
 """Between two adjustments of the unit."""
 
@@ -27,11 +27,6 @@ class Given:
         self._sums: dict[str, float] = {}
         self._order: list[tuple[float, str]] = []
         self.total = 0.0
-
-    @property
-    def window_s(self) -> float:
-        """At a steady rate, a sum is what is given in so many seconds."""
-        return self._half_life_ms * 1.442695 / 1000
 
     def set_workers(self, workers: Iterable[str]) -> None:
         """Those that count; new ones have been given nothing."""

@@ -4,21 +4,23 @@ Invariant: a job goes only where there is room and the breaker lets it. While an
 room one gets it, and free room goes before room that lower bands have to give up.
 
 The cost of a worker is what waits and decodes there, and RECOMPUTE_WEIGHT times the prompt tokens
-that it does not hold: computing them delays this job, and then whoever waits behind it, and the
-blocks they take are somebody else's. A worker's share is what it was given lately, in parts of what
-it may have been: LOAD_BOUND times the mean. Over its share, a worker gets no prompt that nobody
-holds, and a prompt it holds only if that saves more than its excess costs; so a hot prefix is
-copied once its holder has had its share, and one busy minute does not scatter conversations.
+that it does not hold: computing them delays this job, then whoever waits behind it, and their
+blocks take the place of somebody else's. A worker's share is what it was given lately, in parts of
+the mean. Over LOAD_BOUND it gets no prompt that nobody holds. For those it holds, from COMFORT on,
+if it is busy, it costs more and more, until at LOAD_BOUND holding all of a prompt saves nothing. So
+a hot prefix is copied once its holder has had its share and has enough to do, while few requests at
+a time stay together, and a busy minute does not scatter conversations.
 
 A prompt that nobody holds much of goes to the first within its share in the rendezvous order of its
-first unknown block: prompts that only begin alike spread, and equal ones meet again, from whichever
-gateway. Not all of 500 workers are looked at, but those that can win: the best holders, the
-preferred, those with least to do, the one that was given least.
+first unknown block, unless that one is busier by more than NEIGHBOUR_PART of this prompt: prompts
+that only begin alike spread, and equal ones meet again, from whichever gateway. Not all of 500
+workers are looked at, but those that can win: the best holders, the preferred, those with least to
+do, the one that was given least.
 
 Sources: NVIDIA Dynamo (cost); Thaler and Ravishankar 1996 (rendezvous); Mirrokni, Thorup and
 Zadimoghaddam 2016 (bounded loads). Rejected: the longest prefix alone, which herds; the cost of
-this job alone (weight 1), which costs a quarter of the hits on a real trace; a bound on what is
-there at the moment, which most busy workers exceed in a fleet that is half idle.
+this job alone (weight 1), which on Mooncake's trace gives away a third of the hits when workers are
+busy; a bound on what is there at the moment, which in a half idle fleet most busy workers exceed.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ from headrace_gateway.policy.rendezvous import Rendezvous
 from headrace_gateway.policy.workload import Workload
 
 LOAD_BOUND = 1.25
-RECOMPUTE_WEIGHT = 8.0
-EXCESS_WEIGHT = 4.0
-"""A worker a quarter over its share loses what a wholly cached prompt saves."""
+COMFORT = 1.125
+RECOMPUTE_WEIGHT = 12.0
+BUSY_PART = 0.25
+"""A holder whose work is so much of the prompt's counts as busy."""
 KNOWN_PART = 0.25
 """A prompt of which nobody holds so much counts as unknown."""
+NEIGHBOUR_PART = 0.25
 HOLDERS_MAX = 3
 PREFERRED_MAX = 3
 LEAST_MAX = 2
@@ -53,17 +57,23 @@ class RoutingConfig:
     """What can be tuned; the numbers of candidates bound what a decision costs."""
 
     load_bound: float = LOAD_BOUND
+    comfort: float = COMFORT
     recompute_weight: float = RECOMPUTE_WEIGHT
-    excess_weight: float = EXCESS_WEIGHT
+    busy_part: float = BUSY_PART
     known_part: float = KNOWN_PART
+    neighbour_part: float = NEIGHBOUR_PART
     holders_max: int = HOLDERS_MAX
     preferred_max: int = PREFERRED_MAX
     least_max: int = LEAST_MAX
 
+    def __post_init__(self) -> None:
+        assert 1 <= self.comfort < self.load_bound, "comfort ends before the bound"
+        assert self.busy_part > 0, "nobody is busy with nothing"
+
 
 class Score(NamedTuple):
     """A candidate: prompt tokens it would compute, what waits and decodes there, the cost of both
-    in tokens, what it was given lately in parts of its share, its jobs, and the verdict."""
+    in tokens, what it was given lately in parts of the mean, its jobs, and the verdict."""
 
     worker: str
     uncached_tokens: int
@@ -176,7 +186,7 @@ class _Choice:
         self._seen: dict[str, None] = {}
         self._scores: list[Score] = []
         self._candidates: list[_Candidate] = []
-        self._share = workload.share(self._demand, config.load_bound, now_ms)
+        self._share = workload.share(self._demand, now_ms)
 
     @property
     def known_blocks(self) -> int:
@@ -220,10 +230,9 @@ class _Choice:
         room = standing.verdict.room
         if room is not Room.NONE:
             if self._allows(worker, self._now_ms):
-                price, over = cost, share > 1
+                over = share > config.load_bound
+                price = cost + slowness * self._excess(share, standing.work)
                 if over:
-                    saved = config.recompute_weight * demand.held * slowness
-                    price += config.excess_weight * (share - 1) * saved
                     words = "over its share"
                 self._candidates.append(
                     _Candidate(room is not Room.FREE, price, order, worker, blocks, over, room)
@@ -233,6 +242,15 @@ class _Choice:
         self._scores.append(
             Score(worker, uncached, standing.work, cost, share, standing.jobs, words)
         )
+
+    def _excess(self, share: float, work: float) -> float:
+        """What being given more than others adds to the price: at most what holding all saves."""
+        config, held = self._config, max(1, self._demand.held)
+        if share <= config.comfort or not work:
+            return 0.0  # who is idle may take more, since nobody waits for it
+        busy = min(1.0, work / (config.busy_part * held))
+        part = min(1.0, (share - config.comfort) / (config.load_bound - config.comfort))
+        return busy * part * config.recompute_weight * held
 
     def best(self, preferred: tuple[str, ...]) -> Route | None:
         """The best candidate; None if none has free room."""
@@ -253,11 +271,13 @@ class _Choice:
         if not within:
             return self._route(best, "all are over their share")
         least = min(within)
-        for candidate in sorted(within, key=lambda c: c.order):
-            # a neighbour may be busier by as much as this prompt is work itself
-            if candidate.worker in preferred and candidate.price <= least.price + self._demand.held:
-                first = candidate.worker == preferred[0]
-                return self._route(candidate, "affinity" if first else "spill-over")
+        most = least.price + self._config.neighbour_part * self._demand.held
+        by_worker = {candidate.worker: candidate for candidate in within}
+        for worker in preferred:
+            neighbour = by_worker.get(worker)
+            if neighbour is not None and neighbour.price <= most:
+                reason = "affinity" if worker == preferred[0] else "spill-over"
+                return self._route(neighbour, reason)
         return self._route(least, "least to do")
 
     def anywhere(self) -> Route:

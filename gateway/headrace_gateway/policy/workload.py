@@ -43,8 +43,6 @@ KV_SHARE = 0.95
 DECODE_WEIGHT = 0.05
 OUTPUT_WEIGHT = 2.0
 """An output token, as work given, in prefill tokens; as tenants are charged for it."""
-IDLE_PART = 0.1
-SLACK_TOKENS = 16_384
 CHANGED_MAX = 32
 """Workers that have changed since a size was refused everywhere, before it is looked for again."""
 _UNLIMITED = 1 << 60
@@ -52,19 +50,12 @@ _UNLIMITED = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class WorkloadConfig:
-    """What can be tuned.
-
-    `kv_share`: the part of a worker's KV that jobs may need at their peak. A worker that was given
-    less than `idle_part` of what it can compute is not loaded, whatever others were given; while
-    its speed is unknown, `slack_tokens`.
-    """
+    """What can be tuned. `kv_share`: the part of a worker's KV that jobs may need at their peak."""
 
     kv_share: float = KV_SHARE
     decode_weight: float = DECODE_WEIGHT
     output_weight: float = OUTPUT_WEIGHT
     half_life_ms: int = HALF_LIFE_MS
-    idle_part: float = IDLE_PART
-    slack_tokens: int = SLACK_TOKENS
 
 
 class Standing(NamedTuple):
@@ -310,15 +301,11 @@ class Workload:
         """The worker that was given least lately; '' if none takes jobs."""
         return self._given.least
 
-    def share(self, demand: Demand, bound: float, now_ms: int) -> float:
-        """What a worker may have been given lately when `demand` comes: `bound` times the mean,
-        with that demand, or what leaves it idle. In units that only `Standing.given` has too."""
-        unit = self._given.unit(now_ms)
-        mean = self._given.total + unit * self._cost(demand.held, demand)
-        speed = self.prefill_per_s
-        idle = self._config.idle_part * speed * self._given.window_s
-        slack = idle if speed else self._config.slack_tokens
-        return bound * mean / len(self._open) + unit * slack
+    def share(self, demand: Demand, now_ms: int) -> float:
+        """What each worker would have been given lately if all work, with that of `demand`, had
+        been dealt out evenly. In units that only `Standing.given` has too."""
+        own = self._given.unit(now_ms) * self._cost(demand.held, demand)
+        return (self._given.total + own) / len(self._open)
 
     def standing(self, worker: str, demand: Demand) -> Standing | None:
         """How `worker` stands for `demand`; None if it takes no jobs."""
