@@ -27,7 +27,7 @@ from headrace_worker.loading import LoadedModel
 from headrace_worker.settings import WorkerSettings
 
 SIZES = {"kv_tokens": 90_000, "max_jobs": 32, "step_tokens": 512, "name": "made up"}
-TRUTH = CostModel(50.0, 3.5, 5.0, 20.0, 1_300.0, **SIZES)
+TRUTH = CostModel(50.0, 3.5, 5.0, 20.0, 1_300.0, batch_ms=30.0, **SIZES)
 WANTED = cells(90_000, 8_192, 32, 512)
 
 

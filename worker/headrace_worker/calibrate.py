@@ -45,6 +45,7 @@ from headrace.policy.cost_model import (
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Job, Sampling, pack_tokens
 from headrace_worker.__main__ import kv_tokens_for
+from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model
@@ -68,6 +69,7 @@ TERMS = (
     "decode_row_ms",
     "decode_context_ms",
     "prefill_context_ms",
+    "batch_ms",
 )
 
 
@@ -100,7 +102,7 @@ class Timing:
     cell: Cell
     took_ms: float
 
-    def features(self) -> tuple[float, float, float, float, float]:
+    def features(self) -> tuple[float, ...]:
         """What CostModel multiplies with TERMS, in their order and units."""
         c = self.cell
         return (
@@ -109,6 +111,7 @@ class Timing:
             float(c.rows),
             c.rows * (c.context + 1) / CONTEXT_UNIT_TOKENS,
             attended(c.offset, c.chunk) / PREFILL_CONTEXT_UNIT,
+            float(c.chunk + c.rows > 1),
         )
 
 
@@ -130,7 +133,7 @@ def fit_terms(timings: Sequence[Timing]) -> tuple[float, ...]:
     """The values of TERMS, none negative, with the least sum of squared relative errors.
 
     Exact: the best non-negative solution is the best unrestricted one over some subset of the
-    terms, and there are only 31 of them (Lawson and Hanson, "Solving Least Squares Problems", 1974,
+    terms, and there are only 63 of them (Lawson and Hanson, "Solving Least Squares Problems", 1974,
     chapter 23). Raises ValueError without timings.
     """
     if not timings:
@@ -391,6 +394,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print every measured cell")
     args = parser.parse_args()
     settings = load_or_exit(WorkerSettings)
+    keep_freed_memory()
     try:
         bench, sizes = prepare(settings, cpu_time=args.cpu_time)
         wanted = sizes.cells(bench.engine.record.context_tokens)

@@ -3,7 +3,8 @@
 Invariant: a step's time is linear in what the step computes, with no negative coefficient, so more
 work never takes less time. A step costs `step_ms` (launching, sampling, publishing), each prefill
 token its share of the matrix products, each decoding row the same plus reading the KV of its
-context, and prefill tokens the attention to what stands before them. Rejected: a table of measured
+context, and prefill tokens the attention to what stands before them; a step of one single token
+does without `batch_ms`, as products with one row go another, cheaper way. Rejected: a table of measured
 steps, which says nothing between its points; a roofline, whose corner no worker that we measured
 shows. The same shape: Vidur (Agrawal et al., MLSys 2024) fits such terms per operator.
 """
@@ -28,7 +29,8 @@ class CostModel:
     """Milliseconds of one engine step, and the sizes of the worker that takes it.
 
     `decode_context_ms`: per 1,000 tokens of KV that decoding rows read. `prefill_context_ms`: per
-    1,000 prefill tokens × 1,000 context tokens. `kv_tokens` fit into the KV pool, `max_jobs` run at
+    1,000 prefill tokens × 1,000 context tokens. `batch_ms`: once, in a step of several tokens.
+    `kv_tokens` fit into the KV pool, `max_jobs` run at
     once, a step computes at most `step_tokens`. Raises SettingsError naming a bad field.
     """
 
@@ -41,10 +43,11 @@ class CostModel:
     max_jobs: int
     step_tokens: int
     name: str
+    batch_ms: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("step_ms", "prefill_token_ms", "decode_row_ms", "decode_context_ms",
-                      "prefill_context_ms"):  # fmt: skip
+                      "prefill_context_ms", "batch_ms"):  # fmt: skip
             value = getattr(self, field)
             if not (isinstance(value, int | float) and not isinstance(value, bool)):
                 raise SettingsError(f"cost model: {field} has to be a number, not {value!r}")
@@ -71,6 +74,7 @@ class CostModel:
         """
         return (
             self.step_ms
+            + (self.batch_ms if prefill_tokens + decode_rows > 1 else 0)
             + self.prefill_token_ms * prefill_tokens
             + self.decode_row_ms * decode_rows
             + self.decode_context_ms * decode_context / CONTEXT_UNIT_TOKENS
