@@ -39,7 +39,6 @@ class Program:
             BlockPool(blocks),
             running_max=min(running_max, self.budget),
             step_tokens_max=self.budget,
-            lower_prefill_tokens=self.lower_max,
             calm_ms=self.random.choice([0, 100, 10**6]),
         )
         self.tick_ms = self.random.choice([1, 30, PROMOTE_MS // 4])
@@ -119,7 +118,7 @@ class Program:
         for late in self.scheduler.late(now):
             self._abort(late.id)
         streams = [s for s in self.scheduler.running if s.pending == 1]
-        plan = self.scheduler.schedule(now, guesses)
+        plan = self.scheduler.schedule(now, guesses, lower_prefill_tokens=self.lower_max)
         self._check(plan, now)
         self._check_turns(plan, streams)
         outcomes = self.scheduler.apply(plan, [self._draw(item) for item in plan.items])

@@ -22,12 +22,12 @@ INTERACTIVE, STANDARD, BATCH = Band
 
 
 def make_scheduler(blocks: int = 400, **limits: int) -> Scheduler:
-    facts = {"running_max": 8, "step_tokens_max": 64, "lower_prefill_tokens": 16} | limits
+    facts = {"running_max": 8, "step_tokens_max": 64} | limits
     return Scheduler(BlockPool(blocks), **facts)
 
 
-def step(scheduler: Scheduler, now: int = 0) -> Plan:
-    plan = scheduler.schedule(now)
+def step(scheduler: Scheduler, now: int = 0, lower: int = 16) -> Plan:
+    plan = scheduler.schedule(now, lower_prefill_tokens=lower)
     scheduler.apply(plan, [[7] if item.samples else [] for item in plan.items])
     scheduler.check_integrity()
     return plan
@@ -167,13 +167,13 @@ def test_all_lower_prompts_share_the_limit_in_their_order() -> None:
 
 def test_lower_streams_are_not_limited() -> None:
     """The limit is on prompts: any number of streams gets its token."""
-    scheduler = make_scheduler(lower_prefill_tokens=2, running_max=8)
+    scheduler = make_scheduler(running_max=8)
     for order in range(7):
         scheduler.add(make_sequence(f"s{order}", [order], output=99, order=order))
-    step(scheduler)
+    step(scheduler, lower=2)
     scheduler.add(make_sequence("vip", [9], output=9, band=INTERACTIVE, order=8))
-    step(scheduler)
-    assert len(counts(step(scheduler))) == 8
+    step(scheduler, lower=2)
+    assert len(counts(step(scheduler, lower=2))) == 8
 
 
 def test_age_earns_no_long_steps() -> None:

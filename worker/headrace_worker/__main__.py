@@ -82,7 +82,7 @@ def build(settings: WorkerSettings) -> Consumer:
         kv_tokens=kv_tokens,
         max_running=settings.max_jobs,
         step_tokens_max=settings.step_tokens,
-        lower_prefill_tokens=settings.lower_prefill_tokens,
+        lower_prefill_ms=settings.lower_prefill_ms,
         calm_ms=settings.calm_ms,
         offer_blocks=bool(settings.cache_url),
         speculation=settings.speculation == "ngram",

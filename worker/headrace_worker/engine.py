@@ -29,8 +29,9 @@ from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.loading.fingerprint import block_fingerprint
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
+from headrace_worker.policy.pace import Pace
 from headrace_worker.policy.plan import Outcome, Plan, PlanItem
-from headrace_worker.policy.scheduler import CALM_MS, LOWER_PREFILL_TOKENS, Scheduler
+from headrace_worker.policy.scheduler import CALM_MS, Scheduler
 from headrace_worker.policy.sequence import Sequence as TokenSequence
 from headrace_worker.policy.speculation import Economy
 from headrace_worker.results import BlockPayload, StepResult, StepWork
@@ -48,8 +49,8 @@ class EngineConfig:
     """Limits of one engine. Raises SettingsError for a combination that cannot work.
 
     `kv_tokens`: tokens of KV kept in memory. `max_running`: sequences computed at a time.
-    `step_tokens_max`: tokens computed in one step; `lower_prefill_tokens` of them of prompts of
-    lower bands, while a better band is here or was within the last `calm_ms`. `offer_blocks`: copy
+    `step_tokens_max`: tokens computed in one step; prompts of lower bands take `lower_prefill_ms`
+    of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: copy
     KV blocks out for a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
     how keys and values are kept, "auto" as the model computes.
     """
@@ -57,7 +58,7 @@ class EngineConfig:
     kv_tokens: int
     max_running: int = 64
     step_tokens_max: int = 512
-    lower_prefill_tokens: int = LOWER_PREFILL_TOKENS
+    lower_prefill_ms: int = 100
     calm_ms: int = CALM_MS
     offer_blocks: bool = True
     speculation: bool = True
@@ -101,11 +102,11 @@ class Engine:
             self._pool,
             running_max=config.max_running,
             step_tokens_max=config.step_tokens_max,
-            lower_prefill_tokens=config.lower_prefill_tokens,
             calm_ms=config.calm_ms,
         )
         self._entries: dict[str, Entry] = {}
         self._economy = Economy()
+        self._pace = Pace()
         self._masks: dict[str, list[Mask]] = {}
         self._arrivals = 0
         self._result = StepResult([], [], [])
@@ -226,7 +227,8 @@ class Engine:
         """Computes one step for who is here, and reports what ended since the last one."""
         now = self._clock.now_ms()
         self._end_late(now)
-        plan = self._scheduler.schedule(now, self._guesses())
+        lower = self._pace.tokens_within(self._config.lower_prefill_ms)
+        plan = self._scheduler.schedule(now, self._guesses(), lower_prefill_tokens=lower)
         self._offer(plan.evicted)  # before the step overwrites them
         plan = self._with_masks(plan)
         start_ns = end_ns = self._clock.wall_ns()
@@ -335,6 +337,9 @@ class Engine:
             return None
 
     def _apply(self, plan: Plan, ran: list[Ran], start_ns: int, end_ns: int) -> None:
+        prompts = sum(item.count for item in plan.items if item.count > 1)
+        streams = sum(item.rows for item in plan.items if item.count == 1)
+        self._pace.note(prompts, streams, (end_ns - start_ns) / 1e6)
         if all(item.count == 1 for item in plan.items):
             guessed = sum(len(item.guess) for item in plan.items)
             self._economy.note(len(plan.items), guessed, (end_ns - start_ns) / 1e6)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from headrace.config import ServiceSettings
-from headrace_worker.policy.scheduler import CALM_MS, LOWER_PREFILL_TOKENS
+from headrace_worker.policy.scheduler import CALM_MS
 
 
 class WorkerSettings(ServiceSettings):
@@ -32,10 +32,10 @@ class WorkerSettings(ServiceSettings):
     step_tokens: int = Field(
         default=512, ge=16, le=65_536, description="token budget of one engine step"
     )
-    lower_prefill_tokens: int = Field(
-        default=LOWER_PREFILL_TOKENS,
+    lower_prefill_ms: int = Field(
+        default=100,
         ge=1,
-        description="of the budget, what prompts of lower bands get while a better band is about",
+        description="what prompts of lower bands may take of a step while a better band is about",
     )
     calm_ms: int = Field(
         default=CALM_MS,

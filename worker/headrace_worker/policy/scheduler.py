@@ -29,10 +29,10 @@ from types import MappingProxyType
 from headrace.types import BLOCK_TOKENS, FinishReason
 from headrace_worker.policy import turns
 from headrace_worker.policy.blocks import BlockPool
+from headrace_worker.policy.pace import TOKENS_UNKNOWN
 from headrace_worker.policy.plan import Draft, Outcome, Plan, PlanItem
 from headrace_worker.policy.sequence import Sequence, Status, blocks_for
 
-LOWER_PREFILL_TOKENS = 128
 CALM_MS = 5_000
 
 
@@ -45,18 +45,13 @@ class Scheduler:
         *,
         running_max: int,
         step_tokens_max: int,
-        lower_prefill_tokens: int = LOWER_PREFILL_TOKENS,
         calm_ms: int = CALM_MS,
     ) -> None:
-        """`lower_prefill_tokens`: how much of all prompts of lower bands one step computes while a
-        better band is here, or ran within `calm_ms`.
-        """
+        """Prompts of lower bands are limited while a better band is here, or ran within `calm_ms`."""
         assert 0 < running_max <= step_tokens_max, "every running sequence needs a token a step"
-        assert lower_prefill_tokens > 0, "lower bands get on as well"
         self.pool = pool
         self._running_max = running_max
         self._step_tokens_max = step_tokens_max
-        self._lower_prefill_tokens = lower_prefill_tokens
         self._calm_ms = calm_ms
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
@@ -95,15 +90,21 @@ class Scheduler:
         return full
 
     def schedule(
-        self, now: int, guesses: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+        self,
+        now: int,
+        guesses: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        *,
+        lower_prefill_tokens: int = TOKENS_UNKNOWN,
     ) -> Plan:
         """The next step's plan; `now` in monotonic milliseconds. Allocates what it plans.
 
-        `guesses` by sequence id, for sequences that lack one token.
+        `guesses` by sequence id, for sequences that lack one token. `lower_prefill_tokens`: how
+        much of all prompts of lower bands may be computed while a better band is about.
         """
+        assert lower_prefill_tokens > 0, "lower bands get on as well"
         here = [*self._running.values(), *self._waiting.values()]
         guarded = turns.guarded_band(here, self._ran_ms, now, self._calm_ms)
-        draft = Draft(now, self._step_tokens_max, guarded, self._lower_prefill_tokens)
+        draft = Draft(now, self._step_tokens_max, guarded, lower_prefill_tokens)
         hurried_for = self._plan_groups(draft, turns.groups(here, now, self._hurried_steps))
         if hurried_for is None:
             self._hurried_steps.clear()
