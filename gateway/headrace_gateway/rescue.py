@@ -71,6 +71,7 @@ class Rescuer:
                 keys.load(m, worker),
                 keys.lease(m, worker),
                 keys.status(m, worker),
+                keys.blocks(m, worker),
             ],
             [self._token, worker],
         )

@@ -101,13 +101,13 @@ return 0
 """
 
 BURY = """
--- KEYS leader, worker registry, jobs, load, lease, status; ARGV leader token, worker
+-- KEYS leader, worker registry, jobs, load, lease, status, blocks; ARGV leader token, worker
 -- Forgets a dead worker once nothing of its stream is left to hand on.
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 'deposed' end
 if redis.call('EXISTS', KEYS[5]) == 1 then return 'alive' end
 if redis.call('XLEN', KEYS[3]) > 0 then return 'busy' end
 redis.call('HDEL', KEYS[2], ARGV[2])
-redis.call('DEL', KEYS[3], KEYS[4], KEYS[6])
+redis.call('DEL', KEYS[3], KEYS[4], KEYS[6], KEYS[7])
 return 'ok'
 """
 
