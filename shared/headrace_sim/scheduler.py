@@ -2,11 +2,11 @@
 
 Invariant: it decides as headrace_worker/policy/scheduler.py and turns.py do: each effective band's
 streams and then its prompts in chunks, the best band first; a better band's prompt makes a hurried
-step without the lower bands, at most HURRIED_STEPS_MAX in a row; lower bands' prompts are limited
-while a better one is about; admission is strict and sets aside KV for all known tokens; who would
-compute a prefix that somebody is computing waits for it; the lowest band gives way when KV runs
-out. Rejected: driving the real scheduler, which lists every token of every sequence and looks at
-each sequence in each step.
+step without the lower bands, at most HURRIED_STEPS_MAX for each band until a step has everybody;
+lower bands' prompts are limited while a better band is about; admission is strict and sets aside KV
+for all known tokens; who would compute a prefix that somebody is computing waits for it; the lowest
+band gives way when KV runs out. Rejected: driving the real scheduler, which lists every token of
+every sequence and looks at each sequence in each step.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from headrace.types import BLOCK_TOKENS, Band
 from headrace_sim.kv_cache import KvCache, PrefixBlock, round_up
 from headrace_sim.lane import Lane
 from headrace_sim.sequence import SimSequence
-from headrace_worker.policy.scheduler import CALM_MS, LOWER_PREFILL_TOKENS
+from headrace_worker.policy.pace import Pace
+from headrace_worker.policy.scheduler import CALM_MS
 from headrace_worker.policy.turns import HURRIED_STEPS_MAX
+
+LOWER_PREFILL_MS = 100
+"""The worker's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """`fcfs`: by arrival alone, everybody in every step, the newest gives way; as engines without
-    bands do. The others are the real scheduler's own settings."""
+    bands do. The others are the worker's own settings: how long prompts of lower bands may take in
+    a step beside a better band, and for how long that band is remembered."""
 
     fcfs: bool = False
-    lower_prefill_tokens: int = LOWER_PREFILL_TOKENS
+    lower_prefill_ms: int = LOWER_PREFILL_MS
     calm_ms: float = CALM_MS
 
 
@@ -75,7 +80,8 @@ class SimScheduler:
         self.promote_ms = math.inf
         """When the order of who waits may change next."""
         self._ran_ms = [-math.inf] * len(Band)
-        self._hurried_steps = 0
+        self.pace = Pace()
+        self._hurried_steps: dict[int, int] = {}
         self._here = [0] * len(Band)
         """Sequences by their own band, whatever they do."""
 
@@ -138,20 +144,23 @@ class SimScheduler:
         if not self.waiting and not self.prefilling:
             lanes = [lane for lane in self.lanes if lane.members]
             if self.cache.available >= sum(map(len, lanes)):
-                self._hurried_steps = 0
+                self._hurried_steps.clear()
                 for lane in self.lanes:
                     lane.note_step(True, now_ms)
                 return SimPlan(lanes, [], again=False)
         draft = _Draft(self, now_ms, self._guarded(now_ms))
         groups = self._groups()
-        hurried = False
+        hurried_for = None
         for place, bands in enumerate(groups, 1):
             lanes = [self.lanes[band] for band in bands if self.lanes[band].members]
             draft.stream(lanes, bands)
-            if draft.fill(bands[-1]) and place < len(groups):
-                hurried = True
+            if (draft.fill(bands[-1]) or draft.full) and place < len(groups):
+                hurried_for = bands[0]
                 break
-        self._hurried_steps = self._hurried_steps + 1 if hurried else 0
+        if hurried_for is None:
+            self._hurried_steps.clear()
+        else:
+            self._hurried_steps[hurried_for] = self._hurried_steps.get(hurried_for, 0) + 1
         lanes = [lane for lane in draft.lanes if lane.members]
         for lane in self.lanes:
             lane.note_step(lane in lanes or not lane.members, now_ms)
@@ -168,10 +177,16 @@ class SimScheduler:
             return [[0]]
         present = {s.seen_band for s in (*self.waiting, *self.prefilling.values())}
         present |= {lane.band for lane in self.lanes if lane.members}
-        bands = sorted(present)
-        if self._hurried_steps >= HURRIED_STEPS_MAX and bands:
-            return [bands]
-        return [[band] for band in bands]
+        together: list[list[int]] = []
+        spent = False
+        for band in sorted(present):
+            if spent:
+                together[-1].append(band)
+            else:
+                together.append([band])
+            # one that has used up its allowance goes together with all behind it
+            spent = spent or self._hurried_steps.get(band, 0) >= HURRIED_STEPS_MAX
+        return together
 
     def _guarded(self, now_ms: float) -> int:
         """The best band about of late: prompts of worse ones are limited."""
@@ -291,11 +306,15 @@ class _Draft:
         self._now_ms = now_ms
         self._guarded = guarded
         self._budget = scheduler.cost.step_tokens
-        self._lower_left = scheduler.rules.lower_prefill_tokens
+        self._lower_left = scheduler.pace.tokens_within(scheduler.rules.lower_prefill_ms)
         self._blocked = False
         self._preempted: dict[str, SimSequence] = {}
         self.lanes: list[Lane] = []
         self.chunks: dict[str, Chunk] = {}
+
+    @property
+    def full(self) -> bool:
+        return self._budget <= 0
 
     @property
     def preempted_any(self) -> bool:

@@ -118,6 +118,10 @@ class SimWorker:
         self.busy_ms += took_ms
         began_ms = segment.start_ms + segment.elapsed_ms(steps - 1)
         scheduler.note_ran(segment.lanes, segment.chunks, began_ms)
+        # as the worker does, which takes a chunk of one token for a row
+        prompts = sum(chunk.count for chunk in segment.chunks if chunk.count > 1)
+        singles = sum(chunk.count == 1 for chunk in segment.chunks)
+        scheduler.pace.note(prompts, segment.rows + singles, took_ms)
         tokens = segment.rows * steps
         self.output_tokens += tokens
         for lane in segment.lanes:

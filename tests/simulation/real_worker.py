@@ -5,7 +5,9 @@ from __future__ import annotations
 from headrace.policy.cost_model import CostModel, attended
 from headrace.policy.priority import TARGET_MS
 from headrace.types import BLOCK_TOKENS
+from headrace_sim.scheduler import LOWER_PREFILL_MS
 from headrace_worker.policy.blocks import BlockPool
+from headrace_worker.policy.pace import Pace
 from headrace_worker.policy.plan import Plan
 from headrace_worker.policy.scheduler import Scheduler
 from headrace_worker.policy.sequence import Sequence
@@ -16,6 +18,7 @@ def serve_really(cost: CostModel, load: list[Arrival]) -> dict[str, End]:
     """`load` on the real scheduler, each of whose steps takes what `cost` says."""
     pool = BlockPool(cost.kv_tokens // BLOCK_TOKENS)
     scheduler = Scheduler(pool, running_max=cost.max_jobs, step_tokens_max=cost.step_tokens)
+    pace = Pace()
     ends: dict[str, End] = {}
     coming, now = list(load), 0.0
     while coming or scheduler.waiting or scheduler.running:
@@ -23,8 +26,12 @@ def serve_really(cost: CostModel, load: list[Arrival]) -> dict[str, End]:
             now = max(now, coming[0].at_ms)
         while coming and coming[0].at_ms <= now:
             scheduler.add(_sequence(coming.pop(0), len(load) - len(coming)))
-        plan = scheduler.schedule(now)
-        now += _duration_ms(plan, cost)
+        lower = pace.tokens_within(LOWER_PREFILL_MS)
+        plan = scheduler.schedule(now, lower_prefill_tokens=lower)
+        took_ms = _duration_ms(plan, cost)
+        prompts = sum(item.count for item in plan.items if item.count > 1)
+        pace.note(prompts, sum(item.count == 1 for item in plan.items), took_ms)
+        now += took_ms
         for outcome in scheduler.apply(plan, [[7] if i.samples else [] for i in plan.items]):
             if outcome.ending:
                 ended = outcome.sequence
