@@ -110,6 +110,33 @@ class _Candidate(NamedTuple):
     room: Room
 
 
+class _Hold(NamedTuple):
+    """Leading blocks of the prompt that some workers (a bit set) hold, and what it would cost the
+    fleet, besides the prefill itself, to have them computed elsewhere."""
+
+    slots: int
+    blocks: int
+    saves: float
+
+
+_NOTHING = _Hold(0, 0, 0.0)
+
+
+def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
+    """`found` with what it saves: `scatter` times the tokens, divided among their holders."""
+    parts, holders = [], 0
+    for at, each in enumerate(found):
+        holders += each.slots.bit_count()
+        behind = found[at + 1].blocks if at + 1 < len(found) else 0
+        parts.append(scatter * (each.blocks - behind) * BLOCK_TOKENS / holders)
+    holds, saves = [], 0.0
+    for each, part in zip(reversed(found), reversed(parts), strict=True):
+        saves += part
+        holds.append(_Hold(each.slots, each.blocks, saves))
+    holds.reverse()
+    return holds
+
+
 class Router:
     """Chooses a worker for each job; remembers nothing but the rendezvous orders."""
 
@@ -144,10 +171,11 @@ class Router:
         return found[: self._config.preferred_max]
 
     def _worth_a_look(self, choice: _Choice, preferred: tuple[str, ...]) -> Iterator[str]:
-        yield from choice.holders()
+        """In the order in which those that cost the same are taken."""
         yield from preferred
-        yield from choice.workload.least_loaded(self._config.least_max)
+        yield from choice.holders()
         yield choice.workload.least_given
+        yield from choice.workload.least_loaded(self._config.least_max)
 
 
 class _Choice:
@@ -158,8 +186,9 @@ class _Choice:
         "_candidates",
         "_config",
         "_demand",
-        "_found",
+        "_holds",
         "_index",
+        "_most",
         "_now_ms",
         "_scores",
         "_seen",
@@ -182,7 +211,8 @@ class _Choice:
         self._allows = breakers.allows
         self._now_ms = now_ms
         self._demand: Demand = workload.demand(job)
-        self._found: list[Holders] = index.leaders(job.blocks)
+        self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
+        self._most = self._holds[0] if self._holds else _NOTHING
         self._seen: dict[str, None] = {}
         self._scores: list[Score] = []
         self._candidates: list[_Candidate] = []
@@ -191,12 +221,12 @@ class _Choice:
     @property
     def known_blocks(self) -> int:
         """Leading blocks of the prompt that some worker holds."""
-        return self._found[0].blocks if self._found else 0
+        return self._most.blocks
 
     def holders(self) -> Iterator[str]:
         """Who holds most of the prompt; of those that hold the same, who has least to do."""
         wanted = self._config.holders_max
-        for found in self._found:
+        for found in self._holds:
             if wanted <= 0:
                 return
             names = self._index.names(found.slots, wanted)
@@ -217,25 +247,22 @@ class _Choice:
         order = len(self._seen)
         self._seen[worker] = None
         config, demand = self._config, self._demand
-        slot, blocks = self._index.slot(worker), 0
-        for found in self._found:
-            if found.slots & slot:
-                blocks = found.blocks
-                break
-        uncached = max(1, demand.held - blocks * BLOCK_TOKENS)
+        slot = self._index.slot(worker)
+        hold = next((each for each in self._holds if each.slots & slot), _NOTHING)
+        uncached = max(1, demand.held - hold.blocks * BLOCK_TOKENS)
         slowness = standing.slowness
-        cost = (standing.work + config.recompute_weight * uncached) * slowness
+        cost = (standing.work + uncached + self._most.saves - hold.saves) * slowness
         share = standing.given * slowness / self._share
         words = standing.verdict.reason
         room = standing.verdict.room
         if room is not Room.NONE:
             if self._allows(worker, self._now_ms):
                 over = share > config.load_bound
-                price = cost + slowness * self._excess(share, standing.work)
+                price = cost + slowness * self._excess(share, standing.work, hold)
                 if over:
                     words = "over its share"
                 self._candidates.append(
-                    _Candidate(room is not Room.FREE, price, order, worker, blocks, over, room)
+                    _Candidate(room is not Room.FREE, price, order, worker, hold.blocks, over, room)
                 )
             else:
                 words = "its breaker is open"
@@ -243,42 +270,42 @@ class _Choice:
             Score(worker, uncached, standing.work, cost, share, standing.jobs, words)
         )
 
-    def _excess(self, share: float, work: float) -> float:
-        """What being given more than others adds to the price: at most what holding all saves."""
-        config, held = self._config, max(1, self._demand.held)
+    def _excess(self, share: float, work: float, hold: _Hold) -> float:
+        """What being given more than others adds to the price: at most what holding saves."""
+        config = self._config
         if share <= config.comfort or not work:
             return 0.0  # who is idle may take more, since nobody waits for it
-        busy = min(1.0, work / (config.busy_part * held))
+        busy = min(1.0, work / (config.busy_part * max(1, self._demand.held)))
         part = min(1.0, (share - config.comfort) / (config.load_bound - config.comfort))
-        return busy * part * config.recompute_weight * held
+        return busy * part * (hold.blocks * BLOCK_TOKENS + hold.saves)
 
     def best(self, preferred: tuple[str, ...]) -> Route | None:
-        """The best candidate; None if none has free room."""
-        if not self._candidates:
+        """The best candidate with free room; None if none has any."""
+        free = [candidate for candidate in self._candidates if not candidate.gives_way]
+        if not free:
             return None
-        best = min(self._candidates)
-        if best.gives_way:
-            return None
-        if self.known_blocks * BLOCK_TOKENS < self._config.known_part * self._demand.held:
-            return self._place(best, preferred)
-        if best.blocks == self.known_blocks:
-            return self._route(best, "holds most of the prompt")
-        return self._route(best, "its holders have more to do than it saves")
-
-    def _place(self, best: _Candidate, preferred: tuple[str, ...]) -> Route:
-        """Where a prompt goes that nobody holds."""
-        within = [c for c in self._candidates if not c.over and not c.gives_way]
-        if not within:
-            return self._route(best, "all are over their share")
-        least = min(within)
-        most = least.price + self._config.neighbour_part * self._demand.held
-        by_worker = {candidate.worker: candidate for candidate in within}
+        unknown = self.known_blocks * BLOCK_TOKENS < self._config.known_part * self._demand.held
+        if unknown:
+            free = [candidate for candidate in free if not candidate.over] or free
+        best = min(free)
+        uncached = self._demand.held - best.blocks * BLOCK_TOKENS
+        most = best.price + self._config.neighbour_part * uncached
+        by_worker = {candidate.worker: candidate for candidate in free}
         for worker in preferred:
             neighbour = by_worker.get(worker)
             if neighbour is not None and neighbour.price <= most:
-                reason = "affinity" if worker == preferred[0] else "spill-over"
-                return self._route(neighbour, reason)
-        return self._route(least, "least to do")
+                best = neighbour
+                break
+        return self._route(best, self._why(best, preferred, unknown))
+
+    def _why(self, best: _Candidate, preferred: tuple[str, ...], unknown: bool) -> str:
+        if not unknown and best.blocks == self.known_blocks:
+            return "holds most of the prompt"
+        if not unknown:
+            return "its holders have more to do than it saves"
+        if best.worker not in preferred:
+            return "all are over their share" if best.over else "least to do"
+        return "affinity" if best.worker == preferred[0] else "spill-over"
 
     def anywhere(self) -> Route:
         """Whoever has room, free room first, when no candidate has free room."""
