@@ -83,16 +83,26 @@ def test_lower_bands_are_refused_first() -> None:
 
 
 def test_a_band_is_refused_where_its_wait_would_be_too_long() -> None:
-    board = a_board(waits_ms=(0, 65_000, 65_000))
-    assert verdict(Band.INTERACTIVE, board).admitted
-    assert verdict(Band.BATCH, board).admitted
-    refused = verdict(Band.STANDARD, board)
+    wide = replace(LIMITS, queue_work_max=10**9)
+    board = a_board(queued_work=(0, 6_500, 0), waits_ms=(0, 65_000, 65_000))
+    facts = AdmissionFacts(board)
+    assert decide(ask(Band.INTERACTIVE), facts, wide).admitted
+    assert decide(ask(Band.BATCH), facts, wide).admitted
+    refused = decide(ask(Band.STANDARD), facts, wide)
     assert (refused.status, refused.code, refused.retry_after_ms) == (429, "queue_full", 5_000)
     assert "65000 ms" in refused.reason
     assert "standard" in refused.reason
     error = refused.refusal()
     assert isinstance(error, OverloadError)
     assert (error.status, error.code, error.retry_after_ms) == (429, "queue_full", 5_000)
+
+
+def test_a_wait_that_others_make_long_ends_with_what_they_have_left() -> None:
+    """Batch moves at its share while others come; if they stop, it has the whole fleet."""
+    wide = replace(LIMITS, queue_work_max=10**9)
+    board = a_board(queued=(0, 9, 1), queued_work=(0, 3_000, 500), waits_ms=(0, 30_000, 900_000))
+    refused = decide(ask(Band.BATCH), AdmissionFacts(board), wide)
+    assert (refused.status, refused.retry_after_ms) == (429, 30_000)
 
 
 def test_a_burst_between_two_boards_counts() -> None:

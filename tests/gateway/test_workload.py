@@ -19,7 +19,7 @@ from headrace.types import (
     Sampling,
     pack_tokens,
 )
-from headrace_gateway.policy.bookings import ALL, SHARED_BLOCKS
+from headrace_gateway.policy.bookings import ALL, NO_TURN, SHARED_BLOCKS
 from headrace_gateway.policy.given import Given
 from headrace_gateway.policy.peak import PeakProfile, peak_tokens
 from headrace_gateway.policy.speeds import Speeds
@@ -314,3 +314,22 @@ def test_what_was_given_fades_but_its_order_does_not() -> None:
     assert given_lately.least == "d"
     given_lately.add("gone", 5, 200_000)
     given_lately.check_integrity()
+
+
+def test_prompts_wait_in_the_queue_and_not_on_a_worker() -> None:
+    """Two seconds of computing are enough for a worker; better bands do not count lower ones."""
+    workload = fleet(kv_tokens=1_000_000, max_jobs=64)
+    for number in range(1, 4):
+        workload.progress(Progress("w0", number, busy_ms=1_000, prefill_tokens=500))
+    batch = a_job("b", prompt=900, band=Band.BATCH)
+    workload.book("w0", batch, 900, NOW)
+    second = a_job("c", prompt=200, band=Band.BATCH)
+    assert workload.room("w0", second).room is Room.FREE
+    workload.book("w0", second, 200, NOW)
+    third = a_job("d", prompt=1, band=Band.BATCH)
+    assert workload.room("w0", third) == NO_TURN
+    assert workload.room("w0", a_job("i", prompt=1, band=Band.INTERACTIVE)).room is Room.PREEMPTING
+    news = (JobProgress("b", 600, 0, 0),)
+    workload.progress(Progress("w0", 4, news, busy_ms=1_000, prefill_tokens=600))
+    assert workload.room("w0", third).room is Room.FREE
+    workload.check_integrity()

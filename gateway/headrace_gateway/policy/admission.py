@@ -181,6 +181,16 @@ class _Queue:
             count -= leaving
         return self.drain_ms(work + count * EXPECTED_OUTPUT_TOKENS)
 
+    def shrinks_ms(self, band: Band, wait_ms_max: int) -> float:
+        """Until `band` waits less than `wait_ms_max`, if nobody else comes.
+
+        A wait that is long because better bands keep coming ends with what they have left here.
+        """
+        wait_ms = self.wait_ms(band)
+        alone_ms = self.drain_ms(sum(self.work[: band + 1]))
+        better_ms = self.drain_ms(sum(self.work[:band]))
+        return min(wait_ms - wait_ms_max, max(alone_ms - wait_ms_max, better_ms))
+
     def wait_ms(self, band: Band) -> int:
         """The predicted wait of a job that comes now."""
         rate = self._board.work_per_s
@@ -204,7 +214,7 @@ def _ceilings(band: Band, queue: _Queue, limits: AdmissionLimits) -> list[_Obsta
             f"the queue is too long for {band.label}: the wait would be about {wait_ms} ms, "
             f"{wait_ms_max} may be"
         )
-        found.append(_Obstacle("queue_full", reason, wait_ms - wait_ms_max))
+        found.append(_Obstacle("queue_full", reason, queue.shrinks_ms(band, wait_ms_max)))
     return found
 
 

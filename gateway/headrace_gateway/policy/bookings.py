@@ -22,6 +22,9 @@ from headrace_gateway.policy.speeds import Speeds
 
 JOBS_FACTOR = 2
 """Times its max_jobs are on a worker at most, those that wait for preemption included."""
+TURN_MS = 2_000
+"""Of prompts may wait on a worker: it never runs dry between two reports, and what waits longer
+waits in the queue, where it can be reordered, told its place, and refused in time."""
 SHARED_BLOCKS = 32
 """Shared prefixes are looked for in steps of so many blocks."""
 SHARED_STEPS_MAX = 64
@@ -64,6 +67,7 @@ PREEMPTING = Verdict(Room.PREEMPTING, "lower bands give way")
 CLOSED = Verdict(Room.NONE, "takes no jobs")
 NO_SLOT = Verdict(Room.NONE, "has as many jobs as it takes")
 NO_TOKENS = Verdict(Room.NONE, "its KV would overflow")
+NO_TURN = Verdict(Room.NONE, "has prompts enough to compute")
 
 
 class Demand(NamedTuple):
@@ -259,7 +263,7 @@ class Bookings:
         if demand.held >= refusal[0] and demand.remaining >= refusal[1]:
             return NO_TOKENS
         verdict = self._fits(level, demand, int(kv_share * self.facts.kv_tokens))
-        if verdict is NO_SLOT:
+        if verdict is NO_SLOT or verdict is NO_TURN:
             self.refusals[level] = None
         elif verdict is NO_TOKENS:
             self.refusals[level] = (demand.held, demand.remaining)
@@ -273,6 +277,9 @@ class Bookings:
             return NO_SLOT
         if count == 0:
             return IDLE
+        speed = self.speeds.prefill_per_s  # 0 while unknown
+        if speed and sum(self.waiting[: level + 1]) > speed * TURN_MS / 1000:
+            return NO_TURN
         if sum(self.reserved[: level + 1]) + demand.held + demand.remaining <= cap:
             return FITS
         peak = self._profile(level).peak_with(demand.held, demand.remaining)
@@ -314,6 +321,13 @@ def _shares(blocks: bytes) -> tuple[int, ...]:
         return ()
     steps = memoryview(blocks).cast("Q")[SHARED_BLOCKS - 1 :: SHARED_BLOCKS]
     return tuple(steps[:SHARED_STEPS_MAX])
+
+
+def shared_key(blocks: bytes, count: int) -> int:
+    """The key by which bookings know the longest part of a prompt's first `count` blocks that they
+    compare; there are at least SHARED_BLOCKS."""
+    step = min(count // SHARED_BLOCKS, SHARED_STEPS_MAX) * SHARED_BLOCKS
+    return memoryview(blocks).cast("Q")[step - 1]
 
 
 def _counted_once(by_remaining: Sequence[Booking]) -> list[tuple[int, int]]:

@@ -131,7 +131,7 @@ class DispatchPolicy:
         self.throughput.served(tokens)
 
     def done(self, done: JobDone, now_ms: int) -> None:
-        """A job ended on a worker: room is free, its tenant pays the rest, its length is learned."""
+        """A job ended on a worker: room is free, its tenant pays, its length is learned."""
         charge = self.workload.done(done)
         p = done.progress
         self.queue.finished(p.job, p.output)
