@@ -3,24 +3,26 @@
 Invariant: a job goes only where there is room and the breaker lets it. While any such worker has
 room one gets it, and free room goes before room that lower bands have to give up.
 
-The cost of a worker is what waits and decodes there, and RECOMPUTE_WEIGHT times the prompt tokens
-that it does not hold: computing them delays this job, then whoever waits behind it, and their
-blocks take the place of somebody else's. A worker's share is what it was given lately, in parts of
-the mean. Over LOAD_BOUND it gets no prompt that nobody holds. For those it holds, from COMFORT on,
-if it is busy, it costs more and more, until at LOAD_BOUND holding all of a prompt saves nothing. So
-a hot prefix is copied once its holder has had its share and has enough to do, while few requests at
-a time stay together, and a busy minute does not scatter conversations.
+The cost of a worker is what waits and decodes there, and the prompt tokens that it does not hold.
+Those that others hold count RECOMPUTE_WEIGHT times, divided among the holders: besides the prefill,
+one more copy pushes out somebody else's blocks, which pays only for what many want. New tokens
+count more where more than the mean was given lately (a worker's share), less where it was less:
+caches that lose blocks at one speed hit like one large cache.
 
-A prompt that nobody holds much of goes to the first within its share in the rendezvous order of its
-first unknown block, unless that one is busier by more than NEIGHBOUR_PART of this prompt: prompts
-that only begin alike spread, and equal ones meet again, from whichever gateway. Not all of 500
-workers are looked at, but those that can win: the best holders, the preferred, those with least to
-do, the one that was given least.
+Over LOAD_BOUND times the mean a worker gets no prompt that nobody holds. A hot prefix, of which it
+runs SHARERS at a time, costs more and more there from COMFORT on, until at LOAD_BOUND holding it
+saves nothing; so it is copied when load asks for it, and a conversation stays where it is.
+
+Among those that cost the same within NEIGHBOUR_PART of the prompt, the rendezvous order of its
+first unknown block decides: prompts that only begin alike spread, and equal ones meet again, from
+whichever gateway. Not all of 500 workers are looked at, but those that can win: the preferred, the
+best holders, the one that was given least, those with least to do.
 
 Sources: NVIDIA Dynamo (cost); Thaler and Ravishankar 1996 (rendezvous); Mirrokni, Thorup and
 Zadimoghaddam 2016 (bounded loads). Rejected: the longest prefix alone, which herds; the cost of
 this job alone (weight 1), which on Mooncake's trace gives away a third of the hits when workers are
-busy; a bound on what is there at the moment, which in a half idle fleet most busy workers exceed.
+busy; a bound on what is there at the moment, which in a half idle fleet most busy workers exceed;
+moving whatever is on a worker over its share, which scatters conversations after a busy minute.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
-from headrace_gateway.policy.bookings import ALL, Demand, Room
+from headrace_gateway.policy.bookings import ALL, SHARED_BLOCKS, Demand, Room, shared_key
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.expectations import Holders
 from headrace_gateway.policy.prefix_index import PrefixIndex
@@ -40,11 +42,15 @@ from headrace_gateway.policy.workload import Workload
 LOAD_BOUND = 1.25
 COMFORT = 1.125
 RECOMPUTE_WEIGHT = 12.0
+BALANCE_WEIGHT = 2.0
+SHARE_MAX = 3.0
+"""Times the mean: more does not count more."""
+SHARERS = 4
 BUSY_PART = 0.25
-"""A holder whose work is so much of the prompt's counts as busy."""
+"""Of a prompt too short to count sharers: a worker with so much other work is as good as hot."""
 KNOWN_PART = 0.25
 """A prompt of which nobody holds so much counts as unknown."""
-NEIGHBOUR_PART = 0.25
+NEIGHBOUR_PART = 0.1
 HOLDERS_MAX = 3
 PREFERRED_MAX = 3
 LEAST_MAX = 2
@@ -59,6 +65,8 @@ class RoutingConfig:
     load_bound: float = LOAD_BOUND
     comfort: float = COMFORT
     recompute_weight: float = RECOMPUTE_WEIGHT
+    balance_weight: float = BALANCE_WEIGHT
+    sharers: int = SHARERS
     busy_part: float = BUSY_PART
     known_part: float = KNOWN_PART
     neighbour_part: float = NEIGHBOUR_PART
@@ -68,7 +76,7 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         assert 1 <= self.comfort < self.load_bound, "comfort ends before the bound"
-        assert self.busy_part > 0, "nobody is busy with nothing"
+        assert self.busy_part > 0 and self.sharers > 0, "nobody is busy with nothing"
 
 
 class Score(NamedTuple):
@@ -183,6 +191,7 @@ class _Choice:
 
     __slots__ = (
         "_allows",
+        "_blocks",
         "_candidates",
         "_config",
         "_demand",
@@ -209,6 +218,7 @@ class _Choice:
         self.workload = workload
         self._index = index
         self._allows = breakers.allows
+        self._blocks = job.blocks
         self._now_ms = now_ms
         self._demand: Demand = workload.demand(job)
         self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
@@ -258,7 +268,10 @@ class _Choice:
         if room is not Room.NONE:
             if self._allows(worker, self._now_ms):
                 over = share > config.load_bound
-                price = cost + slowness * self._excess(share, standing.work, hold)
+                # what is new there pushes older blocks out: that is to happen everywhere alike
+                new = config.balance_weight * uncached * (min(share, SHARE_MAX) - 1)
+                excess = self._excess(worker, share, standing.work, hold)
+                price = cost + new + excess * slowness
                 if over:
                     words = "over its share"
                 self._candidates.append(
@@ -270,12 +283,16 @@ class _Choice:
             Score(worker, uncached, standing.work, cost, share, standing.jobs, words)
         )
 
-    def _excess(self, share: float, work: float, hold: _Hold) -> float:
+    def _excess(self, worker: str, share: float, work: float, hold: _Hold) -> float:
         """What being given more than others adds to the price: at most what holding saves."""
         config = self._config
         if share <= config.comfort or not work:
             return 0.0  # who is idle may take more, since nobody waits for it
-        busy = min(1.0, work / (config.busy_part * max(1, self._demand.held)))
+        if hold.blocks >= SHARED_BLOCKS:
+            key = shared_key(self._blocks, hold.blocks)
+            busy = min(1.0, self.workload.sharers(worker, key) / config.sharers)
+        else:
+            busy = min(1.0, work / (config.busy_part * max(1, self._demand.held)))
         part = min(1.0, (share - config.comfort) / (config.load_bound - config.comfort))
         return busy * part * (hold.blocks * BLOCK_TOKENS + hold.saves)
 

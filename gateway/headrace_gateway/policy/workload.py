@@ -320,6 +320,11 @@ class Workload:
             known.speeds.slowness(self.prefill_per_s),
         )
 
+    def sharers(self, worker: str, key: int) -> int:
+        """Jobs on `worker` whose prompts begin alike, up to the block of `key` (shared_key)."""
+        known = self._workers.get(worker)
+        return 0 if known is None else known.shares.get(key, 0)
+
     @property
     def prefill_per_s(self) -> float:
         """Uncached prompt tokens that one worker computes in a second; 0 while unknown."""
