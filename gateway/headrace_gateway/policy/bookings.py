@@ -330,13 +330,6 @@ def shared_key(blocks: bytes, count: int) -> int:
     return memoryview(blocks).cast("Q")[step - 1]
 
 
-def shared_key(blocks: bytes, count: int) -> int:
-    """The key by which bookings know the longest part of a prompt's first `count` blocks that they
-    compare; there are at least SHARED_BLOCKS."""
-    step = min(count // SHARED_BLOCKS, SHARED_STEPS_MAX) * SHARED_BLOCKS
-    return memoryview(blocks).cast("Q")[step - 1]
-
-
 def _counted_once(by_remaining: Sequence[Booking]) -> list[tuple[int, int]]:
     """(held, remaining), where whoever ends last pays for what is shared."""
     seen: set[int] = set()
