@@ -190,6 +190,7 @@ class Bookings:
         "reserved",
         "shared",
         "shares",
+        "shut",
         "speeds",
         "waiting",
     )
@@ -207,8 +208,10 @@ class Bookings:
         self.shared = 0
         """Steps of prefixes that more than one job has."""
         self.profiles: list[PeakProfile | None] = [None] * len(Band)
-        self.refusals: list[tuple[int, int] | None] = [_UNLIMITED] * len(Band)
-        """Per level the (held, remaining) that did not fit; None where nothing does."""
+        self.refusals = [_UNLIMITED] * len(Band)
+        """Per level the (held, remaining) that did not fit."""
+        self.shut: list[Verdict | None] = [None] * len(Band)
+        """Per level why nothing fits, whatever its size."""
         self.speeds = Speeds()
 
     def put(self, booking: Booking) -> None:
@@ -254,22 +257,26 @@ class Bookings:
         """What did not fit may fit now."""
         self.profiles = [None] * len(Band)
         self.refusals = [_UNLIMITED] * len(Band)
+        self.shut = [None] * len(Band)
 
-    def fits(self, level: int, demand: Demand, kv_share: float) -> Verdict:
-        """Whether `demand` fits beside the jobs of `level`."""
+    def fits(
+        self, level: int, demand: Demand, kv_share: float, *, patient: bool = False
+    ) -> Verdict:
+        """Whether `demand` fits beside the jobs of `level`; who is `patient` waits for its turn."""
+        shut = self.shut[level]
+        if shut is NO_SLOT or (shut is NO_TURN and not patient):
+            return shut
         refusal = self.refusals[level]
-        if refusal is None:
-            return NO_SLOT
         if demand.held >= refusal[0] and demand.remaining >= refusal[1]:
             return NO_TOKENS
-        verdict = self._fits(level, demand, int(kv_share * self.facts.kv_tokens))
+        verdict = self._fits(level, demand, int(kv_share * self.facts.kv_tokens), patient)
         if verdict is NO_SLOT or verdict is NO_TURN:
-            self.refusals[level] = None
+            self.shut[level] = verdict
         elif verdict is NO_TOKENS:
             self.refusals[level] = (demand.held, demand.remaining)
         return verdict
 
-    def _fits(self, level: int, demand: Demand, cap: int) -> Verdict:
+    def _fits(self, level: int, demand: Demand, cap: int, patient: bool) -> Verdict:
         count = sum(self.counts[: level + 1])
         if count and count >= self.facts.max_jobs:
             return NO_SLOT
@@ -278,7 +285,7 @@ class Bookings:
         if count == 0:
             return IDLE
         speed = self.speeds.prefill_per_s  # 0 while unknown
-        if speed and sum(self.waiting[: level + 1]) > speed * TURN_MS / 1000:
+        if not patient and speed and sum(self.waiting[: level + 1]) > speed * TURN_MS / 1000:
             return NO_TURN
         if sum(self.reserved[: level + 1]) + demand.held + demand.remaining <= cap:
             return FITS

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
-from headrace_gateway.policy.bookings import ALL, SHARED_BLOCKS, Demand, Room, shared_key
+from headrace_gateway.policy.bookings import ALL, NO_TURN, SHARED_BLOCKS, Demand, Room, shared_key
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.expectations import Holders
 from headrace_gateway.policy.prefix_index import PrefixIndex
@@ -199,6 +199,7 @@ class _Choice:
         "_index",
         "_most",
         "_now_ms",
+        "_patient",
         "_scores",
         "_seen",
         "_share",
@@ -226,6 +227,8 @@ class _Choice:
         self._seen: dict[str, None] = {}
         self._scores: list[Score] = []
         self._candidates: list[_Candidate] = []
+        self._patient: list[_Candidate] = []
+        """Holders that have prompts enough: worth waiting for, if the others are not worth it."""
         self._share = workload.share(self._demand, now_ms)
 
     @property
@@ -251,12 +254,12 @@ class _Choice:
         """Score `worker`, once."""
         if worker in self._seen:
             return
-        standing = self.workload.standing(worker, self._demand)
+        config, workload, demand = self._config, self.workload, self._demand
+        standing = workload.standing(worker, demand)
         if standing is None:
             return  # it drains
         order = len(self._seen)
         self._seen[worker] = None
-        config, demand = self._config, self._demand
         slot = self._index.slot(worker)
         hold = next((each for each in self._holds if each.slots & slot), _NOTHING)
         uncached = max(1, demand.held - hold.blocks * BLOCK_TOKENS)
@@ -264,7 +267,9 @@ class _Choice:
         cost = (standing.work + uncached + self._most.saves - hold.saves) * slowness
         share = standing.given * slowness / self._share
         words = standing.verdict.reason
-        room = standing.verdict.room
+        room, candidates = standing.verdict.room, self._candidates
+        if standing.verdict is NO_TURN and hold.blocks:
+            room, candidates = workload.room_for(worker, demand, patient=True).room, self._patient
         if room is not Room.NONE:
             if self._allows(worker, self._now_ms):
                 over = share > config.load_bound
@@ -274,7 +279,7 @@ class _Choice:
                 price = cost + new + excess * slowness
                 if over:
                     words = "over its share"
-                self._candidates.append(
+                candidates.append(
                     _Candidate(room is not Room.FREE, price, order, worker, hold.blocks, over, room)
                 )
             else:
@@ -301,6 +306,7 @@ class _Choice:
         free = [candidate for candidate in self._candidates if not candidate.gives_way]
         if not free:
             return None
+        free.extend(each for each in self._patient if not each.gives_way)
         unknown = self.known_blocks * BLOCK_TOKENS < self._config.known_part * self._demand.held
         if unknown:
             free = [candidate for candidate in free if not candidate.over] or free

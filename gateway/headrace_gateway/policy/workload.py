@@ -209,15 +209,15 @@ class Workload:
         """Whether `job` may go to `worker` now."""
         return self.room_for(worker, self.demand(job))
 
-    def room_for(self, worker: str, demand: Demand) -> Verdict:
-        """As `room`, for who asks of many workers."""
+    def room_for(self, worker: str, demand: Demand, *, patient: bool = False) -> Verdict:
+        """As `room`, for who asks of many workers; who is `patient` waits for its turn there."""
         known = self._workers.get(worker)
         if known is None or not known.is_open:
             return CLOSED
-        verdict = known.fits(ALL, demand, self._config.kv_share)
+        verdict = known.fits(ALL, demand, self._config.kv_share, patient=patient)
         if verdict.room is Room.FREE or demand.band == ALL:
             return verdict
-        own = known.fits(demand.band, demand, self._config.kv_share)
+        own = known.fits(demand.band, demand, self._config.kv_share, patient=patient)
         return PREEMPTING if own.room is Room.FREE else own
 
     def is_hopeless(self, demand: Demand) -> bool:
