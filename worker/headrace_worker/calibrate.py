@@ -203,7 +203,7 @@ def cells(kv_tokens: int, context_tokens: int, max_jobs: int, step_tokens: int) 
         Cell(n, CONTEXTS[1], min(chunk, step_tokens - n), 0)
         for n in MIXED_ROWS
         for chunk in chunks[1:]
-        if n <= max_jobs and n < step_tokens
+        if n < min(max_jobs, step_tokens)  # the prompt takes a place as well
     ]
     longest = context_tokens - 4 * BLOCK_TOKENS
     return [
