@@ -7,7 +7,6 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from headrace_gateway.policy.workload import WorkerFacts
 
 from headrace.types import (
     BLOCK_KEY_BYTES,
@@ -24,6 +23,7 @@ from headrace.types import (
 )
 from headrace_gateway.policy.dispatch import Decision, DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
+from headrace_gateway.policy.workload import WorkerFacts
 
 NOW = 1_700_000_000_000
 
