@@ -47,7 +47,7 @@ class Scheduler:
         step_tokens_max: int,
         calm_ms: int = CALM_MS,
     ) -> None:
-        """Prompts of lower bands are limited while a better band is here, or ran within `calm_ms`."""
+        """Lower bands' prompts are limited while a better band is here, or ran within `calm_ms`."""
         assert 0 < running_max <= step_tokens_max, "every running sequence needs a token a step"
         self.pool = pool
         self._running_max = running_max
