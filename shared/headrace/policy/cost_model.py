@@ -4,9 +4,9 @@ Invariant: a step's time is linear in what the step computes, with no negative c
 work never takes less time. A step costs `step_ms` (launching, sampling, publishing), each prefill
 token its share of the matrix products, each decoding row the same plus reading the KV of its
 context, and prefill tokens the attention to what stands before them; a step of one single token
-does without `batch_ms`, as products with one row go another, cheaper way. Rejected: a table of measured
-steps, which says nothing between its points; a roofline, whose corner no worker that we measured
-shows. The same shape: Vidur (Agrawal et al., MLSys 2024) fits such terms per operator.
+does without `batch_ms`, as products with one row go another, cheaper way. Rejected: a table of
+measured steps, which says nothing between its points; a roofline, whose corner no worker that we
+measured shows. The same shape: Vidur (Agrawal et al., MLSys 2024) fits such terms per operator.
 """
 
 from __future__ import annotations
