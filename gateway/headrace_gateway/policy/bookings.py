@@ -277,7 +277,7 @@ class Bookings:
         return verdict
 
     def _fits(self, level: int, demand: Demand, cap: int, patient: bool) -> Verdict:
-        count = sum(self.counts[: level + 1])
+        count = len(self.jobs) if level == ALL else sum(self.counts[: level + 1])
         if count and count >= self.facts.max_jobs:
             return NO_SLOT
         if self.jobs and len(self.jobs) >= JOBS_FACTOR * self.facts.max_jobs:

@@ -50,7 +50,7 @@ BUSY_PART = 0.25
 """Of a prompt too short to count sharers: a worker with so much other work is as good as hot."""
 KNOWN_PART = 0.25
 """A prompt of which nobody holds so much counts as unknown."""
-NEIGHBOUR_PART = 0.1
+NEIGHBOUR_PART = 0.25
 HOLDERS_MAX = 3
 PREFERRED_MAX = 3
 LEAST_MAX = 2
@@ -163,10 +163,11 @@ class Router:
         if names is not self._named:
             self._rendezvous.set_names(names)
             self._named = names
-        if workload.is_hopeless(workload.demand(job)):
+        demand = workload.demand(job)
+        if workload.is_hopeless(demand):
             return Route("", "no worker has room")
         index.expire(now_ms)
-        choice = _Choice(self._config, workload, index, breakers, job, now_ms)
+        choice = _Choice(self._config, workload, index, breakers, job, demand, now_ms)
         preferred = self._preferred(job, choice.known_blocks)
         for worker in self._worth_a_look(choice, preferred):
             choice.consider(worker)
@@ -213,6 +214,7 @@ class _Choice:
         index: PrefixIndex,
         breakers: Breakers,
         job: Job,
+        demand: Demand,
         now_ms: int,
     ) -> None:
         self._config = config
@@ -221,7 +223,7 @@ class _Choice:
         self._allows = breakers.allows
         self._blocks = job.blocks
         self._now_ms = now_ms
-        self._demand: Demand = workload.demand(job)
+        self._demand = demand
         self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
         self._most = self._holds[0] if self._holds else _NOTHING
         self._seen: dict[str, None] = {}
@@ -261,7 +263,11 @@ class _Choice:
         order = len(self._seen)
         self._seen[worker] = None
         slot = self._index.slot(worker)
-        hold = next((each for each in self._holds if each.slots & slot), _NOTHING)
+        hold = _NOTHING
+        for each in self._holds:
+            if each.slots & slot:
+                hold = each
+                break
         uncached = max(1, demand.held - hold.blocks * BLOCK_TOKENS)
         slowness = standing.slowness
         cost = (standing.work + uncached + self._most.saves - hold.saves) * slowness

@@ -11,6 +11,8 @@ from __future__ import annotations
 HALF_LIFE_MS = 10_000
 BUSY_MS_MIN = 500
 """Less work than this says nothing."""
+LEAST_PART = 0.01
+"""Of the mean of all tokens: what a prompt token costs at least, whatever noise says."""
 SAME = 1.2
 """Workers within this factor of the mean count as equally fast."""
 SLOWNESS_MAX = 4.0
@@ -19,9 +21,11 @@ SLOWNESS_MAX = 4.0
 class Speeds:
     """Least squares of busy time over prompt and output tokens."""
 
-    __slots__ = ("_bo", "_bp", "_busy", "_oo", "_output", "_po", "_pp", "_prefill")
+    __slots__ = ("_bo", "_bp", "_busy", "_oo", "_output", "_po", "_pp", "_prefill", "prefill_per_s")
 
     def __init__(self) -> None:
+        self.prefill_per_s = 0.0
+        """Prompt tokens in a second of nothing else; 0 while unknown."""
         self._busy = self._prefill = self._output = 0.0
         self._pp = self._po = self._oo = self._bp = self._bo = 0.0
 
@@ -39,10 +43,9 @@ class Speeds:
         self._oo = keep * self._oo + o * o
         self._bp = keep * self._bp + b * p
         self._bo = keep * self._bo + b * o
+        self.prefill_per_s = self._solved()
 
-    @property
-    def prefill_per_s(self) -> float:
-        """Prompt tokens in a second of nothing else; 0 while unknown."""
+    def _solved(self) -> float:
         if self._busy < BUSY_MS_MIN or not self._pp:
             return 0.0
         determinant = self._pp * self._oo - self._po * self._po
@@ -50,9 +53,8 @@ class Speeds:
             per_token = (self._bp * self._oo - self._bo * self._po) / determinant
         else:
             per_token = self._bp / self._pp  # prompts and output always came together, or alone
-        if per_token <= 0:
-            per_token = self._busy / (self._prefill + self._output)
-        return 1000 / per_token
+        mean = self._busy / (self._prefill + self._output)
+        return 1000 / (max(per_token, LEAST_PART * mean) if per_token > 0 else mean)
 
     def slowness(self, mean_prefill_per_s: float) -> float:
         """How long this worker takes for what takes 1 at the mean speed; 1 where they are alike."""
