@@ -124,7 +124,7 @@ def test_a_slot_is_used_again_only_when_nothing_names_it_any_more() -> None:
     for turn in range(1, 4):
         index.expire(NOW + turn * TTL_MS)
     index.stored("newer", chain("c", 1))
-    assert index.slot("newer") == 1, "a fleet that changes for ever uses few slots"
+    assert index.bits["newer"] == 1, "a fleet that changes for ever uses few slots"
     index.check_integrity()
 
 

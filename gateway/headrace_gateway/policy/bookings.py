@@ -259,38 +259,46 @@ class Bookings:
         self.refusals = [_UNLIMITED] * len(Band)
         self.shut = [None] * len(Band)
 
+    def room(self, demand: Demand, kv_share: float, *, patient: bool = False) -> Verdict:
+        """Whether `demand` may come; who is `patient` waits for its turn."""
+        verdict = self.fits(ALL, demand, kv_share, patient=patient)
+        if verdict.room is Room.FREE or demand.band == ALL:
+            return verdict
+        own = self.fits(demand.band, demand, kv_share, patient=patient)
+        return PREEMPTING if own.room is Room.FREE else own
+
     def fits(
         self, level: int, demand: Demand, kv_share: float, *, patient: bool = False
     ) -> Verdict:
-        """Whether `demand` fits beside the jobs of `level`; who is `patient` waits for its turn."""
+        """Whether `demand` fits beside the jobs of `level`: FREE or NONE."""
         shut = self.shut[level]
-        if shut is NO_SLOT or (shut is NO_TURN and not patient):
+        if shut is not None and not (patient and shut is NO_TURN):
             return shut
         refusal = self.refusals[level]
         if demand.held >= refusal[0] and demand.remaining >= refusal[1]:
             return NO_TOKENS
-        verdict = self._fits(level, demand, int(kv_share * self.facts.kv_tokens), patient)
-        if verdict is NO_SLOT or verdict is NO_TURN:
-            self.shut[level] = verdict
-        elif verdict is NO_TOKENS:
-            self.refusals[level] = (demand.held, demand.remaining)
-        return verdict
-
-    def _fits(self, level: int, demand: Demand, cap: int, patient: bool) -> Verdict:
-        count = len(self.jobs) if level == ALL else sum(self.counts[: level + 1])
-        if count and count >= self.facts.max_jobs:
+        count = jobs = len(self.jobs)
+        waiting, reserved = self.waiting, self.reserved
+        if level != ALL:
+            count = sum(self.counts[: level + 1])
+            waiting, reserved = waiting[: level + 1], reserved[: level + 1]
+        jobs_max = self.facts.max_jobs
+        if (count and count >= jobs_max) or (jobs and jobs >= JOBS_FACTOR * jobs_max):
+            self.shut[level] = NO_SLOT
             return NO_SLOT
-        if self.jobs and len(self.jobs) >= JOBS_FACTOR * self.facts.max_jobs:
-            return NO_SLOT
-        if count == 0:
+        if not count:
             return IDLE
         speed = self.speeds.prefill_per_s  # 0 while unknown
-        if not patient and speed and sum(self.waiting[: level + 1]) > speed * TURN_MS / 1000:
+        if speed and not patient and sum(waiting) > speed * TURN_MS / 1000:
+            self.shut[level] = NO_TURN
             return NO_TURN
-        if sum(self.reserved[: level + 1]) + demand.held + demand.remaining <= cap:
+        cap = int(kv_share * self.facts.kv_tokens)
+        if sum(reserved) + demand.held + demand.remaining <= cap:
             return FITS
-        peak = self._profile(level).peak_with(demand.held, demand.remaining)
-        return FITS if peak <= cap else NO_TOKENS
+        if self._profile(level).peak_with(demand.held, demand.remaining) <= cap:
+            return FITS
+        self.refusals[level] = (demand.held, demand.remaining)
+        return NO_TOKENS
 
     def _profile(self, level: int) -> PeakProfile:
         found = self.profiles[level]

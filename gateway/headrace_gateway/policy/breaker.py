@@ -125,6 +125,8 @@ class Breakers:
         breaker = self._breakers.get(worker)
         if breaker is None:
             return True
+        if breaker.state is State.CLOSED and now_ms - breaker.quiet_ms < self._config.stall_ms:
+            return True  # as most are, most of the time
         self._look(worker, breaker, now_ms)
         if breaker.state is State.HALF_OPEN:
             # a probe that was taken back or cancelled has told nothing: the next one may go

@@ -94,11 +94,12 @@ class Expectations:
     def leaders(self, keys: Sequence[int], live: int) -> list[Holders]:
         """As PrefixIndex.leaders, of the workers `live`, by what they are expected to hold."""
         found: list[Holders] = []
-        if not self._get(keys[0], 0) & live:
+        alive = live & self._get(keys[0], 0)
+        if not alive:
             return found
         depths = grid(len(keys))
         places = [depth - 1 for depth in depths]
-        alive, step, last = live, 0, 0
+        step, last = 0, 0
         while step < len(depths):
             both = alive & self._get(keys[places[step]], 0)
             if both != alive:

@@ -19,6 +19,7 @@ chained hashes say and needs its nodes split.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 
 from headrace.types import BLOCK_KEY_BYTES
@@ -39,7 +40,8 @@ class PrefixIndex:
         self._slots: dict[str, int] = {}
         self._names: dict[int, str] = {}
         self._retired: deque[tuple[int, int]] = deque()
-        self._bits: dict[str, int] = {}
+        self.bits: dict[str, int] = {}
+        """The bit of each worker in Holders, for who asks for many; not to be changed."""
         self._live = 0
         self._held: dict[str, dict[int, None]] = {}
         self._limits: dict[str, int] = {}
@@ -75,7 +77,7 @@ class PrefixIndex:
         """Blocks left `worker`'s pool."""
         if keys and worker in self._held:
             gone = _split(keys)
-            self._expected.remove(self._bits[worker], gone)
+            self._expected.remove(self.bits[worker], gone)
             self._drop(worker, gone)
 
     def replace(self, worker: str, keys: bytes) -> None:
@@ -98,7 +100,7 @@ class PrefixIndex:
         if held is None:
             return
         self._drop(worker, list(held))
-        self._live ^= self._bits.pop(worker)
+        self._live ^= self.bits.pop(worker)
         del self._held[worker]
         slot = self._slots.pop(worker)
         del self._names[slot]
@@ -146,9 +148,15 @@ class PrefixIndex:
         found.reverse()
         return found
 
-    def slot(self, worker: str) -> int:
-        """The bit of `worker` in Holders, as a set of one; 0 if nothing is known of it."""
-        return self._bits.get(worker, 0)
+    def among(self, workers: Iterable[str], slots: int, limit: int) -> list[str]:
+        """The first `limit` of `workers` that are in a set of slots."""
+        bits, found = self.bits, []
+        for worker in workers:
+            if bits.get(worker, 0) & slots:
+                found.append(worker)
+                if len(found) == limit:
+                    break
+        return found
 
     def names(self, slots: int, limit: int) -> list[str] | None:
         """The workers of a set of slots; None if they are more than `limit`."""
@@ -160,17 +168,17 @@ class PrefixIndex:
         assert self._count == sum(map(len, self._held.values())), "pairs add up"
         assert self._count <= self._total_max, "the total is bounded"
         assert self._slots == {name: slot for slot, name in self._names.items()}
-        assert self._bits == {name: 1 << slot for name, slot in self._slots.items()}
+        assert self.bits == {name: 1 << slot for name, slot in self._slots.items()}
         assert self._slots.keys() == self._held.keys(), "a worker has a slot and a table"
         seen: dict[int, int] = {}
         for worker, held in self._held.items():
-            bit = self._bits[worker]
+            bit = self.bits[worker]
             for key in held:
                 seen[key] = seen.get(key, 0) | bit
         assert seen == self._holders, "both tables hold the same pairs"
         for worker, held in self._held.items():
             assert len(held) <= self._cap(worker), "a worker's blocks are bounded"
-        assert self._live == sum(self._bits.values())
+        assert self._live == sum(self.bits.values())
         slots = [*self._names, *(slot for _, slot in self._retired)]
         assert sorted(slots) == list(range(len(slots))), "a slot is used or retired"
         self._expected.check_integrity()
@@ -183,13 +191,13 @@ class PrefixIndex:
                 slot = self._retired.popleft()[1]
             self._slots[worker] = slot
             self._names[slot] = worker
-            self._bits[worker] = 1 << slot
+            self.bits[worker] = 1 << slot
             self._live |= 1 << slot
             self._held[worker] = {}
             # everybody's part of the total has become smaller
             for each in self._held:
                 self._trim(each)
-        return self._held[worker], self._bits[worker]
+        return self._held[worker], self.bits[worker]
 
     def _cap(self, worker: str) -> int:
         share = self._total_max // len(self._held)
@@ -203,7 +211,7 @@ class PrefixIndex:
 
     def _drop(self, worker: str, keys: list[int]) -> None:
         held, holders = self._held[worker], self._holders
-        bit = self._bits[worker]
+        bit = self.bits[worker]
         for key in keys:
             if key not in held:
                 continue

@@ -13,14 +13,14 @@ rendezvous over groups of workers, then within one, which moves twice the keys i
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 from headrace.policy.hashing import hash64
 
-BUCKETS = 1 << 14
-"""Each of 500 workers has 33 of them, give or take 6; a power of two."""
-PREFERRED = 8
+BUCKETS = 1 << 12
+"""Each of 500 workers has 8 of them, give or take 3, which bounds on load make even; a power of
+two."""
+PREFERRED = 4
 """Names kept for a bucket: beyond them the least loaded is as good."""
 _MASK = (1 << 64) - 1
 
@@ -52,5 +52,9 @@ class Rendezvous:
     def _order(self, bucket: int) -> tuple[str, ...]:
         multiplier = hash64(bucket.to_bytes(8)) | 1
         weights = [seed * multiplier & _MASK for seed in self._seeds]
-        best = heapq.nlargest(PREFERRED, range(len(weights)), key=weights.__getitem__)
-        return tuple(self._names[index] for index in best)
+        best = []
+        for _ in range(min(PREFERRED, len(weights))):
+            first = weights.index(max(weights))
+            weights[first] = -1
+            best.append(self._names[first])
+        return tuple(best)

@@ -52,8 +52,8 @@ KNOWN_PART = 0.25
 """A prompt of which nobody holds so much counts as unknown."""
 NEIGHBOUR_PART = 0.25
 HOLDERS_MAX = 3
-PREFERRED_MAX = 3
-LEAST_MAX = 2
+PREFERRED_MAX = 2
+LEAST_MAX = 1
 SEARCHED_MAX = 64
 """Workers, least loaded first, among which the holders of a hot prefix are looked for."""
 
@@ -246,9 +246,8 @@ class _Choice:
                 return
             names = self._index.names(found.slots, wanted)
             if names is None:
-                slot = self._index.slot
                 least = self.workload.least_loaded(SEARCHED_MAX)
-                names = [worker for worker in least if slot(worker) & found.slots][:wanted]
+                names = self._index.among(least, found.slots, wanted)
             wanted -= len(names)
             yield from names
 
@@ -262,10 +261,9 @@ class _Choice:
             return  # it drains
         order = len(self._seen)
         self._seen[worker] = None
-        slot = self._index.slot(worker)
-        hold = _NOTHING
+        bit, hold = self._index.bits.get(worker, 0), _NOTHING
         for each in self._holds:
-            if each.slots & slot:
+            if each.slots & bit:
                 hold = each
                 break
         uncached = max(1, demand.held - hold.blocks * BLOCK_TOKENS)
@@ -281,8 +279,9 @@ class _Choice:
                 over = share > config.load_bound
                 # what is new there pushes older blocks out: that is to happen everywhere alike
                 new = config.balance_weight * uncached * (min(share, SHARE_MAX) - 1)
-                excess = self._excess(worker, share, standing.work, hold)
-                price = cost + new + excess * slowness
+                price = cost + new
+                if share > config.comfort and hold.blocks:
+                    price += slowness * self._excess(worker, share, standing.work, hold)
                 if over:
                     words = "over its share"
                 candidates.append(
@@ -297,8 +296,6 @@ class _Choice:
     def _excess(self, worker: str, share: float, work: float, hold: _Hold) -> float:
         """What being given more than others adds to the price: at most what holding saves."""
         config = self._config
-        if share <= config.comfort or not work:
-            return 0.0  # who is idle may take more, since nobody waits for it
         if hold.blocks >= SHARED_BLOCKS:
             key = shared_key(self._blocks, hold.blocks)
             busy = min(1.0, self.workload.sharers(worker, key) / config.sharers)

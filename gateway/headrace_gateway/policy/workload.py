@@ -25,7 +25,6 @@ from headrace.types import Band, Job, JobDone, Progress
 from headrace_gateway.policy.bookings import (
     ALL,
     CLOSED,
-    PREEMPTING,
     Bookings,
     Charge,
     Demand,
@@ -214,11 +213,7 @@ class Workload:
         known = self._workers.get(worker)
         if known is None or not known.is_open:
             return CLOSED
-        verdict = known.fits(ALL, demand, self._config.kv_share, patient=patient)
-        if verdict.room is Room.FREE or demand.band == ALL:
-            return verdict
-        own = known.fits(demand.band, demand, self._config.kv_share, patient=patient)
-        return PREEMPTING if own.room is Room.FREE else own
+        return known.room(demand, self._config.kv_share, patient=patient)
 
     def is_hopeless(self, demand: Demand) -> bool:
         """Whether it is known already that no worker has room for `demand`."""
@@ -312,13 +307,13 @@ class Workload:
         known = self._workers.get(worker)
         if known is None or not known.is_open:
             return None
-        return Standing(
-            self.room_for(worker, demand),
-            known.load - sum(known.waiting[demand.band + 1 :]),
-            self._given.of(worker),
-            len(known.jobs),
-            known.speeds.slowness(self.prefill_per_s),
-        )
+        band, work, slowness = demand.band, known.load, 1.0
+        if band != ALL:
+            work -= sum(known.waiting[band + 1 :])
+        if known.speeds.prefill_per_s:
+            slowness = known.speeds.slowness(self.prefill_per_s)
+        verdict = known.room(demand, self._config.kv_share)
+        return Standing(verdict, work, self._given.of(worker), len(known.jobs), slowness)
 
     def sharers(self, worker: str, key: int) -> int:
         """Jobs on `worker` whose prompts begin alike, up to the block of `key` (shared_key)."""
