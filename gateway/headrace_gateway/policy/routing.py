@@ -42,7 +42,7 @@ from headrace_gateway.policy.workload import Workload
 LOAD_BOUND = 1.25
 COMFORT = 1.125
 RECOMPUTE_WEIGHT = 12.0
-BALANCE_WEIGHT = 2.0
+BALANCE_WEIGHT = 3.0
 SHARE_MAX = 3.0
 """Times the mean: more does not count more."""
 SHARERS = 4
