@@ -43,7 +43,7 @@ LOAD_BOUND = 1.25
 COMFORT = 1.125
 RECOMPUTE_WEIGHT = 12.0
 BALANCE_WEIGHT = 3.0
-SHARE_MAX = 3.0
+SHARE_MAX = 2.0
 """Times the mean: more does not count more."""
 SHARERS = 4
 BUSY_PART = 0.25
@@ -199,6 +199,7 @@ class _Choice:
         "_holds",
         "_index",
         "_most",
+        "_new",
         "_now_ms",
         "_patient",
         "_scores",
@@ -226,6 +227,8 @@ class _Choice:
         self._demand = demand
         self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
         self._most = self._holds[0] if self._holds else _NOTHING
+        self._new = max(1, demand.held - self._most.blocks * BLOCK_TOKENS)
+        """Tokens that nobody holds."""
         self._seen: dict[str, None] = {}
         self._scores: list[Score] = []
         self._candidates: list[_Candidate] = []
@@ -278,8 +281,7 @@ class _Choice:
             if self._allows(worker, self._now_ms):
                 over = share > config.load_bound
                 # what is new there pushes older blocks out: that is to happen everywhere alike
-                new = config.balance_weight * uncached * (min(share, SHARE_MAX) - 1)
-                price = cost + new
+                price = cost + config.balance_weight * self._new * (min(share, SHARE_MAX) - 1)
                 if share > config.comfort and hold.blocks:
                     price += slowness * self._excess(worker, share, standing.work, hold)
                 if over:
