@@ -7,6 +7,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCE := shared gateway worker cache-service tests deploy $(wildcard bench)
 ARGS   ?=
+# test files run side by side
+JOBS   ?= 2
 
 export VENV
 
@@ -17,7 +19,7 @@ up: $(VENV)/.installed-embedded
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/headrace pull smollm2
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 all: lint types test
 
