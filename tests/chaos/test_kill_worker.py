@@ -8,6 +8,7 @@ import time
 from itertools import pairwise
 
 import openai
+import pytest
 
 from support.stack import Stack
 
