@@ -67,9 +67,6 @@ class Channel:
         self.replies = Replies(url, redis, model, gateway_id, clock)
         self.dispatcher = Dispatcher(url, redis, model, gateway_id, clock)
         self.board: Board | None = None
-        self._places = Places(
-            redis, model, gateway_id, self.replies.live, lambda: self.board, clock
-        )
         self.board_error = ""
         self.places = Places(redis, model, gateway_id, self.replies.live, lambda: self.board, clock)
         self.lengths = Lengths()

@@ -12,7 +12,7 @@ import pytest
 
 from support.stack import Stack
 
-KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "8"))
+KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "20"))
 TOKENS = 60
 
 

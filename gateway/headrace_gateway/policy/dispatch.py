@@ -75,6 +75,8 @@ class DispatchPolicy:
         self.workload.set_workers(facts)
         for worker in sorted(gone):
             self.forget(worker)
+        for each in facts:
+            self.index.limit(each.worker, each.kv_tokens // BLOCK_TOKENS)
         self.throughput.set_workers(len(facts), now_ms)
 
     def forget(self, worker: str) -> None:
