@@ -344,16 +344,20 @@ def perplexity(loaded: LoadedModel, kv_dtype: KvDtype = "auto", topics: int = 1)
     return math.exp(sum(losses) / topics)
 
 
-@pytest.mark.timeout(900)  # without AVX-512 torch multiplies quantized weights in a plain loop
+@pytest.mark.timeout(900)  # five models over eight texts: two minutes on an idle core of AVX2
 def test_perplexity_of_smollm2(smollm2: LoadedModel, smollm2_path: Path) -> None:
-    """int8 costs at most 1 %, of weights, of KV and of both; int4 at most 5 %."""
-    exact, exact_of_one = perplexity(smollm2, topics=3), perplexity(smollm2)
-    assert perplexity(smollm2, "int8") < 1.01 * exact_of_one
+    """int8 costs at most 1 %, of weights, of KV and of both; int4 at most 5 %.
+
+    Over eight texts: a single one of 700 tokens varies by more than 1 % with the rounding of the
+    processor's float32 sums, which decides what int8 rounds to.
+    """
+    exact = perplexity(smollm2, topics=8)
+    assert perplexity(smollm2, "int8", topics=8) < 1.01 * exact
     loaded = load_model(smollm2_path, "test", "float32", "int8")
-    assert perplexity(loaded, topics=3) < 1.01 * exact
-    assert perplexity(loaded, "int8") < 1.01 * exact_of_one
+    assert perplexity(loaded, topics=8) < 1.01 * exact
+    assert perplexity(loaded, "int8", topics=8) < 1.01 * exact
     loaded = load_model(smollm2_path, "test", "float32", "int4")
-    assert perplexity(loaded, topics=3) < 1.05 * exact
+    assert perplexity(loaded, topics=8) < 1.05 * exact
 
 
 @pytest.mark.timeout(900)
