@@ -291,8 +291,8 @@ class Progress:
 
     `sequence` counts this incarnation's reports from 1: a gap means that some were lost. `jobs`:
     those running that moved since the last report. `stored` and `removed` are blocks that its KV
-    pool gained and lost on balance, BLOCK_KEY_BYTES each: none is in both. `busy_ms` of engine steps since the
-    last report computed `prefill_tokens` of prompts and made `output_tokens`.
+    pool gained and lost on balance, BLOCK_KEY_BYTES each: none is in both. `busy_ms` of engine
+    steps since the last report computed `prefill_tokens` of prompts and made `output_tokens`.
     """
 
     worker: str
