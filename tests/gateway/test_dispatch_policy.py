@@ -110,7 +110,11 @@ def test_an_interactive_job_goes_where_only_lower_bands_are_in_its_way() -> None
     assert len(gone(policy)) == 4
     policy.push(queued(a_job("s", band=Band.STANDARD)))
     policy.push(queued(a_job("i", band=Band.INTERACTIVE)))
-    assert [decision.item.job.id for decision in gone(policy)] == ["i", "s"]
+    assert [decision.item.job.id for decision in gone(policy)] == ["i"]
+    # half of the standard job's time is over: now batch work gives way to it too
+    decision = policy.next(NOW + 2_500)
+    assert decision is not None and decision.item.job.id == "s"
+    policy.handed_off(decision, NOW + 2_500)
     assert policy.queue.counts == (0, 0, 2)
 
 

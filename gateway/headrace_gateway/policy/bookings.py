@@ -71,11 +71,13 @@ NO_TURN = Verdict(Room.NONE, "has prompts enough to compute")
 
 
 class Demand(NamedTuple):
-    """What a job asks of a worker: KV tokens from the start, output to come."""
+    """What a job asks of a worker: KV tokens from the start, output to come. Jobs of bands lower
+    than `level` give way to it; at ALL it waits for free room."""
 
     band: int
     held: int
     remaining: int
+    level: int
 
 
 class Charge(NamedTuple):
@@ -262,9 +264,9 @@ class Bookings:
     def room(self, demand: Demand, kv_share: float, *, patient: bool = False) -> Verdict:
         """Whether `demand` may come; who is `patient` waits for its turn."""
         verdict = self.fits(ALL, demand, kv_share, patient=patient)
-        if verdict.room is Room.FREE or demand.band == ALL:
+        if verdict.room is Room.FREE or demand.level == ALL:
             return verdict
-        own = self.fits(demand.band, demand, kv_share, patient=patient)
+        own = self.fits(demand.level, demand, kv_share, patient=patient)
         return PREEMPTING if own.room is Room.FREE else own
 
     def fits(

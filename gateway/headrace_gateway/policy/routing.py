@@ -163,7 +163,7 @@ class Router:
         if names is not self._named:
             self._rendezvous.set_names(names)
             self._named = names
-        demand = workload.demand(job)
+        demand = workload.demand(job, now_ms)
         if workload.is_hopeless(demand):
             return Route("", "no worker has room")
         index.expire(now_ms)
@@ -342,7 +342,7 @@ class _Choice:
             self.consider(found)
             return self._route(min(self._candidates), "the only free room")
         if not self._candidates:
-            found = self.workload.find(self._demand, self._demand.band, self._may)
+            found = self.workload.find(self._demand, self._demand.level, self._may)
             if found is None:
                 return Route("", "no worker has room", tuple(self._scores))
             self.consider(found)

@@ -4,9 +4,10 @@ Invariant: a job is booked when it is dispatched or found on a worker, moves wit
 reports and goes when it is done; loads and their order are those of the bookings. Nothing here
 decides whether a job exists: where it is wrong, the hand-off says so and the worker is read again.
 
-Room is asked by band. A job sees those of its own and better bands: if they and it fit, it has at
-least PREEMPTING room, since the engine takes lower bands' jobs out for it; FREE if all fit. An idle
-worker takes any job.
+Room is FREE where a job fits beside all that run. It is PREEMPTING where it fits beside those of
+its own and better bands, since the engine takes lower bands' jobs out for it. That costs what they
+have computed, so only interactive jobs take it at once, others when half of their time until the
+first token is over. An idle worker takes any job.
 
 Load is prefill-equivalent tokens: prefill that waits, and `decode_weight` of the KV tokens of every
 job there, which each of its steps reads. Source: NVIDIA Dynamo's router, which sums the same two.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from headrace.policy import priority
 from headrace.types import Band, Job, JobDone, Progress
 from headrace_gateway.policy.bookings import (
     ALL,
@@ -147,7 +149,7 @@ class Workload:
         """
         self.cancel(worker, job.id)
         known = self._at(worker)
-        demand = self.demand(job)
+        demand = self.demand(job, now_ms)
         known.put(booking_of(job, demand, uncached_tokens, found=found))
         self._reorder(worker, known)
         self._given.add(worker, self._cost(uncached_tokens, demand), now_ms)
@@ -194,19 +196,20 @@ class Workload:
 
     # what fits
 
-    def demand(self, job: Job) -> Demand:
-        """What `job` asks of any worker."""
+    def demand(self, job: Job, now_ms: int) -> Demand:
+        """What `job` asks of any worker at wall-clock `now_ms`."""
         remaining = job.expected_output - len(job.logged)
         if remaining <= 0:
             longer = self._expect(
                 job.tenant, max_tokens=job.sampling.max_tokens, longer_than=len(job.logged)
             )
             remaining = max(1, longer - len(job.logged))
-        return Demand(int(job.band), len(job.prompt) + len(job.logged), remaining)
+        level = int(job.band) if priority.is_pressing(job, now_ms) else ALL
+        return Demand(int(job.band), len(job.prompt) + len(job.logged), remaining, level)
 
-    def room(self, worker: str, job: Job) -> Verdict:
+    def room(self, worker: str, job: Job, now_ms: int) -> Verdict:
         """Whether `job` may go to `worker` now."""
-        return self.room_for(worker, self.demand(job))
+        return self.room_for(worker, self.demand(job, now_ms))
 
     def room_for(self, worker: str, demand: Demand, *, patient: bool = False) -> Verdict:
         """As `room`, for who asks of many workers; who is `patient` waits for its turn there."""
@@ -217,7 +220,7 @@ class Workload:
 
     def is_hopeless(self, demand: Demand) -> bool:
         """Whether it is known already that no worker has room for `demand`."""
-        refused = self._refused[demand.band]
+        refused = self._refused[demand.level]
         return (
             demand.held >= refused.held
             and demand.remaining >= refused.remaining
@@ -333,7 +336,7 @@ class Workload:
         assert tuple(sorted(opened)) == self._open
         for level, refused in enumerate(self._refused):
             assert refused.changed.keys() <= opened.keys()
-            demand = Demand(level, refused.held, refused.remaining)
+            demand = Demand(level, refused.held, refused.remaining, level)
             for name, each in opened.items():
                 fits = each.fits(level, demand, self._config.kv_share).room is Room.FREE
                 assert name in refused.changed or not fits, "it was refused everywhere else"
