@@ -139,7 +139,9 @@ class DispatchPolicy:
         self.queue.finished(p.job, p.output)
         complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
         if done.reason is FinishReason.ERROR:
-            self.breakers.failed(done.worker, now_ms)
+            # one that nothing was computed of was refused: its caller's fault, whoever has it
+            if p.computed:
+                self.breakers.failed(done.worker, now_ms)
         elif complete:
             self.breakers.succeeded(done.worker, now_ms)
         if charge is not None:
