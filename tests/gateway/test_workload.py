@@ -210,11 +210,10 @@ def test_prefill_that_is_done_is_no_load_any_more() -> None:
     assert workload.load("w0") == 500 + 50
     workload.progress(report("w0", JobProgress("j", 800, 200, 1)))
     assert workload.load("w0") == 50
-    urgent, other = Demand(Band.INTERACTIVE, 10, 10, 0), Demand(Band.BATCH, 10, 10, ALL)
     workload.book("w0", a_job("k", prompt=1_000), 1_000, NOW)
-    before_urgent, before_other = workload.standing("w0", urgent), workload.standing("w0", other)
-    assert before_urgent is not None and before_other is not None
-    assert before_other.work - before_urgent.work == 1_000, "others' prefill waits for it"
+    (urgent,) = workload.standings(["w0"], Band.INTERACTIVE)
+    (other,) = workload.standings(["w0"], Band.BATCH)
+    assert other.work - urgent.work == 1_000, "others' prefill waits for it"
 
 
 def test_a_worker_that_drains_keeps_its_jobs_until_the_last_is_done() -> None:
@@ -279,6 +278,13 @@ def test_sums_hold_and_room_is_found_whatever_happens(
         if workload.is_hopeless(asked):
             assert some is None
         workload.check_integrity()
+        allowed = {w for w in workload.open_workers if w != worker}
+        fitting = {w for w in allowed if workload.room_for(w, asked).room is Room.FREE}
+        known = workload.free_ones(asked, allowed.__contains__)
+        assert known is None or set(known) == fitting, "all of them, where they are known"
+        found = workload.find(asked, ALL, allowed.__contains__)
+        assert found in fitting or (found is None and not fitting)
+        workload.check_integrity()
 
 
 def test_who_may_not_be_asked_is_asked_again_later() -> None:
@@ -287,6 +293,49 @@ def test_who_may_not_be_asked_is_asked_again_later() -> None:
     assert workload.find(demand, ALL, lambda _: False) is None
     assert not workload.is_hopeless(demand)
     assert workload.find(demand, ALL, lambda worker: worker == "w1") == "w1"
+
+
+def test_a_full_fleet_is_asked_only_where_something_has_changed() -> None:
+    """A size that was refused everywhere, and what is as large, is asked of those that changed;
+    where slots are what is missing, that holds for every size."""
+    workload = fleet(20, kv_tokens=1_000, max_jobs=2)
+    for number in range(20):
+        workload.book(f"w{number}", a_job(f"j{number}", prompt=500), 500, NOW)
+    large, long = Demand(ALL, 700, 10, ALL), Demand(ALL, 10, 945, ALL)
+    asked: list[str] = []
+
+    def asking(worker: str) -> bool:
+        asked.append(worker)
+        return True
+
+    assert workload.free_ones(large, asking) is None, "nothing is known yet"
+    assert workload.find(large, ALL, asking) is workload.find(long, ALL, asking) is None
+    assert workload.free_ones(large, asking) == workload.free_ones(long, asking) == []
+    assert workload.free_ones(Demand(ALL, 10, 10, ALL), asking) is None, "it is smaller"
+    workload.cancel("w7", "j7")
+    workload.cancel("w3", "j3")
+    assert set(workload.free_ones(large, asking) or ()) == {"w3", "w7"} == set(asked)
+    for number in range(40):
+        workload.book(f"w{number % 20}", a_job(f"k{number}", prompt=1), 1, NOW)
+    assert workload.find(Demand(ALL, 10, 10, ALL), ALL, asking) is None
+    assert workload.is_hopeless(Demand(ALL, 1, 1, ALL)), "there is no slot for anything"
+    workload.check_integrity()
+
+
+def test_a_report_of_output_alone_is_taken_in_as_any_other() -> None:
+    """Jobs that only decode are followed in one loop: sums and charges are those of the others."""
+    workload = fleet(kv_tokens=100_000, max_jobs=8)
+    workload.book("w0", a_job("j", prompt=100, output=20), 100, NOW)
+    workload.progress(report("w0", JobProgress("j", 100, 0, 1)))
+    for output, made in ((5, 4), (5, 0), (19, 14), (20, 1), (30, 10), (29, 0)):
+        charges = workload.progress(report("w0", JobProgress("j", 100, 0, output)))
+        assert sum(charge.output_tokens for charge in charges) == made
+        assert all(charge.input_tokens == 0 for charge in charges)
+        workload.check_integrity()
+    (charge,) = workload.progress(report("w0", JobProgress("j", 60, 40, 31)))
+    assert charge.input_tokens == -40, "it had been cached after all"
+    assert workload.done(done("w0", JobProgress("j", 60, 40, 32))) is not None
+    workload.check_integrity()
 
 
 def test_speeds_of_prompts_and_outputs_are_told_apart() -> None:
