@@ -97,6 +97,17 @@ def test_a_band_is_refused_where_its_wait_would_be_too_long() -> None:
     assert (error.status, error.code, error.retry_after_ms) == (429, "queue_full", 5_000)
 
 
+def test_nobody_is_told_to_come_before_anything_can_have_changed() -> None:
+    """The wait is too long by a trifle, and the next job of the band leaves in two seconds."""
+    board = a_board(
+        queued=(0, 5, 0),
+        queued_work=(0, 1_000, 0),
+        waits_ms=(0, 60_010, 60_010),
+        band_work_per_s=(0.0, 100.0, 0.0),
+    )
+    assert verdict(Band.STANDARD, board).retry_after_ms == 2_000
+
+
 def test_a_wait_that_others_make_long_ends_with_what_they_have_left() -> None:
     """Batch moves at its share while others come; if they stop, it has the whole fleet."""
     wide = replace(LIMITS, queue_work_max=10**9)

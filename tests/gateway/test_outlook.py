@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +58,23 @@ def test_a_busy_fleet_that_slows_down_is_noticed_within_some_half_lives() -> Non
         throughput.served(50)
         look(throughput, number * INTERVAL_MS, (0, 5, 0))
     assert 100 <= throughput.work_per_s < 140
+
+
+def test_where_jobs_leave_seldom_the_rate_is_that_of_many() -> None:
+    """A job of 1,000 tokens in ten intervals, at random: the wait told must not swing with it."""
+    throughput, dice = Throughput(SHARES), random.Random(5)
+    throughput.set_workers(1, 0)
+    waits = []
+    for number in range(1, 6_000):
+        throughput.served(100)
+        if dice.random() < 0.1:
+            throughput.dispatched(Band.STANDARD, 1_000)
+        told = look(throughput, number * INTERVAL_MS, (0, 9, 0), (0, 4_000, 0))
+        waits.append(told.waits_ms[Band.STANDARD])
+    steady = sorted(waits[500:])
+    middle, high = steady[len(steady) // 2], steady[len(steady) * 95 // 100]
+    assert 18_000 < middle < 24_000
+    assert high < 2 * middle
 
 
 def test_a_band_waits_for_itself_and_the_better_ones() -> None:

@@ -189,7 +189,13 @@ class _Queue:
         wait_ms = self.wait_ms(band)
         alone_ms = self.drain_ms(sum(self.work[: band + 1]))
         better_ms = self.drain_ms(sum(self.work[:band]))
-        return min(wait_ms - wait_ms_max, max(alone_ms - wait_ms_max, better_ms))
+        shrinks_ms = min(wait_ms - wait_ms_max, max(alone_ms - wait_ms_max, better_ms))
+        return max(shrinks_ms, self.next_ms(band))
+
+    def next_ms(self, band: Band) -> float:
+        """Until the next job of `band` leaves, before which nothing gets shorter."""
+        queued, rate = self.queued[band], self._board.band_work_per_s[band]
+        return 1000 * self.work[band] / queued / rate if queued and rate > 0 else 0.0
 
     def wait_ms(self, band: Band) -> int:
         """The predicted wait of a job that comes now."""

@@ -3,7 +3,8 @@
 Invariant: rates are measured only while something waits, since an idle fleet's rate says nothing
 of what it could do; an idle one only raises them. A band's wait is what stands before it over the
 rate at which such work has been leaving: the better bands' share is in that rate (Little's law), so
-it holds under a steady overload too. Work is counted in tokens: uncached prompt plus output.
+it holds under a steady overload too. Work is counted in tokens: uncached prompt plus output. Where
+jobs leave seldom, rates are averaged over so many of them that one more or less changes little.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from headrace.types import Band
 
 INTERVAL_MS = 500
 HALF_LIFE_MS = 8_000
+HALF_LIFE_MS_MAX = 60_000
+HALF_LIFE_EVENTS = 16
+"""A half-life has at least so many events: a rate from 10 of them is off by a third now and then."""
 WAIT_MS_MAX = 24 * 3_600_000
 FLOOR_SHARE = 0.02
 """Of the total rate: the least at which a band with a smaller guaranteed share is taken to move."""
@@ -37,18 +41,32 @@ class _Rate:
     def __init__(self) -> None:
         self.per_s = 0.0
         self._sum = 0.0
+        self._events = 0
+        self._events_per_ms = 0.0
 
     def add(self, work: float) -> None:
         self._sum += work
+        self._events += 1
 
     def settle(self, elapsed_ms: int, *, counts: bool) -> None:
         """Close an interval; one that does not count may only raise the rate."""
         measured, self._sum = 1000 * self._sum / elapsed_ms, 0.0
-        keep = 0.5 ** (elapsed_ms / HALF_LIFE_MS)
+        events, self._events = self._events / elapsed_ms, 0
+        keep = 0.5 ** (elapsed_ms / self._half_life_ms())
+        if not self._events_per_ms:
+            self._events_per_ms = events
+        elif counts or events > self._events_per_ms:
+            self._events_per_ms = keep * self._events_per_ms + (1 - keep) * events
         if self.per_s == 0 and measured > 0:
             self.per_s = measured
         elif counts or measured > self.per_s:
             self.per_s = keep * self.per_s + (1 - keep) * measured
+
+    def _half_life_ms(self) -> float:
+        if not self._events_per_ms:
+            return HALF_LIFE_MS
+        longer = HALF_LIFE_EVENTS / self._events_per_ms
+        return min(HALF_LIFE_MS_MAX, max(HALF_LIFE_MS, longer))
 
 
 class Throughput:
