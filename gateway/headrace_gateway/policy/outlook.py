@@ -17,7 +17,7 @@ INTERVAL_MS = 500
 HALF_LIFE_MS = 8_000
 HALF_LIFE_MS_MAX = 60_000
 HALF_LIFE_EVENTS = 16
-"""A half-life has at least so many events: a rate from 10 of them is off by a third now and then."""
+"""A half-life has at least so many events: of ten, a rate is off by a third now and then."""
 WAIT_MS_MAX = 24 * 3_600_000
 FLOOR_SHARE = 0.02
 """Of the total rate: the least at which a band with a smaller guaranteed share is taken to move."""
