@@ -38,6 +38,17 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class CacheMode(StrEnum):
+    """Which of a job's blocks are worth writing into the cache service.
+
+    IMPLICIT: whatever its worker thinks worth it. EXPLICIT: those of `Job.cache_until_tokens`, no
+    other.
+    """
+
+    IMPLICIT = "implicit"
+    EXPLICIT = "explicit"
+
+
 class WorkerRole(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
@@ -108,6 +119,10 @@ class Job:
     which the first and the last token have to be there; 0: no deadline). `expected_tokens` of
     output are predicted, `cached_tokens` of the prompt are expected in a cache. `blocks` names the
     prompt's full blocks for the prefix index, BLOCK_KEY_BYTES of each one's hash.
+
+    What it wants of the cache service: the full blocks among its first `cache_until_tokens` prompt
+    tokens are written, and kept for `cache_ttl_ms` from then on (0: no longer than they earn);
+    `cache_mode` says what becomes of the others.
     """
 
     id: str
@@ -131,6 +146,9 @@ class Job:
     expected_tokens: int = 0
     cached_tokens: int = 0
     blocks: bytes = b""
+    cache_until_tokens: int = 0
+    cache_ttl_ms: int = 0
+    cache_mode: CacheMode = CacheMode.IMPLICIT
 
     @property
     def expected_output(self) -> int:
@@ -175,10 +193,11 @@ class Delta:
     """New tokens of one job in one engine step, as they stand in a reply stream.
 
     `first` is the output position of `tokens[0]`. `cached_tokens` are the prompt tokens that this
-    attempt took from a cache instead of computing them. `logprobs`: one for each of `tokens`, or
-    none. `prompt_logprobs`: one for each prompt token but the first; they come with output position
-    0. A Delta without tokens and finish is a fence: it raises the attempt, and what an older
-    attempt writes after it does not count.
+    attempt took from a cache instead of computing them, `cache_write_tokens` those that it has
+    written into one so far. `logprobs`: one for each of `tokens`, or none. `prompt_logprobs`: one
+    for each prompt token but the first; they come with output position 0. A Delta without tokens
+    and finish is a fence: it raises the attempt, and what an older attempt writes after it does not
+    count.
     """
 
     job: str
@@ -189,6 +208,7 @@ class Delta:
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    cache_write_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

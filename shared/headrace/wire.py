@@ -20,6 +20,7 @@ import msgpack
 from headrace.errors import WireError
 from headrace.types import (
     Band,
+    CacheMode,
     Delta,
     Finish,
     FinishReason,
@@ -178,6 +179,9 @@ def encode_job(job: Job) -> bytes:
             "expected": job.expected_tokens,
             "cached": job.cached_tokens,
             "blocks": job.blocks,
+            "cache_until": job.cache_until_tokens,
+            "cache_ttl": job.cache_ttl_ms,
+            "cache_mode": job.cache_mode.value,
             "max": s.max_tokens,
             "temp": s.temperature,
             "top_p": s.top_p,
@@ -224,6 +228,9 @@ def decode_job(data: bytes) -> Job:
         expected_tokens=f.get("expected", int),
         cached_tokens=f.get("cached", int),
         blocks=f.get("blocks", bytes),
+        cache_until_tokens=f.get("cache_until", int),
+        cache_ttl_ms=f.get("cache_ttl", int),
+        cache_mode=f.one_of("cache_mode", CacheMode),
         sampling=_decode_sampling(f),
     )
 
@@ -260,10 +267,13 @@ def encode_deltas(deltas: Iterable[Delta]) -> bytes:
     for d in deltas:
         finish = None if d.finish is None else [d.finish.reason.value, d.finish.error]
         row: list[Any] = [d.job, d.attempt, d.first, tokens_to_bytes(d.tokens), d.cached_tokens]
-        if finish is not None or d.logprobs or d.prompt_logprobs:
+        scored = bool(d.logprobs or d.prompt_logprobs or d.cache_write_tokens)
+        if finish is not None or scored:
             row.append(finish)
-        if d.logprobs or d.prompt_logprobs:
+        if scored:
             row += [_pack_logprobs(d.logprobs), _pack_logprobs(d.prompt_logprobs)]
+        if d.cache_write_tokens:
+            row.append(d.cache_write_tokens)
         rows.append(row)
     return pack(rows)
 
@@ -279,7 +289,10 @@ def _decode_delta(row: Any) -> Delta:
     try:
         job, attempt, first, tokens, cached, *rest = row
         ending = rest[0] if rest else None
-        logprobs, prompt_logprobs = rest[1:] if len(rest) > 1 else (b"", b"")
+        logprobs, prompt_logprobs = rest[1:3] if len(rest) > 1 else (b"", b"")
+        written = 0
+        if len(rest) > 3:
+            (written,) = rest[3:]
         finish = None
         if ending is not None:
             reason, error = ending
@@ -295,6 +308,7 @@ def _decode_delta(row: Any) -> Delta:
             int(cached),
             _unpack_logprobs(logprobs),
             _unpack_logprobs(prompt_logprobs),
+            int(written),
         )
         if delta.logprobs and len(delta.logprobs) != len(delta.tokens):
             raise ValueError(f"{len(delta.logprobs)} logprobs for {len(delta.tokens)} tokens")
