@@ -15,6 +15,10 @@ from headrace.types import BLOCK_TOKENS
 
 HASH_BYTES = 32
 
+LAYOUT_BYTES = 8
+MODEL_TAG_BYTES = 4
+"""How much of a layout's hash names the model alone, so that a model's entries can be found."""
+
 
 def root_hash(fingerprint: str, salt: bytes) -> bytes:
     """The parent of every first block of one model for one tenant."""
@@ -38,6 +42,21 @@ def block_hashes(root: bytes, tokens: Sequence[int], limit: int | None = None) -
         parent = next_hash(parent, tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
         hashes.append(parent)
     return hashes
+
+
+def model_tag(fingerprint: str) -> bytes:
+    """The MODEL_TAG_BYTES that all layouts of one model begin with."""
+    return hashlib.sha256(b"headrace-model\0" + fingerprint.encode()).digest()[:MODEL_TAG_BYTES]
+
+
+def layout_hash(fingerprint: str, *facts: str | int) -> bytes:
+    """Names how one model's entries are arranged; `facts` are dtype, block size, shard and so on.
+
+    LAYOUT_BYTES long. It guards against mistakes, not against an enemy: keys do that.
+    """
+    told = "\0".join((fingerprint, *map(str, facts))).encode()
+    rest = hashlib.sha256(b"headrace-layout\0" + told).digest()
+    return model_tag(fingerprint) + rest[: LAYOUT_BYTES - MODEL_TAG_BYTES]
 
 
 def hash64(data: bytes) -> int:
