@@ -13,7 +13,7 @@ from headrace import logs, telemetry
 from headrace.config import load_or_exit
 from headrace.errors import SettingsError
 from headrace.frames import Address, parse_address
-from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer
 from headrace_cache.settings import CacheSettings
 from headrace_cache.store import Store
@@ -42,7 +42,7 @@ async def serve(settings: CacheSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = Store(settings.cache_bytes, POLICIES[settings.cache_policy]())
+    store = Store(settings.cache_bytes, POLICIES[settings.cache_policy](None))
     server = CacheServer(store)
     address = await server.start(parse_address(settings.cache_listen))
     try:

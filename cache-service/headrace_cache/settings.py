@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from headrace.config import ServiceSettings
 from headrace.errors import SettingsError
 from headrace.frames import parse_address
-from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.policy.names import POLICIES
 
 
 class CacheSettings(ServiceSettings):
@@ -21,7 +21,7 @@ class CacheSettings(ServiceSettings):
         default="tcp://127.0.0.1:7700", description="tcp://host:port or unix:///path"
     )
     cache_bytes: int = Field(default=1 << 30, ge=1 << 20, description="budget for all entries")
-    cache_policy: str = Field(default="keep-score", description="who leaves: keep-score or lru")
+    cache_policy: str = Field(default="keep-score", description="who leaves: keep-score, lru, …")
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus; 0 = off")
 
     @field_validator("cache_listen")

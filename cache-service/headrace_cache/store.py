@@ -8,6 +8,7 @@ sending them when their entry is evicted.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,13 +17,14 @@ from typing import Any
 
 from headrace.frames import EntryFacts, EntryKey
 from headrace.types import Band
-from headrace_cache.policy.eviction import EvictionPolicy, Facts, Key, Victim
+from headrace_cache.index import Index, Record, Tier
+from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy, Victim
 
 ENTRY_OVERHEAD_BYTES = 1024
 """Charged beside an entry's bytes: about what its key, facts and places in the indexes take."""
 
-TENANTS_MAX = 256
-OTHER_TENANTS = "(others)"
+TOKEN_MS_DEFAULT = 1.0
+"""What a token is taken to cost where nobody measured."""
 
 
 class Outcome(StrEnum):
@@ -87,13 +89,14 @@ class Store:
         self.by_kind: dict[str, Tally] = {}
         self.by_tenant: dict[str, Tally] = {}
         self._policy = policy
-        self._entries: dict[Key, Stored] = {}
+        self._index = Index()
+        self._entries: dict[int, Stored] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, key: EntryKey) -> bool:
-        return key in self._entries
+        return self._index.find(key) != NO_SLOT
 
     def can_hold(self, facts: EntryFacts) -> bool:
         """Whether the entry fits at all, were the store empty."""
@@ -107,14 +110,15 @@ class Store:
         size_bytes = 0
         more = False
         for key in keys:
-            stored = self._entries.get(key)
-            if stored is None:
+            slot = self._index.find(key)
+            if slot == NO_SLOT:
                 self._kind(key).misses += len(keys) - len(found)
                 break
+            stored = self._entries[slot]
             if size_bytes + stored.facts.size_bytes > limit_bytes:
                 more = True
                 break
-            self._policy.touch(key, now_ms, band)
+            self._policy.touch(slot, now_ms, band)
             self._kind(key).hits += 1
             self.by_tenant[stored.tenant].hits += 1
             size_bytes += stored.facts.size_bytes
@@ -128,17 +132,20 @@ class Store:
         this counts as a use of an entry that is there, and as a refusal of any other.
         """
         assert data is None or len(data) == facts.size_bytes, "the frame was checked"
-        if facts.key in self._entries:
-            self._use_again(facts, now_ms)
+        slot = self._index.find(facts.key)
+        if slot != NO_SLOT:
+            self._use_again(slot, facts, now_ms)
             return Outcome.PRESENT
-        tenant = self._tenant_label(facts.tenant)
+        tenant = self._index.tenant_name(self._index.tenant(facts.tenant))
+        self.by_tenant.setdefault(tenant, Tally())
         if not self.can_hold(facts):
             return self._refuse(facts.key, tenant, Outcome.TOO_LARGE)
         if data is None:
             return self._refuse(facts.key, tenant, Outcome.SKIPPED)
-        if not self._make_room(facts, now_ms):
+        slot = self._index.enter(facts.key, self._record(facts), Tier.RAM)
+        if not self._make_room(slot, facts, now_ms):
             return self._refuse(facts.key, tenant, Outcome.OUTRANKED)
-        self._entries[facts.key] = Stored(facts, data, tenant)
+        self._entries[slot] = Stored(facts, data, tenant)
         self.used_bytes += charged_bytes(facts)
         for tally in (self._kind(facts.key), self.by_tenant[tenant]):
             tally.entries += 1
@@ -146,43 +153,47 @@ class Store:
             tally.kept += 1
         return Outcome.KEPT
 
-    def _use_again(self, facts: EntryFacts, now_ms: int) -> None:
-        self._policy.touch(facts.key, now_ms, facts.band)
+    def _use_again(self, slot: int, facts: EntryFacts, now_ms: int) -> None:
+        self._policy.touch(slot, now_ms, facts.band)
         self._kind(facts.key).present += 1
-        self.by_tenant[self._entries[facts.key].tenant].present += 1
+        self.by_tenant[self._entries[slot].tenant].present += 1
 
     def verify(self, key: EntryKey) -> bool:
         """Whether the entry was corrupt, and is gone now. Takes 0.2 ms a MB."""
-        stored = self._entries.get(key)
-        if stored is None or zlib.crc32(stored.data) == stored.facts.crc:
+        slot = self._index.find(key)
+        if slot == NO_SLOT:
             return False
-        self._policy.remove(key)
-        self._forget(stored)
+        stored = self._entries[slot]
+        if zlib.crc32(stored.data) == stored.facts.crc:
+            return False
+        self._policy.remove(slot)
+        self._forget(slot, stored)
         self._kind(key).corrupt += 1
         self.by_tenant[stored.tenant].corrupt += 1
         return True
 
-    def _make_room(self, facts: EntryFacts, now_ms: int) -> bool:
-        """Room for `facts`, which the policy knows of then; False if it is worth less than all."""
-        self._policy.admit(facts.key, _policy_facts(facts), now_ms)
+    def _make_room(self, slot: int, facts: EntryFacts, now_ms: int) -> bool:
+        """Room for `slot`, which the policy knows of then; False if it is worth less than all."""
+        self._policy.admit(slot, self._index.facts(slot, charged_bytes(facts)), now_ms)
         missing_bytes = self.used_bytes + charged_bytes(facts) - self.budget_bytes
         victims = self._policy.victims(missing_bytes, now_ms) if missing_bytes > 0 else []
-        outranked = False
         for victim in victims:
-            if victim.key == facts.key:
-                outranked = True
-            else:
+            if victim.slot != slot:
                 self._evict(victim)
-        return not outranked
+        if all(victim.slot != slot for victim in victims):
+            return True
+        self._index.leave(slot, Tier.RAM)
+        return False
 
     def _evict(self, victim: Victim) -> None:
-        stored = self._entries[victim.key]
-        self._forget(stored)
+        stored = self._entries[victim.slot]
+        self._forget(victim.slot, stored)
         self._kind(stored.facts.key).evictions += 1
         self.by_tenant[stored.tenant].evictions += 1
 
-    def _forget(self, stored: Stored) -> None:
-        del self._entries[stored.facts.key]
+    def _forget(self, slot: int, stored: Stored) -> None:
+        self._index.leave(slot, Tier.RAM)
+        del self._entries[slot]
         self.used_bytes -= stored.charged_bytes
         for tally in (self._kind(stored.facts.key), self.by_tenant[stored.tenant]):
             tally.entries -= 1
@@ -196,12 +207,17 @@ class Store:
     def _kind(self, key: EntryKey) -> Tally:
         return self.by_kind.setdefault(key.kind, Tally())
 
-    def _tenant_label(self, tenant: str) -> str:
-        """The name to count `tenant` under, with its tally in place."""
-        if tenant not in self.by_tenant and len(self.by_tenant) >= TENANTS_MAX:
-            tenant = OTHER_TENANTS
-        self.by_tenant.setdefault(tenant, Tally())
-        return tenant
+    def _record(self, facts: EntryFacts) -> Record:
+        cost_ms = facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT
+        return Record(
+            parent=facts.parent,
+            depth=facts.depth,
+            size_bytes=facts.size_bytes,
+            crc=facts.crc,
+            band=facts.band,
+            tenant=self._index.tenant(facts.tenant),
+            cost_us=math.ceil(1000 * cost_ms),
+        )
 
     def stats(self) -> dict[str, Any]:
         """Everything counted, as nested maps of numbers; misses have no owner, so no tenant."""
@@ -223,15 +239,6 @@ class Store:
             assert sum(tally.entries for tally in tallies.values()) == len(self._entries)
             size_bytes = sum(stored.facts.size_bytes for stored in entries)
             assert sum(tally.bytes for tally in tallies.values()) == size_bytes
+        assert self._index.counts[Tier.RAM] == len(self._entries), "index and bytes agree"
+        self._index.check_integrity()
         self._policy.check_integrity()
-
-
-def _policy_facts(facts: EntryFacts) -> Facts:
-    return Facts(
-        size_bytes=charged_bytes(facts),
-        band=facts.band,
-        parent=facts.parent,
-        depth=facts.depth,
-        cost_tokens=facts.cost_tokens,
-        cost_ms=facts.cost_ms,
-    )

@@ -15,7 +15,7 @@ from headrace.cache_client import CacheClient, PutEntry
 from headrace.clock import Clock
 from headrace.frames import KV, EntryFacts, EntryKey, parse_address
 from headrace.types import Band
-from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer, Limits
 from headrace_cache.store import Store
 
@@ -71,7 +71,7 @@ def chain(name: str, length: int, size_bytes: int = 1000, **fields: object) -> l
 
 
 def make_store(budget_bytes: int = BUDGET_BYTES, policy: str = "keep-score") -> Store:
-    return Store(budget_bytes, POLICIES[policy]())
+    return Store(budget_bytes, POLICIES[policy](None))
 
 
 @asynccontextmanager

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from cache.builders import data_of, facts_of, hash_of, make_store
 from headrace.frames import KINDS, KV, PROMPT, EntryKey
 from headrace.types import Band
-from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.index import OTHER_TENANTS, TENANTS_MAX
+from headrace_cache.policy.names import POLICIES
 from headrace_cache.store import (
     ENTRY_OVERHEAD_BYTES,
-    OTHER_TENANTS,
-    TENANTS_MAX,
     Outcome,
     Store,
 )
