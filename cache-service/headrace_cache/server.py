@@ -27,6 +27,7 @@ from opentelemetry.trace import Span, SpanKind
 from headrace import telemetry
 from headrace.clock import Clock, SystemClock
 from headrace.errors import SettingsError, WireError
+from headrace.frame_codec import NONCE_BYTES, decode_request, encode
 from headrace.frame_protocol import FrameProtocol
 from headrace.frames import (
     PAYLOAD_BYTES_MAX,
@@ -38,13 +39,13 @@ from headrace.frames import (
     Found,
     Get,
     Has,
+    Hello,
     Known,
     Put,
     Request,
     Stats,
     Verify,
-    decode_request,
-    encode,
+    Welcome,
 )
 from headrace_cache.metrics import Metrics
 from headrace_cache.store import Outcome, Store
@@ -308,10 +309,15 @@ class CacheServer:
             case Verify():
                 dropped = sum(self.store.verify(key) for key in request.keys)
                 return _reply("verify", Counted(request.id, dropped), began_s)
+            case Hello():
+                nowhere = Welcome(request.id, "", bytes(NONCE_BYTES), 0, 0)
+                return _reply("hello", nowhere, began_s)
             case Ask(op="ping"):
                 return _reply("ping", Counted(request.id, 0), began_s)
             case Ask():
                 return _reply("stats", Stats(request.id, self.snapshot()), began_s)
+            case _:
+                raise WireError("this service has no arena")
 
     def _get(self, request: Get, began_ns: int, began_s: float) -> _Reply:
         run = self.store.get_run(request.keys, self.clock.now_ms(), PAYLOAD_BYTES_MAX, request.band)

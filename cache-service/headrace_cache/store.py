@@ -9,12 +9,12 @@ sending them when their entry is evicted.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from headrace.checksum import checksum
 from headrace.frames import EntryFacts, EntryKey
 from headrace.types import Band
 from headrace_cache.index import Index, Record, Tier
@@ -164,7 +164,7 @@ class Store:
         if slot == NO_SLOT:
             return False
         stored = self._entries[slot]
-        if zlib.crc32(stored.data) == stored.facts.crc:
+        if checksum(stored.data) == stored.facts.crc:
             return False
         self._policy.remove(slot)
         self._forget(slot, stored)

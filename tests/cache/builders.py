@@ -6,12 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 
 from headrace.cache_client import CacheClient, PutEntry
+from headrace.checksum import checksum
 from headrace.clock import Clock
 from headrace.frames import KV, EntryFacts, EntryKey, parse_address
 from headrace.types import Band
@@ -50,7 +50,7 @@ def facts_of(
         parent=parent,
         depth=depth,
         size_bytes=len(data),
-        crc=zlib.crc32(data),
+        crc=checksum(data),
         band=band,
         tenant=tenant,
         cost_tokens=16,

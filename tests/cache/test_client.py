@@ -18,10 +18,13 @@ from cache.builders import (
     serving,
 )
 from headrace import cache_client
-from headrace.cache_client import KEYS_PER_ROUND, CacheClient, PutEntry
+from headrace.cache_client import CacheClient, PutEntry
 from headrace.cache_lane import BREAK_MS_MAX, BREAK_MS_MIN, FAILURES_MAX, Breaker
+from headrace.cache_reads import KEYS_PER_ROUND
+from headrace.checksum import checksum
 from headrace.clock import ManualClock
-from headrace.frames import PREFIX, PROMPT, Counted, Found, Get, decode_request, encode
+from headrace.frame_codec import PREFIX, decode_request, encode
+from headrace.frames import PROMPT, Counted, Found, Get, Hello, Welcome
 from headrace.types import Band
 
 LOCAL = "tcp://127.0.0.1:0"
@@ -208,6 +211,8 @@ async def impostor(react: Reaction) -> AsyncIterator[str]:
                 _, header_bytes, payload_bytes = PREFIX.unpack(await reader.readexactly(16))
                 request = decode_request(await reader.readexactly(header_bytes))
                 await reader.readexactly(payload_bytes)
+                if isinstance(request, Hello):
+                    writer.write(encode(Welcome(request.id, "", bytes(16), 0, 0)))
                 if isinstance(request, Get):
                     react(request, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -224,9 +229,7 @@ async def impostor(react: Reaction) -> AsyncIterator[str]:
 
 
 def found(request_id: int, data: bytes) -> bytes:
-    from zlib import crc32
-
-    return encode(Found(request_id, (len(data),), (crc32(data),), False)) + data
+    return encode(Found(request_id, (len(data),), (checksum(data),), False)) + data
 
 
 async def test_a_late_answer_is_never_taken_for_a_later_one() -> None:
@@ -256,7 +259,7 @@ async def test_answers_in_another_order_reach_their_askers() -> None:
 
     async with impostor(react) as url, client_of(url) as client:
         runs = await asyncio.gather(*(client.get_run([hash_of(i)]) for i in range(3)))
-        assert [bytes(run[0][1]) for run in runs] == [b"1", b"2", b"3"]
+        assert [bytes(run[0][1]) for run in runs] == [b"%d" % each for each in sorted(waiting)]
 
 
 async def test_three_slow_answers_and_the_client_stops_asking() -> None:
@@ -302,7 +305,7 @@ async def test_what_came_before_the_time_limit_is_kept() -> None:
         rounds.append(len(request.keys))
         if len(rounds) == 1:
             count = len(request.keys)
-            writer.write(encode(Found(request.id, (1,) * count, (0xE8B7BE43,) * count, False)))
+            writer.write(encode(Found(request.id, (1,) * count, (checksum(b"a"),) * count, False)))
             writer.write(b"a" * count)
 
     async with impostor(react) as url, client_of(url, timeout_s=0.5) as client:

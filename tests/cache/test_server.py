@@ -31,7 +31,8 @@ from cache.builders import (
 from headrace import config, telemetry
 from headrace.clock import ManualClock
 from headrace.errors import SettingsError
-from headrace.frames import MAGIC, PREFIX, Get, Put, encode, parse_address
+from headrace.frame_codec import MAGIC, PREFIX, encode
+from headrace.frames import Get, Put, parse_address
 from headrace_cache.metrics import Metrics
 from headrace_cache.server import Limits
 from headrace_cache.settings import CacheSettings
