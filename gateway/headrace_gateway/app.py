@@ -68,4 +68,7 @@ async def _on_shutdown(app: web.Application) -> None:
 
 
 async def _on_cleanup(app: web.Application) -> None:
-    await app[GATEWAY].grammars.close()
+    gateway = app[GATEWAY]
+    await gateway.grammars.close()
+    if gateway.cache is not None:
+        await gateway.cache.close()

@@ -34,7 +34,22 @@ class GatewaySettings(ServiceSettings):
         description="`key`, `key:tenant` or `key:tenant:band+band`, comma separated, or `@file` "
         "with one a line; empty lets everyone in as tenant `default`. Behind an entry, after "
         "spaces: `weight=` (the tenant's share), `requests_per_minute=`, `tokens_per_minute=` and "
-        "`concurrency=` of the key, over all gateways",
+        "`concurrency=` of the key, over all gateways; `prompt_entries=` and `sharing_group=` of "
+        "the tenant; `admin=true` for a key that administers the cache",
+    )
+
+    prompt_entries: bool = Field(
+        default=False,
+        description="tenants that do not say (`prompt_entries=`) get deterministic requests "
+        "answered with what was answered before, and share what is being computed",
+    )
+    cache_url: str = Field(
+        default="",
+        description="the cache service, tcp://host:port or unix:///path; empty: none, so that "
+        "nothing is kept between requests and nothing can be administered",
+    )
+    cache_timeout_ms: int = Field(
+        default=200, ge=1, description="a lookup that takes longer is a miss"
     )
 
     queue_jobs_max: int = Field(

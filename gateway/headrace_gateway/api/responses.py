@@ -37,7 +37,9 @@ async def start(turn: Turn, parsed: ResponseRequest) -> ResponseEvents:
     tools = await make_plan(turn.gateway, turn.record, offer)
     prompt = await turn.encode_chat(messages, tools)
     await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt], tools=tools))
-    facts = ResponseFacts(turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed)
+    facts = ResponseFacts(
+        turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed, turn.cached
+    )
     return ResponseEvents(facts, turn.tokenizer)
 
 

@@ -26,6 +26,7 @@ from headrace_gateway.api.context import Call, Gateway
 from headrace_gateway.api.deadlines import deadline_of
 from headrace_gateway.api.schemas import Common, band_of, tier_of
 from headrace_gateway.api.sessions import PromptNames, name_prompts, session_of
+from headrace_gateway.api.sourcing import Sources
 from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.waiting import Place, Waiting
 from headrace_gateway.api.wishes import Wish, job_sampling
@@ -58,6 +59,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cache_write_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -98,6 +100,7 @@ class Turn:
                 "headrace.tenant": call.tenant.name,
             },
         )
+        self._sources = Sources(gateway, call.tenant, self._span)
 
     @property
     def record(self) -> ModelRecord:
@@ -113,6 +116,11 @@ class Turn:
     def prompts(self) -> Sequence[array[int]]:
         """The prompts of the jobs; choice number i continues prompt i // jobs a prompt."""
         return self._prompts
+
+    @property
+    def cached(self) -> bool:
+        """Whether all of it is what the same request was answered before."""
+        return self._sources.cached
 
     @property
     def service_tier(self) -> str:
@@ -212,7 +220,7 @@ class Turn:
         ]
         await self._take_limits(jobs)
         for index, job in enumerate(jobs):
-            generation = await self.gateway.fleet.submit(job, self._span)
+            generation = await self._sources.open(index, job, self.record, wish)
             speller = wish.speller(self._tokenizer)
             self.choices.append(Choice(index, generation, speller, wish.rules, wish.reader()))
 
@@ -265,14 +273,16 @@ class Turn:
 
     def usage(self) -> Usage:
         """The counts so far. A prompt token counts as cached when no choice computed it."""
-        cached = 0
+        cached = written = 0
         for at in range(len(self._prompts)):
             choices = self.choices[at * self._n : (at + 1) * self._n]
             cached += min((choice.cached_tokens for choice in choices), default=0)
+            written += max((choice.cache_write_tokens for choice in choices), default=0)
         return Usage(
             sum(len(prompt) for prompt in self._prompts),
             sum(choice.completion_tokens for choice in self.choices),
             cached,
+            written,
         )
 
     def note_error(self, error: BaseException) -> None:
@@ -327,6 +337,7 @@ class Turn:
                 self._expired.append(piece)
                 break
             await sink(piece)
+        self._sources.ended(choice)
         self._waiting.leave(choice.index, self.gateway.clock.now_ms())
 
     async def _end_expired(self, sink: Sink) -> None:
@@ -376,13 +387,15 @@ class Turn:
         if self._record is None or not self.choices:
             return
         self._tell_deadline()
-        self._account.learn(self.choices, self._prompts, self._n, self._last_ms)
+        computed = [each for each in self.choices if self._sources.computed(each.index)]
+        self._account.learn(computed, self._prompts, self._n, self._last_ms)
         finishes = [str(choice.finish) for choice in self.choices]
         self._span.set_attribute("gen_ai.response.model", self._record.name)
         self._span.set_attribute("gen_ai.response.finish_reasons", finishes)
         self._span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)
         self._span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
         self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens)
+        self._span.set_attribute("gen_ai.usage.cache_write.input_tokens", usage.cache_write_tokens)
         metrics, model = self.gateway.metrics, self._record.name
         metrics.duration.labels(*self._labels).observe(took_ms / 1000)
         metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)

@@ -1,0 +1,94 @@
+"""Where one turn's choices get their tokens: the fleet, a request that is the same, or an entry.
+
+Invariant: sharing is for tenants that opted in and for deterministic jobs; all others go straight
+to the fleet. Whatever way it is, a choice gets its tokens from something that looks like a
+generation, so that text, finish and logprobs come about in one way only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from opentelemetry.trace import Span
+
+from headrace.types import FinishReason, Job, ModelRecord
+from headrace_gateway.api.context import Gateway, GenerationSeam
+from headrace_gateway.api.wishes import Wish
+from headrace_gateway.choices import Choice
+from headrace_gateway.policy.sharing import is_deterministic, request_key
+from headrace_gateway.prompt_cache import Asked, Tracked, Way
+from headrace_gateway.tenants import Tenant
+
+WAY_ATTRIBUTE = "headrace.prompt_cache.way"
+
+
+class Sources:
+    """One turn's, by choice index."""
+
+    def __init__(self, gateway: Gateway, tenant: Tenant, span: Span) -> None:
+        self._gateway = gateway
+        self._tenant = tenant
+        self._span = span
+        self._tracked: dict[int, Tracked] = {}
+        self._opened = 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether nothing had to be computed for the whole turn."""
+        ways = [source.way for source in self._tracked.values()]
+        return bool(ways) and len(ways) == self._opened and set(ways) == {Way.ENTRY}
+
+    def computed(self, index: int) -> bool:
+        """Whether the choice's tokens were computed for it."""
+        source = self._tracked.get(index)
+        return source is None or source.way is Way.COMPUTED
+
+    async def open(self, index: int, job: Job, record: ModelRecord, wish: Wish) -> GenerationSeam:
+        """The source of choice `index`. Raises what the fleet refuses `job` with."""
+        seeded = wish.seed is not None
+        if not self._tenant.prompt_entries or not is_deterministic(job.sampling, seeded=seeded):
+            source: GenerationSeam = await self._submit(job)
+        else:
+            key = request_key(
+                record.fingerprint, job.salt, job.prompt, job.sampling, _reading(wish)
+            )
+            asked = Asked(key, job, record, self._submit)
+            source = self._tracked[index] = await self._gateway.prompt_cache.open(asked)
+            self._note(record.name, self._tracked[index].way)
+        self._opened += 1
+        return source
+
+    def _note(self, model: str, way: Way) -> None:
+        self._gateway.metrics.prompt_answers.labels(model, way.value).inc()
+        self._span.set_attribute(WAY_ATTRIBUTE, way.value)
+
+    async def _submit(self, job: Job) -> GenerationSeam:
+        return await self._gateway.fleet.submit(job, self._span)
+
+    def ended(self, choice: Choice) -> None:
+        """The choice came to its end: what it was made of is worth keeping."""
+        source = self._tracked.get(choice.index)
+        if source is not None and choice.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            source.keep(choice.finish, choice.completion_tokens)
+
+
+def _reading(wish: Wish) -> Sequence[Any]:
+    """What decides where a choice's text ends, and with it its generation."""
+    rules, tools = wish.rules, wish.tools
+    calls: list[Any] = []
+    if tools is not None:
+        calls = [
+            tools.dialect.format.value,
+            sorted(tools.offer.names),
+            tools.offer.parallel,
+            sorted(tools.markers.items()),
+        ]
+    return [
+        list(rules.stops),
+        rules.keep_stop,
+        rules.min_tokens,
+        sorted(rules.silent),
+        rules.score_end,
+        calls,
+    ]
