@@ -256,11 +256,12 @@ class DiskLog:
     def _live_heads(self, segment: Segment) -> list[tuple[Live, Found]]:
         """The records of `segment` that are referred to, as they stand in its file."""
         live = {each.offset: each for each in self.catalog.live_in(segment.number)}
-        if not live:
-            return []
+        heads = self._heads(segment) if live else []
+        return [(live[found.offset], found) for found in heads if found.offset in live]
+
+    def _heads(self, segment: Segment) -> list[Found]:
         size_bytes = self._files.size(segment.fd)
-        scan = Reader(self._files, segment.fd, size_bytes, segment.marker).scan()
-        return [(live[found.offset], found) for found in scan.records if found.offset in live]
+        return Reader(self._files, segment.fd, size_bytes, segment.marker).scan().records
 
     def _carry(self, segment: Segment, leaving: Sequence[tuple[Live, Found]]) -> None:
         """Write again what `segment` should leave behind: pinned first, then what was used."""
@@ -359,47 +360,44 @@ class DiskLog:
         return len(pinned)
 
     def forget(self, keys: Sequence[EntryKey]) -> int:
-        """Drop `keys` for good; how many were here. Raises OSError if they could come back."""
+        """Drop `keys` for good; how many were here. Raises OSError if they could come back.
+
+        Keys that are not here are forgotten too: one that could not be read may still stand in a
+        file.
+        """
         gone = [key for key in keys if self.catalog.drop(key)]
-        self._forget_for_good([note(Op.FORGET, key) for key in gone])
-        for key in gone:
-            self._emit(Came.WENT, key)
-        self.counts.forgotten += len(gone)
+        self._forget_for_good([note(Op.FORGET, key) for key in keys], gone)
         return len(gone)
 
     def forget_tenant(self, tenant: str) -> int:
         """Drop all of a tenant's entries for good; how many. Raises OSError as `forget`."""
-        return self.forget_where(lambda facts: facts.tenant == tenant, [tenant])
-
-    def forget_where(self, match: Callable[[EntryFacts], bool], tenants: Sequence[str] = ()) -> int:
-        """Drop what `match` picks. Reads all heads.
-
-        `tenants` are forgotten whole besides, with what heads that cannot be read now may hold.
-        """
-        keys = [found.head.facts.key for found in self.records() if match(found.head.facts)]
+        keys = [
+            found.head.facts.key for found in self.records() if found.head.facts.tenant == tenant
+        ]
         gone = [key for key in keys if self.catalog.drop(key)]
-        extra = sum(self.catalog.drop_tenant(tenant) for tenant in tenants)
-        notes = [note(Op.FORGET_TENANT, tenant=tenant) for tenant in tenants]
-        if not tenants:
-            notes = [note(Op.FORGET, key) for key in gone]
-        self._forget_for_good(notes)
+        unread = self.catalog.drop_tenant(tenant)
+        self._forget_for_good([note(Op.FORGET_TENANT, tenant=tenant)], gone)
+        return len(gone) + unread
+
+    def forget_where(self, match: Callable[[EntryFacts], bool]) -> int:
+        """Drop what `match` picks, as `forget` does. Reads all heads."""
+        picked = (found.head.facts for found in self.records(dead=True))
+        return self.forget(list({facts.key: None for facts in picked if match(facts)}))
+
+    def _forget_for_good(self, notes: Sequence[Head], gone: Sequence[EntryKey]) -> None:
+        """Write `notes` and sync them; a full disk loses its oldest segments for it."""
         for key in gone:
             self._emit(Came.WENT, key)
-        self.counts.forgotten += len(gone) + extra
-        return len(gone) + extra
-
-    def _forget_for_good(self, notes: Sequence[Head]) -> None:
-        """Write `notes` and sync them; a full disk loses its oldest segments for it."""
-        while notes:
+        self.counts.forgotten += len(gone)
+        while notes and len(self._shelf):  # nothing comes back from no file
             try:
                 self._write_notes(notes, FORGET_COPIES, sync=True)
                 break
             except OSError as error:
                 self._pause(error)
                 oldest = self._shelf.oldest()
-                if oldest is None:
-                    break  # nothing is left that could come back
-                self._drop(oldest, carry=False)
+                if oldest is not None:
+                    self._drop(oldest, carry=False)
         self._drop_dead()
 
     def _drop_dead(self) -> None:
@@ -424,19 +422,21 @@ class DiskLog:
 
     # looking on
 
-    def records(self) -> Iterator[Found]:
-        """All entries, oldest segment first, as their heads stand on disk. Skips what fails."""
+    def records(self, *, dead: bool = False) -> Iterator[Found]:
+        """All entries, oldest segment first, as their heads stand on disk. Skips what fails.
+
+        `dead`: also the records that nothing refers to any more.
+        """
         for segment in self._shelf:
             with self._shelf.hold(segment.number) as held:
                 if held is None:
                     continue
                 try:
-                    heads = self._live_heads(held)
+                    heads = self._heads(held) if dead else [f for _, f in self._live_heads(held)]
                 except OSError:
                     self.counts.read_errors += 1
                     continue
-            for _, found in heads:
-                yield found
+            yield from (found for found in heads if found.head.op is Op.ENTRY)
 
     def close(self) -> None:
         """Close all files; the last segment stays open to be appended to after the next start."""
