@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import signal
 import sys
+from pathlib import Path
 
 import structlog
 
@@ -13,6 +14,7 @@ from headrace import logs, telemetry
 from headrace.config import load_or_exit
 from headrace.errors import SettingsError
 from headrace.frames import Address, parse_address
+from headrace_cache.arena import Arena
 from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer
 from headrace_cache.settings import CacheSettings
@@ -42,19 +44,33 @@ async def serve(settings: CacheSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = Store(settings.cache_bytes, POLICIES[settings.cache_policy](None))
-    server = CacheServer(store)
-    address = await server.start(parse_address(settings.cache_listen))
+    folder = Path(settings.cache_arena_dir) if settings.cache_arena_dir else None
+    arena = Arena(settings.cache_bytes, folder)
+    server = CacheServer(_store(settings, arena))
     try:
+        address = await server.start(parse_address(settings.cache_listen))
         if settings.metrics_port:
             _listen_metrics(server, address, settings.metrics_port)
-        log.info("listening", address=str(address), budget_bytes=settings.cache_bytes)
+        log.info(
+            "listening",
+            address=str(address),
+            budget_bytes=settings.cache_bytes,
+            shared=bool(arena.path),
+            huge_pages=arena.huge_pages,
+        )
         if address.host and not _is_loopback(address.host):
             log.warning("whoever reaches this address can read and write the cache")
         await stop.wait()
-        log.info("stopping", entries=len(store))
+        log.info("stopping", entries=len(server.store))
     finally:
         await server.stop()
+        arena.close()
+
+
+def _store(settings: CacheSettings, arena: Arena) -> Store:
+    pinned_bytes_max = int(settings.cache_bytes * settings.cache_pinned_share)
+    policy = POLICIES[settings.cache_policy](pinned_bytes_max)
+    return Store(settings.cache_bytes, policy, arena)
 
 
 def _loop_factory() -> asyncio.AbstractEventLoop:

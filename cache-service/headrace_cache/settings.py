@@ -22,6 +22,13 @@ class CacheSettings(ServiceSettings):
     )
     cache_bytes: int = Field(default=1 << 30, ge=1 << 20, description="budget for all entries")
     cache_policy: str = Field(default="keep-score", description="who leaves: keep-score, lru, …")
+    cache_arena_dir: str = Field(
+        default="/dev/shm",
+        description="memory file system that workers of this host share; empty: none",
+    )
+    cache_pinned_share: float = Field(
+        default=0.5, ge=0, le=1, description="of the budget, that pinned entries may take"
+    )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus; 0 = off")
 
     @field_validator("cache_listen")

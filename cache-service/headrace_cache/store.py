@@ -1,30 +1,46 @@
-"""Entries by key within a byte budget, in RAM.
+"""Entries by key within a byte budget, in the arena.
 
-Invariant: what all entries are charged (their bytes and ENTRY_OVERHEAD_BYTES each) never exceeds
-the budget, not even between two steps of a put: room is made first. Which entries leave is the
-policy's decision alone. Bytes once stored are never changed, so that a reader may still be
-sending them when their entry is evicted.
+Invariants: what all entries are charged (their granules and ENTRY_OVERHEAD_BYTES each) never
+exceeds the budget, not even between two steps of a put: room is made first. Which entries leave is
+the policy's decision alone. An entry is written once, between `reserve` and `commit`, and read by
+nobody meanwhile; its place is not reused, and not moved, while anybody has it lent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from headrace.checksum import checksum
 from headrace.frames import EntryFacts, EntryKey
 from headrace.types import Band
+from headrace_cache.arena import GRANULE_BYTES, NOBODY, Arena, granules
 from headrace_cache.index import Index, Record, Tier
-from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy, Victim
+from headrace_cache.leases import Leases
+from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy
+from headrace_cache.tallies import Tallies, Tally
 
-ENTRY_OVERHEAD_BYTES = 1024
-"""Charged beside an entry's bytes: about what its key, facts and places in the indexes take."""
+ENTRY_OVERHEAD_BYTES = 512
+"""Charged beside an entry's granules: more than its key and places in the indexes take."""
 
 TOKEN_MS_DEFAULT = 1.0
 """What a token is taken to cost where nobody measured."""
+
+RESERVED_SHARE_MAX = 0.5
+"""Of the budget, that entries being written take together."""
+
+ROOM_TRIES_MAX = 8
+"""Times that more entries leave because what is free is in pieces."""
+
+NOWHERE = -1
+OURSELVES = 0
+"""Holds what the service itself reads or writes."""
+
+Evicted = Callable[[EntryFacts, memoryview], None]
+"""Told what leaves, and its bytes, before they are gone."""
 
 
 class Outcome(StrEnum):
@@ -32,180 +48,386 @@ class Outcome(StrEnum):
 
     KEPT = "kept"
     PRESENT = "present"
+    BUSY = "busy"
+    """Somebody else is writing it."""
     TOO_LARGE = "too_large"
     OUTRANKED = "outranked"
+    """Worth less than all that would have to leave, or than what may leave."""
     SKIPPED = "skipped"
+    """Too much is being written already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """The leading run found for a list of keys, lent.
+
+    `more`: cut short by the caller's limit. `saved_us` is what computing it would take.
+    """
+
+    lease: int
+    places: tuple[int, ...]
+    sizes: tuple[int, ...]
+    crcs: tuple[int, ...]
+    more: bool
+    saved_us: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A place for each entry, NOWHERE for those that are not to be written, and why."""
+
+    ticket: int
+    places: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
 
 
 @dataclass(slots=True)
-class Tally:
-    """Counters of one kind or one tenant; `entries` and `bytes` are what is resident now."""
+class _Writing:
+    """An entry between reserve and commit."""
 
-    entries: int = 0
-    bytes: int = 0
-    hits: int = 0
-    misses: int = 0
-    kept: int = 0
-    present: int = 0
-    refused: int = 0
-    evictions: int = 0
-    corrupt: int = 0
+    slot: int
+    place: int
+    pin_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An entry: what its put said, its bytes, and the name its tenant is counted under."""
-
-    facts: EntryFacts
-    data: memoryview
-    tenant: str
-
-    @property
-    def charged_bytes(self) -> int:
-        return charged_bytes(self.facts)
-
-
-def charged_bytes(facts: EntryFacts) -> int:
+def charged_bytes(size_bytes: int) -> int:
     """What an entry takes from the budget."""
-    return facts.size_bytes + ENTRY_OVERHEAD_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The leading run found for a list of keys; `more`: cut short by the caller's limit."""
-
-    entries: list[Stored] = field(default_factory=list)
-    bytes: int = 0
-    more: bool = False
+    return granules(size_bytes) * GRANULE_BYTES + ENTRY_OVERHEAD_BYTES
 
 
 class Store:
     """Bytes by key. One thread calls it; nothing here waits."""
 
-    def __init__(self, budget_bytes: int, policy: EvictionPolicy) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        policy: EvictionPolicy,
+        arena: Arena | None = None,
+        reserved_bytes_max: int | None = None,
+    ) -> None:
+        """`arena` has room for `budget_bytes`; without it, private memory has.
+
+        `reserved_bytes_max` is what entries being written take together, RESERVED_SHARE_MAX of the
+        budget where it is not given.
+        """
         assert budget_bytes > 0, "settings see to a budget"
         self.budget_bytes = budget_bytes
-        self.used_bytes = 0
-        self.by_kind: dict[str, Tally] = {}
-        self.by_tenant: dict[str, Tally] = {}
+        self.reserved_bytes_max = reserved_bytes_max or int(budget_bytes * RESERVED_SHARE_MAX)
+        self.reserved_bytes = 0
+        self.arena = arena or Arena(budget_bytes)
+        self.index = Index()
+        self.tallies = Tallies()
+        self.leases = Leases()
+        self.evicted: Evicted = lambda *_: None
         self._policy = policy
-        self._index = Index()
-        self._entries: dict[int, Stored] = {}
+        self._tickets: dict[int, dict[int, list[_Writing]]] = {}  # by holder and number
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self.index.counts[Tier.RAM]
 
     def __contains__(self, key: EntryKey) -> bool:
-        return self._index.find(key) != NO_SLOT
+        return self.index.find(key, Tier.RAM) != NO_SLOT
 
-    def can_hold(self, facts: EntryFacts) -> bool:
-        """Whether the entry fits at all, were the store empty."""
-        return charged_bytes(facts) <= self.budget_bytes
+    @property
+    def used_bytes(self) -> int:
+        """Charged to the budget now; what was lent and is no entry any more counts."""
+        counts = self.index.counts
+        entries = counts[Tier.RAM] + counts[Tier.PENDING]
+        return self.arena.used_bytes + entries * ENTRY_OVERHEAD_BYTES
 
-    def get_run(
-        self, keys: Sequence[EntryKey], now_ms: int, limit_bytes: int, band: Band | None = None
-    ) -> Run:
-        """The entries of `keys` up to the first that is missing, at most `limit_bytes` of them."""
-        found: list[Stored] = []
-        size_bytes = 0
-        more = False
-        for key in keys:
-            slot = self._index.find(key)
-            if slot == NO_SLOT:
-                self._kind(key).misses += len(keys) - len(found)
-                break
-            stored = self._entries[slot]
-            if size_bytes + stored.facts.size_bytes > limit_bytes:
-                more = True
-                break
-            self._policy.touch(slot, now_ms, band)
-            self._kind(key).hits += 1
-            self.by_tenant[stored.tenant].hits += 1
-            size_bytes += stored.facts.size_bytes
-            found.append(stored)
-        return Run(found, size_bytes, more)
+    def can_hold(self, size_bytes: int) -> bool:
+        """Whether an entry fits at all, were the store empty."""
+        return charged_bytes(size_bytes) <= self.budget_bytes
 
-    def put(self, facts: EntryFacts, data: memoryview | None, now_ms: int) -> Outcome:
-        """Take an entry in, making room first. `data` belongs to the store from here on.
+    # reading
 
-        Without `data` (its bytes were skipped, as the entry was there or the service was busy)
-        this counts as a use of an entry that is there, and as a refusal of any other.
+    def lend(
+        self,
+        holder: int,
+        keys: Sequence[EntryKey],
+        now_ms: int,
+        limit_bytes: int,
+        band: Band | None = None,
+        layout: bytes = b"",
+    ) -> Loan:
+        """Lend `holder` the run of `keys` up to the first that is missing or has another layout.
+
+        It is cut at `limit_bytes`. `keys` are of one kind.
         """
-        assert data is None or len(data) == facts.size_bytes, "the frame was checked"
-        slot = self._index.find(facts.key)
-        if slot != NO_SLOT:
+        slots, more = self._readable(keys, limit_bytes, layout)
+        index = self.index
+        for slot in slots:
+            self._policy.touch(slot, now_ms, band)
+            if band is not None:
+                index.raise_band(slot, band)
+            for tally in self._tallies(slot):
+                tally.hits += 1
+                tally.hit_bytes += index.size_bytes[slot]
+                tally.saved_us += index.cost_us[slot]
+        if not more and len(slots) < len(keys):
+            self.tallies.kind(keys[0].kind).misses += len(keys) - len(slots)
+        loan = Loan(
+            self.leases.new_number() if slots else 0,
+            tuple(index.ram_place[slot] for slot in slots),
+            tuple(index.size_bytes[slot] for slot in slots),
+            tuple(index.crc[slot] for slot in slots),
+            more,
+            sum(index.cost_us[slot] for slot in slots),
+        )
+        if slots:
+            self.leases.begin(holder, loan.lease, loan.places, loan.bytes, now_ms)
+        return loan
+
+    def _readable(
+        self, keys: Sequence[EntryKey], limit_bytes: int, layout: bytes
+    ) -> tuple[list[int], bool]:
+        """Slots of the run that may be read, and whether `limit_bytes` cut it."""
+        if not keys:
+            return [], False
+        run = self.index.find_run(keys[0].kind, [key.hash for key in keys], Tier.RAM)
+        wanted = int.from_bytes(layout)
+        size_bytes = 0
+        for count, slot in enumerate(run):
+            if wanted and self.index.layout[slot] != wanted:
+                return run[:count], False
+            size_bytes += self.index.size_bytes[slot]
+            if size_bytes > limit_bytes:
+                return run[:count], True
+        return run, False
+
+    def end(self, holder: int, number: int) -> None:
+        """End a lease, or give up a ticket. A number that `holder` has not is of no effect."""
+        for writing in self._tickets.get(holder, {}).pop(number, ()):
+            self._give_up(writing)
+        if not self._tickets.get(holder, True):
+            del self._tickets[holder]
+        for place in self.leases.end(holder, number):
+            if self.arena.owner(place) == NOBODY:
+                self.arena.free(place)
+
+    def end_all(self, holder: int) -> None:
+        """End all that `holder` has."""
+        for number in [*self._tickets.get(holder, {}), *self.leases.numbers(holder)]:
+            self.end(holder, number)
+
+    # writing
+
+    def reserve(self, holder: int, entries: Sequence[EntryFacts], now_ms: int) -> Reservation:
+        """Places for `holder` to write `entries` to, parents first; room is made for them."""
+        writing: list[_Writing] = []
+        places: list[int] = []
+        outcomes: list[Outcome] = []
+        refused: set[bytes] = set()
+        for facts in entries:
+            # a tail is of no use without its head
+            if facts.parent and facts.parent in refused:
+                place, outcome = self._refuse(facts, Outcome.OUTRANKED)
+            else:
+                place, outcome = self._reserve_one(facts, now_ms)
+            if place != NOWHERE:
+                slot = self.arena.owner(place)
+                writing.append(_Writing(slot, place, facts.pin_ms))
+            elif outcome not in (Outcome.PRESENT, Outcome.BUSY):
+                refused.add(facts.key.hash)
+            places.append(place)
+            outcomes.append(outcome)
+        ticket = self.leases.new_number() if writing else 0
+        if writing:
+            self._tickets.setdefault(holder, {})[ticket] = writing
+        return Reservation(ticket, tuple(places), tuple(outcomes))
+
+    def _reserve_one(self, facts: EntryFacts, now_ms: int) -> tuple[int, Outcome]:
+        slot = self.index.find(facts.key, Tier.RAM | Tier.PENDING)
+        if slot != NO_SLOT and self.index.tiers[slot] & Tier.RAM:
             self._use_again(slot, facts, now_ms)
-            return Outcome.PRESENT
-        tenant = self._index.tenant_name(self._index.tenant(facts.tenant))
-        self.by_tenant.setdefault(tenant, Tally())
-        if not self.can_hold(facts):
-            return self._refuse(facts.key, tenant, Outcome.TOO_LARGE)
-        if data is None:
-            return self._refuse(facts.key, tenant, Outcome.SKIPPED)
-        slot = self._index.enter(facts.key, self._record(facts), Tier.RAM)
-        if not self._make_room(slot, facts, now_ms):
-            return self._refuse(facts.key, tenant, Outcome.OUTRANKED)
-        self._entries[slot] = Stored(facts, data, tenant)
-        self.used_bytes += charged_bytes(facts)
-        for tally in (self._kind(facts.key), self.by_tenant[tenant]):
-            tally.entries += 1
-            tally.bytes += facts.size_bytes
-            tally.kept += 1
-        return Outcome.KEPT
+            return NOWHERE, Outcome.PRESENT
+        if slot != NO_SLOT:
+            return NOWHERE, Outcome.BUSY
+        charge = charged_bytes(facts.size_bytes)
+        if not self.can_hold(facts.size_bytes):
+            return self._refuse(facts, Outcome.TOO_LARGE)
+        # one entry may always be written, however small the budget is
+        if self.reserved_bytes and self.reserved_bytes + charge > self.reserved_bytes_max:
+            return self._refuse(facts, Outcome.SKIPPED)
+        slot = self.index.enter(facts.key, self._record(facts), Tier.PENDING)
+        self._policy.admit(slot, self.index.facts(slot, charge), now_ms)
+        place = self._make_room(slot, facts.size_bytes, now_ms)
+        if place is None:
+            self.index.leave(slot, Tier.PENDING)
+            return self._refuse(facts, Outcome.OUTRANKED)
+        self.reserved_bytes += charge
+        return place, Outcome.KEPT
 
     def _use_again(self, slot: int, facts: EntryFacts, now_ms: int) -> None:
         self._policy.touch(slot, now_ms, facts.band)
-        self._kind(facts.key).present += 1
-        self.by_tenant[self._entries[slot].tenant].present += 1
+        self.index.raise_band(slot, facts.band)
+        if facts.pin_ms:
+            self._policy.pin(slot, now_ms + facts.pin_ms)
+        for tally in self._tallies(slot):
+            tally.present += 1
+
+    def commit(self, holder: int, ticket: int, crcs: Sequence[int], now_ms: int) -> int:
+        """What `ticket` reserved is written, with `crcs`, -1 for what is given up; how many stay.
+
+        A ticket that `holder` has not is of no effect; one with another number of CRCs is given up.
+        """
+        writings = self._tickets.get(holder, {}).get(ticket, [])
+        if not writings or len(writings) != len(crcs):
+            self.end(holder, ticket)
+            return 0
+        self._tickets[holder].pop(ticket)
+        if not self._tickets[holder]:
+            del self._tickets[holder]
+        for writing, crc in zip(writings, crcs, strict=True):
+            if crc < 0:
+                self._give_up(writing)
+            else:
+                self._settle(writing, crc, now_ms)
+        return sum(crc >= 0 for crc in crcs)
+
+    def _settle(self, writing: _Writing, crc: int, now_ms: int) -> None:
+        slot = writing.slot
+        self.index.crc[slot] = crc
+        self.index.place(slot, Tier.RAM, writing.place)
+        self.index.leave(slot, Tier.PENDING)
+        size_bytes = self.index.size_bytes[slot]
+        self.reserved_bytes -= charged_bytes(size_bytes)
+        if writing.pin_ms:
+            self._policy.pin(slot, now_ms + writing.pin_ms)
+        for tally in self._tallies(slot):
+            tally.entries += 1
+            tally.bytes += size_bytes
+            tally.kept += 1
+
+    def _give_up(self, writing: _Writing) -> None:
+        self.reserved_bytes -= charged_bytes(self.index.size_bytes[writing.slot])
+        self._policy.remove(writing.slot)
+        self.index.leave(writing.slot, Tier.PENDING)
+        self.arena.free(writing.place)
+
+    def put(self, facts: EntryFacts, data: bytes | memoryview, now_ms: int) -> Outcome:
+        """Reserve, copy and commit one entry."""
+        assert len(data) == facts.size_bytes, "facts are those of the data"
+        reservation = self.reserve(OURSELVES, [facts], now_ms)
+        if reservation.ticket:
+            self.arena.view(reservation.places[0], facts.size_bytes)[:] = data
+            self.commit(OURSELVES, reservation.ticket, [facts.crc], now_ms)
+        return reservation.outcomes[0]
 
     def verify(self, key: EntryKey) -> bool:
-        """Whether the entry was corrupt, and is gone now. Takes 0.2 ms a MB."""
-        slot = self._index.find(key)
-        if slot == NO_SLOT:
+        """Whether the entry was corrupt, and is gone now. Takes 0.1 ms a MB."""
+        slot = self.index.find(key, Tier.RAM)
+        if slot == NO_SLOT or checksum(self.data(slot)) == self.index.crc[slot]:
             return False
-        stored = self._entries[slot]
-        if checksum(stored.data) == stored.facts.crc:
-            return False
-        self._policy.remove(slot)
-        self._forget(slot, stored)
-        self._kind(key).corrupt += 1
-        self.by_tenant[stored.tenant].corrupt += 1
+        for tally in self._tallies(slot):
+            tally.corrupt += 1
+        self.drop(slot)
         return True
 
-    def _make_room(self, slot: int, facts: EntryFacts, now_ms: int) -> bool:
-        """Room for `slot`, which the policy knows of then; False if it is worth less than all."""
-        self._policy.admit(slot, self._index.facts(slot, charged_bytes(facts)), now_ms)
-        missing_bytes = self.used_bytes + charged_bytes(facts) - self.budget_bytes
-        victims = self._policy.victims(missing_bytes, now_ms) if missing_bytes > 0 else []
-        for victim in victims:
-            if victim.slot != slot:
-                self._evict(victim)
-        if all(victim.slot != slot for victim in victims):
-            return True
-        self._index.leave(slot, Tier.RAM)
+    def data(self, slot: int) -> memoryview:
+        """The bytes of an entry, where they lie."""
+        return self.arena.view(self.index.ram_place[slot], self.index.size_bytes[slot])
+
+    # making room
+
+    def _make_room(self, slot: int, size_bytes: int, now_ms: int) -> int | None:
+        """A place for `slot`; None, and the policy has forgotten it, if it is not worth one."""
+        missing_bytes = self.used_bytes - self.budget_bytes
+        missing_bytes += charged_bytes(size_bytes) - ENTRY_OVERHEAD_BYTES
+        for _ in range(ROOM_TRIES_MAX):
+            if missing_bytes > 0 and not self._evict(slot, missing_bytes, now_ms):
+                return None
+            place = self.arena.take(size_bytes, slot)
+            if place is None and self.arena.compact(size_bytes, self._may_move, self._moved):
+                place = self.arena.take(size_bytes, slot)
+            if place is not None:
+                return place
+            missing_bytes = size_bytes
+        self._policy.remove(slot)
+        return None
+
+    def _evict(self, newcomer: int, size_bytes: int, now_ms: int) -> bool:
+        """Free `size_bytes`; False, and the policy has forgotten `newcomer`, if it cannot be."""
+
+        def allowed(slot: int) -> bool:
+            return slot == newcomer or self._may_leave(slot)
+
+        freed_bytes = 0
+        outranked = False
+        for victim in self._policy.victims(size_bytes, now_ms, allowed):
+            if victim.slot == newcomer:
+                outranked = True
+                continue
+            freed_bytes += victim.size_bytes
+            for tally in self._tallies(victim.slot):
+                tally.evictions += 1
+            self.evicted(self.facts(victim.slot), self.data(victim.slot))
+            self._forget(victim.slot)
+        if outranked or freed_bytes >= size_bytes:
+            return not outranked
+        self._policy.remove(newcomer)
         return False
 
-    def _evict(self, victim: Victim) -> None:
-        stored = self._entries[victim.slot]
-        self._forget(victim.slot, stored)
-        self._kind(stored.facts.key).evictions += 1
-        self.by_tenant[stored.tenant].evictions += 1
+    def _may_leave(self, slot: int) -> bool:
+        if self.index.tiers[slot] & Tier.PENDING:
+            return False
+        return not self.leases.is_held(self.index.ram_place[slot])
 
-    def _forget(self, slot: int, stored: Stored) -> None:
-        self._index.leave(slot, Tier.RAM)
-        del self._entries[slot]
-        self.used_bytes -= stored.charged_bytes
-        for tally in (self._kind(stored.facts.key), self.by_tenant[stored.tenant]):
+    def _may_move(self, place: int) -> bool:
+        owner = self.arena.owner(place)
+        return owner != NOBODY and self._may_leave(owner)
+
+    def _moved(self, slot: int, place: int) -> None:
+        self.index.place(slot, Tier.RAM, place)
+
+    def pin(self, slot: int, until_ms: int) -> bool:
+        """Keep an entry until then; False if pins hold too much already."""
+        return self._policy.pin(slot, until_ms)
+
+    def unpin(self, slot: int) -> None:
+        self._policy.unpin(slot)
+
+    def pinned_until_ms(self, slot: int) -> int:
+        """When the entry's own pin ends, or NOT_PINNED."""
+        return self._policy.pinned_until_ms(slot)
+
+    def drop(self, slot: int) -> None:
+        """Forget an entry, for a reason that is not the policy's."""
+        self._policy.remove(slot)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        place = self.index.ram_place[slot]
+        for tally in self._tallies(slot):
             tally.entries -= 1
-            tally.bytes -= stored.facts.size_bytes
+            tally.bytes -= self.index.size_bytes[slot]
+        self.index.leave(slot, Tier.RAM)
+        if self.leases.is_held(place):
+            self.arena.disown(place)
+        else:
+            self.arena.free(place)
 
-    def _refuse(self, key: EntryKey, tenant: str, outcome: Outcome) -> Outcome:
-        self._kind(key).refused += 1
-        self.by_tenant[tenant].refused += 1
-        return outcome
+    # telling
 
-    def _kind(self, key: EntryKey) -> Tally:
-        return self.by_kind.setdefault(key.kind, Tally())
+    def facts(self, slot: int) -> EntryFacts:
+        """What is known of an entry, as a put would say it."""
+        record = self.index.record(slot)
+        return EntryFacts(
+            key=self.index.key(slot),
+            parent=record.parent,
+            depth=record.depth,
+            size_bytes=record.size_bytes,
+            crc=record.crc,
+            band=record.band,
+            tenant=self.index.tenant_name(record.tenant),
+            cost_tokens=0,
+            cost_ms=record.cost_us / 1000,
+            layout=record.layout.to_bytes(8) if record.layout else b"",
+        )
 
     def _record(self, facts: EntryFacts) -> Record:
         cost_ms = facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT
@@ -215,30 +437,52 @@ class Store:
             size_bytes=facts.size_bytes,
             crc=facts.crc,
             band=facts.band,
-            tenant=self._index.tenant(facts.tenant),
+            tenant=self.index.tenant(facts.tenant),
             cost_us=math.ceil(1000 * cost_ms),
+            layout=int.from_bytes(facts.layout),
         )
 
+    def _tallies(self, slot: int) -> Iterator[Tally]:
+        tenant = self.index.tenant_name(self.index.tenant_of[slot])
+        return self.tallies.both(self.index.key(slot).kind, tenant)
+
+    def _refuse(self, facts: EntryFacts, outcome: Outcome) -> tuple[int, Outcome]:
+        tenant = self.index.tenant_name(self.index.tenant(facts.tenant))
+        for tally in self.tallies.both(facts.key.kind, tenant):
+            tally.refused += 1
+        return NOWHERE, outcome
+
     def stats(self) -> dict[str, Any]:
-        """Everything counted, as nested maps of numbers; misses have no owner, so no tenant."""
-        return {
+        """Everything counted, as nested maps of numbers."""
+        return self.tallies.stats() | {
             "budget_bytes": self.budget_bytes,
             "used_bytes": self.used_bytes,
-            "entries": len(self._entries),
-            "by_kind": {kind: asdict(tally) for kind, tally in self.by_kind.items()},
-            "by_tenant": {tenant: asdict(tally) for tenant, tally in self.by_tenant.items()},
+            "reserved_bytes": self.reserved_bytes,
+            "pinned_bytes": self._policy.pinned_bytes,
+            "leases": len(self.leases),
+            "entries": len(self),
         }
 
     def check_integrity(self) -> None:
         """Assert that budget, counters, bytes and policy agree. Takes time in all entries."""
-        entries = self._entries.values()
-        assert self.used_bytes == sum(stored.charged_bytes for stored in entries), "charges add up"
+        index = self.index
         assert self.used_bytes <= self.budget_bytes, "the budget holds"
-        assert all(len(stored.data) == stored.facts.size_bytes for stored in entries)
-        for tallies in (self.by_kind, self.by_tenant):
-            assert sum(tally.entries for tally in tallies.values()) == len(self._entries)
-            size_bytes = sum(stored.facts.size_bytes for stored in entries)
-            assert sum(tally.bytes for tally in tallies.values()) == size_bytes
-        assert self._index.counts[Tier.RAM] == len(self._entries), "index and bytes agree"
-        self._index.check_integrity()
-        self._policy.check_integrity()
+        resident = list(index.entries(0, Tier.RAM))
+        size_bytes = sum(index.size_bytes[slot] for slot in resident)
+        self.tallies.check_integrity(len(resident), size_bytes)
+        places = {index.ram_place[slot]: slot for slot in resident}
+        reserved = 0
+        for tickets in self._tickets.values():
+            for writing in (each for ticket in tickets.values() for each in ticket):
+                assert index.tiers[writing.slot] == Tier.PENDING, "what is written is not read"
+                places[writing.place] = writing.slot
+                reserved += charged_bytes(index.size_bytes[writing.slot])
+        assert reserved == self.reserved_bytes, "reservations add up"
+        for place, _, live in self.arena.extents():
+            if live and self.arena.owner(place) == NOBODY:
+                assert self.leases.is_held(place), "what nobody has is free"
+            elif live:
+                assert places.pop(place) == self.arena.owner(place), "owners know their places"
+        assert not places, "each entry has its extent"
+        for part in (index, self._policy, self.arena, self.leases):
+            part.check_integrity()

@@ -217,6 +217,15 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
                     self.abort()
                 raise
 
+    async def flushed(self, stall_s: float) -> None:
+        """Wait until the kernel has all that was sent. Raises ConnectionError as `send` does."""
+        self.transport.set_write_buffer_limits(high=0)
+        try:
+            await self._wait_writable(stall_s)
+        finally:
+            if not self.closed:
+                self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+
     async def _wait_writable(self, stall_s: float) -> None:
         if not self._writable.is_set():
             try:

@@ -13,6 +13,7 @@ from cache.builders import (
     chain,
     client_of,
     data_of,
+    folder_of,
     hash_of,
     make_store,
     serving,
@@ -24,16 +25,20 @@ from headrace.cache_reads import KEYS_PER_ROUND
 from headrace.checksum import checksum
 from headrace.clock import ManualClock
 from headrace.frame_codec import PREFIX, decode_request, encode
-from headrace.frames import PROMPT, Counted, Found, Get, Hello, Welcome
+from headrace.frames import KV, PROMPT, Counted, EntryKey, Found, Get, Hello, Welcome
 from headrace.types import Band
 
 LOCAL = "tcp://127.0.0.1:0"
 PATIENCE_S = 10.0
 
 
-@pytest.fixture(params=["tcp", "unix"])
+@pytest.fixture(params=["tcp", "unix", "arena"])
 def listen(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return LOCAL if request.param == "tcp" else f"unix://{tmp_path / 'cache.sock'}"
+    """Entries sent over either kind of socket, or read and written in place."""
+    if request.param == "tcp":
+        return LOCAL
+    (tmp_path / request.param).mkdir()
+    return f"unix://{tmp_path / request.param / 'cache.sock'}"
 
 
 def hashes(entries: list[PutEntry]) -> list[bytes]:
@@ -43,7 +48,7 @@ def hashes(entries: list[PutEntry]) -> list[bytes]:
 async def test_batches_go_there_and_back(listen: str) -> None:
     """A chain of 200 entries, 70 MB: several frames, one call each way."""
     entries = chain("a", 200, 350_000)
-    store = make_store(1 << 28)
+    store = make_store(1 << 28, folder=folder_of(listen))
     async with (
         serving(listen, store=store) as (_, url),
         client_of(url) as client,
@@ -92,22 +97,22 @@ async def test_memoryviews_and_bytearrays_are_stored_as_they_are(listen: str) ->
 
 async def test_a_reader_of_a_higher_class_keeps_an_entry_alive() -> None:
     """Two batch entries, one read by an interactive request, then more than fits: it stays."""
-    async with serving(LOCAL, store=make_store(5_000)) as (server, url), client_of(url) as client:
+    store = make_store(5_000, reserved_bytes_max=5_000)
+    async with serving(LOCAL, store=store) as (server, url), client_of(url) as client:
         entries = [PutEntry(hash_of(i), data_of(i, 1000), band=Band.BATCH) for i in range(4)]
         await client.put(entries[:2])
         await client.get_run([entries[1].hash], band=Band.INTERACTIVE)
         for entry in entries[2:]:
             await client.put([entry])
         assert [key == entries[0].hash for key, _ in await client.get_run([hash_of(1)])] == [False]
-        assert server.store.by_kind["kv"].evictions > 0
+        assert server.store.tallies.by_kind["kv"].evictions > 0
 
 
-async def test_a_corrupt_entry_is_dropped_and_counts_as_a_miss() -> None:
+async def test_a_corrupt_entry_is_dropped_and_counts_as_a_miss(listen: str) -> None:
     entries = chain("a", 3)
-    async with serving(LOCAL) as (server, url), client_of(url) as client:
+    async with serving(listen) as (server, url), client_of(url) as client:
         await client.put(entries)
-        (stored,) = [s for s in server.store._entries.values() if s.facts.depth == 1]
-        stored.data[7] ^= 1
+        server.store.data(server.store.index.find(EntryKey(KV, entries[1].hash)))[7] ^= 1
         assert [key for key, _ in await client.get_run(hashes(entries))] == [entries[0].hash]
         assert (client.counts.corrupt, client.counts.misses) == (1, 2)
         assert await client.has(hashes(entries)) == [True, False, True]
