@@ -22,8 +22,9 @@ from headrace_cache.segments import RECORDS_MAX, Found
 
 USES_MAX = 255
 NAME_SHIFT = 4
-SLICE = 2048
-"""Records dropped under one hold of the lock: some 0.5 ms."""
+_KIND_BITS = {kind: bits for bits, kind in enumerate(KINDS)}
+SLICE = 256
+"""Records dropped under one hold of the lock: less than 1 ms."""
 
 
 class Place(NamedTuple):
@@ -62,7 +63,7 @@ class _Records:
 
 def name_of(key: EntryKey) -> int:
     """60 bits that name `key` here."""
-    return (int.from_bytes(key.hash[:8], "little") >> NAME_SHIFT) ^ KINDS.index(key.kind)
+    return (int.from_bytes(key.hash[:8], "little") >> NAME_SHIFT) ^ _KIND_BITS[key.kind]
 
 
 class Catalog:
@@ -91,13 +92,19 @@ class Catalog:
 
     def find_run(self, keys: Sequence[EntryKey]) -> list[Place]:
         """The places of `keys` up to the first that is not on disk."""
+        names = [name_of(key) for key in keys]
         places: list[Place] = []
         with self._lock:
-            for key in keys:
-                place = self._find(key)
-                if place is None:
+            refs, segments = self._refs, self._segments
+            for key, name in zip(keys, names, strict=True):
+                ref = refs.get(name)
+                if ref is None:
                     break
-                places.append(place)
+                records, record = segments[ref // RECORDS_MAX], ref % RECORDS_MAX
+                places.append(
+                    Place(key, ref // RECORDS_MAX, records.offsets[record],
+                          records.heads[record], records.sizes[record])
+                )  # fmt: skip
         return places
 
     def _find(self, key: EntryKey) -> Place | None:

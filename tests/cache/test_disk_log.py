@@ -173,7 +173,7 @@ def test_killed_between_any_two_calls(tmp_path: Path, seed: int) -> None:
         left = {path.name for path in world.directory.iterdir()}
         kept = {name for name, segment in known.items() if segment in left}
         assert kept <= world.held(), "nothing whole is lost but with the oldest segments"
-        assert len(kept) > 0.6 * len(known)
+        assert len(kept) >= 0.6 * len(known)
         assert world.disk_bytes() <= BUDGET_BYTES
         world.check()
     world.kill()
