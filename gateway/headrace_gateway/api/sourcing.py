@@ -8,19 +8,38 @@ generation, so that text, finish and logprobs come about in one way only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry.trace import Span
 
-from headrace.types import FinishReason, Job, ModelRecord
+from headrace.types import Finish, FinishReason, Job, ModelRecord
 from headrace_gateway.api.context import Gateway, GenerationSeam
 from headrace_gateway.api.wishes import Wish
 from headrace_gateway.choices import Choice
+from headrace_gateway.generation import Chunk
 from headrace_gateway.policy.sharing import is_deterministic, request_key
 from headrace_gateway.prompt_cache import Asked, Tracked, Way
 from headrace_gateway.tenants import Tenant
 
 WAY_ATTRIBUTE = "headrace.prompt_cache.way"
+
+
+class Silent:
+    """A generation none of whose tokens are told; it ends as one that had nothing to say."""
+
+    def __init__(self, source: GenerationSeam) -> None:
+        self._source = source
+
+    async def next(self) -> Chunk:
+        chunk = await self._source.next()
+        finish = chunk.finish
+        if finish is not None and finish.reason is FinishReason.LENGTH:
+            finish = Finish(FinishReason.STOP)
+        return replace(chunk, tokens=(), logprobs=(), finish=finish)
+
+    async def cancel(self) -> None:
+        await self._source.cancel()
 
 
 class Sources:
@@ -32,6 +51,7 @@ class Sources:
         self._span = span
         self._tracked: dict[int, Tracked] = {}
         self._opened = 0
+        self._silent = False
 
     @property
     def cached(self) -> bool:
@@ -39,16 +59,19 @@ class Sources:
         ways = [source.way for source in self._tracked.values()]
         return bool(ways) and len(ways) == self._opened and set(ways) == {Way.ENTRY}
 
-    def computed(self, index: int) -> bool:
-        """Whether the choice's tokens were computed for it."""
+    def teaches(self, index: int) -> bool:
+        """Whether the choice says something of how long this tenant's outputs are."""
         source = self._tracked.get(index)
-        return source is None or source.way is Way.COMPUTED
+        return not self._silent and (source is None or source.way is Way.COMPUTED)
 
     async def open(self, index: int, job: Job, record: ModelRecord, wish: Wish) -> GenerationSeam:
         """The source of choice `index`. Raises what the fleet refuses `job` with."""
         seeded = wish.seed is not None
-        if not self._tenant.prompt_entries or not is_deterministic(job.sampling, seeded=seeded):
-            source: GenerationSeam = await self._submit(job)
+        self._silent = wish.caching.prewarm
+        if self._silent:
+            source: GenerationSeam = Silent(await self._submit(job))
+        elif not self._tenant.prompt_entries or not is_deterministic(job.sampling, seeded=seeded):
+            source = await self._submit(job)
         else:
             key = request_key(
                 record.fingerprint, job.salt, job.prompt, job.sampling, _reading(wish)

@@ -195,13 +195,16 @@ class Turn:
         self, messages: list[dict[str, Any]], tools: ToolPlan | None = None
     ) -> array[int]:
         """Token ids of chat messages; the model's template writes its own first token."""
+        return await self.encode(self.render(messages, tools), add_bos=False)
+
+    def render(self, messages: list[dict[str, Any]], tools: ToolPlan | None = None) -> str:
+        """Chat messages as the prompt's text."""
         offered = None
         if tools is not None or has_calls(messages):
             functions = () if tools is None else tools.offer.functions
             dialect = self.gateway.dialects.of(self.record)
             messages, offered = prepared(messages, functions, dialect)
-        text = self.gateway.templates.render(self.record, messages, offered)
-        return await self.encode(text, add_bos=False)
+        return self.gateway.templates.render(self.record, messages, offered)
 
     async def submit(self, wish: Wish) -> None:
         """Make the jobs and hand them to the fleet, all or none.
@@ -321,6 +324,9 @@ class Turn:
             expected_tokens=self._account.expect(sampling),
             cached_tokens=self._account.expect_cached(wish.prompts[at]),
             blocks=names.blocks,
+            cache_until_tokens=wish.caching.until_tokens(len(wish.prompts[at])),
+            cache_ttl_ms=wish.caching.ttl_ms,
+            cache_mode=wish.caching.mode,
         )
 
     async def _pump(self, choice: Choice, sink: Sink, tell: Tell | None) -> None:
@@ -387,8 +393,8 @@ class Turn:
         if self._record is None or not self.choices:
             return
         self._tell_deadline()
-        computed = [each for each in self.choices if self._sources.computed(each.index)]
-        self._account.learn(computed, self._prompts, self._n, self._last_ms)
+        telling = [each for each in self.choices if self._sources.teaches(each.index)]
+        self._account.learn(telling, self._prompts, self._n, self._last_ms)
         finishes = [str(choice.finish) for choice in self.choices]
         self._span.set_attribute("gen_ai.response.model", self._record.name)
         self._span.set_attribute("gen_ai.response.finish_reasons", finishes)
