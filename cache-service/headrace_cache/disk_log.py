@@ -145,7 +145,7 @@ class DiskLog:
             if self.catalog.find(key) is not None:
                 self._emit(Came.CAME, key)
         try:
-            self._make_room(0)
+            self._drop_beyond(0)  # the budget may be smaller than it was
         except OSError as error:
             self._pause(error)
 
@@ -227,10 +227,14 @@ class DiskLog:
     # room
 
     def _make_room(self, size_bytes: int) -> None:
+        """Drop segments until records of `size_bytes` fit, in a new one too. Raises OSError."""
+        self._drop_beyond(size_bytes + EMPTY_BYTES)
+
+    def _drop_beyond(self, size_bytes: int) -> None:
         """Drop segments until `size_bytes` more stay within the budget. Raises OSError."""
         limit = self.budget_bytes - self.segment_bytes - 2 * EMPTY_BYTES
         rounds = 0
-        while self.used_bytes + size_bytes + EMPTY_BYTES > limit or len(self._shelf) > SEGMENTS_MAX:
+        while self.used_bytes + size_bytes > limit or len(self._shelf) > SEGMENTS_MAX:
             oldest = self._shelf.oldest()
             if oldest is None:
                 return
