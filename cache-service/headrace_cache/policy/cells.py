@@ -47,6 +47,10 @@ class Cells:
         """Who stands longest in `cell`, which exists."""
         return self._ends[cell][0]
 
+    def after(self, slot: int) -> int:
+        """Who stands behind `slot`; NOBODY if it is the last."""
+        return self._next[slot]
+
     def add(self, slot: int, cell: int) -> None:
         """`slot`, which stands nowhere, stands in `cell` now, last."""
         assert self._cell[slot] == NO_CELL, "a slot stands in one cell"
