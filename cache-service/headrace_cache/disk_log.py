@@ -49,7 +49,9 @@ PINNED_SHARE = 0.25
 
 RETRY_MS_MIN = 1_000
 RETRY_MS_MAX = 60_000
-NOTES_PER_WRITE = 512
+NOTES_PER_WRITE = 64
+"""They fit into any segment, so that room made for them is room enough."""
+
 FORGET_COPIES = 2
 """A note that forgets is written twice: one bad sector must not bring back what was purged."""
 
@@ -414,15 +416,18 @@ class DiskLog:
 
     def _write_notes(self, notes: Sequence[Head], copies: int = 1, *, sync: bool = False) -> None:
         left = iter(notes)
+        written_to: dict[int, None] = {}
         while batch := list(islice(left, NOTES_PER_WRITE)):
-            size_bytes = copies * sum(record_bytes(each) for each in batch)
-            self._make_room(size_bytes)
+            self._make_room(copies * sum(record_bytes(each) for each in batch))
             for each in batch:
                 for _ in range(copies):
                     segment = self._segment_for(record_bytes(each), 1)
                     segment.append(each)
-                    if sync and each is batch[-1]:
-                        segment.sync()
+                    written_to[segment.number] = None
+        for number in written_to if sync else ():
+            with self._shelf.hold(number) as held:
+                if held is not None:  # else it went, with all that is older
+                    held.sync()
 
     # looking on
 
