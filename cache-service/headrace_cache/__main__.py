@@ -15,6 +15,7 @@ from headrace.config import load_or_exit
 from headrace.errors import SettingsError
 from headrace.frames import Address, parse_address
 from headrace_cache.arena import Arena
+from headrace_cache.disk import DiskTier
 from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer
 from headrace_cache.settings import CacheSettings
@@ -46,7 +47,10 @@ async def serve(settings: CacheSettings) -> None:
         loop.add_signal_handler(number, stop.set)
     folder = Path(settings.cache_arena_dir) if settings.cache_arena_dir else None
     arena = Arena(settings.cache_bytes, folder)
-    server = CacheServer(_store(settings, arena))
+    disk = None
+    if settings.cache_disk_path:
+        disk = DiskTier(Path(settings.cache_disk_path), settings.cache_disk_bytes)
+    server = CacheServer(_store(settings, arena), disk=disk)
     try:
         address = await server.start(parse_address(settings.cache_listen))
         if settings.metrics_port:
@@ -70,7 +74,8 @@ async def serve(settings: CacheSettings) -> None:
 def _store(settings: CacheSettings, arena: Arena) -> Store:
     pinned_bytes_max = int(settings.cache_bytes * settings.cache_pinned_share)
     policy = POLICIES[settings.cache_policy](pinned_bytes_max)
-    return Store(settings.cache_bytes, policy, arena)
+    watermarks = (settings.cache_high_watermark, settings.cache_low_watermark)
+    return Store(settings.cache_bytes, policy, arena, watermarks=watermarks)
 
 
 def _loop_factory() -> asyncio.AbstractEventLoop:

@@ -139,11 +139,18 @@ class Connection(FrameProtocol[Request]):
             self._set_paused()
 
     async def _queue_later(self, awaited: Awaitable[Reply]) -> None:
-        reply = await awaited
+        task = asyncio.current_task()
+        assert task is not None, "runs as a task"
+        try:
+            reply = await awaited
+        except WireError as error:
+            self.malformed(error)
+            self.abort()
+            return
+        self._awaited.discard(task)
         if self.closed:
             self._host.lost(self, reply)
         else:
-            self._awaited.discard(asyncio.current_task())
             self._queue(reply)
 
     def _queue(self, reply: Reply) -> None:

@@ -1,28 +1,52 @@
 """What administrators may do with the entries: list, pin, purge, by tenant and by prefix.
 
-Invariant: a call that names a tenant sees and changes that tenant's entries only.
+Invariants: a call that names a tenant sees and changes that tenant's entries only; what it asks of
+the disk is done when `settled` returns, which its caller awaits before it answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
-from headrace.cache_admin import IN_RAM, EntryInfo
-from headrace.frames import EntryKey
+import structlog
+
+from headrace.cache_admin import IN_RAM, ON_DISK, EntryInfo
+from headrace.frames import EntryFacts, EntryKey
 from headrace_cache.index import Tier
 from headrace_cache.policy.eviction import NO_SLOT, NOT_PINNED
-from headrace_cache.store import Store
+from headrace_cache.policy.quota import Share
+from headrace_cache.tiers import Tiers
 
 SCAN_MAX = 100_000
 """Slots looked at for one page of a list: some 50 ms."""
 
 
-class Management:
-    """The store, as `admin.py` wants it."""
+PASSES_MAX = 16
+"""Over the disk, to drop a chain whose children may stand before their parents."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+log = structlog.get_logger(__name__)
+
+
+class Management:
+    """The tiers, as `admin.py` wants them."""
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._store = tiers.store
+        self._disk = tiers.disk
+        self._unsettled: list[Future[int]] = []
+
+    async def settled(self) -> None:
+        """Wait until the disk has done what was asked of it; what it could not is logged."""
+        unsettled, self._unsettled = self._unsettled, []
+        for future in unsettled:
+            try:
+                await asyncio.wrap_future(future)
+            except (OSError, RuntimeError) as error:
+                log.error("the disk did not do what an administrator asked", reason=str(error))
 
     def entries(
         self,
@@ -76,9 +100,10 @@ class Management:
         facts = self._store.facts(slot)
         until_ms = self._store.pinned_until_ms(slot)
         pin_ms = 0 if until_ms == NOT_PINNED else max(0, until_ms - now_ms)
+        on_disk = self._disk is not None and self._disk.find(facts.key) is not None
         return EntryInfo(
             facts.key, facts.parent, facts.depth, facts.size_bytes, facts.tenant, facts.band,
-            IN_RAM, pin_ms, facts.layout,
+            IN_RAM | ON_DISK if on_disk else IN_RAM, pin_ms, facts.layout,
         )  # fmt: skip
 
     def _held(self, keys: Sequence[EntryKey], tenant: str | None) -> Iterator[int]:
@@ -89,19 +114,30 @@ class Management:
 
     def pin(self, keys: Sequence[EntryKey], until_ms: int, tenant: str | None = None) -> int:
         """Pin those of `keys` that are held, as far as pins may go; how many are pinned now."""
-        return sum(self._store.pin(slot, until_ms) for slot in self._held(keys, tenant))
+        pinned = [slot for slot in self._held(keys, tenant) if self._store.pin(slot, until_ms)]
+        self._pin_on_disk(pinned, self._tiers.to_wall_ms(until_ms))
+        return len(pinned)
+
+    def _pin_on_disk(self, slots: Sequence[int], until_ms: int) -> None:
+        if self._disk is not None and slots:
+            keys = [self._store.index.key(slot) for slot in slots]
+            self._unsettled.append(self._disk.pin(keys, until_ms))
 
     def unpin(self, keys: Sequence[EntryKey], tenant: str | None = None) -> int:
         """End the pins of `keys`; how many of them are held."""
         slots = list(self._held(keys, tenant))
         for slot in slots:
             self._store.unpin(slot)
+        self._pin_on_disk(slots, 0)
         return len(slots)
 
     def purge(
         self, tenant: str | None = None, prefix: bytes = b"", model: bytes = b""
     ) -> tuple[int, int]:
-        """Drop, in every tier, what meets all conditions that are given: entries and bytes."""
+        """Drop, in every tier, what meets all conditions that are given.
+
+        Returns entries and bytes of those in RAM. Takes time in all entries.
+        """
         index = self._store.index
         inside: dict[int, bool] = {}
         doomed = [
@@ -114,13 +150,33 @@ class Management:
         size_bytes = sum(index.size_bytes[slot] for slot in doomed)
         for slot in doomed:
             self._store.drop(slot)
+        if self._disk is not None:
+            match = _matcher(tenant, prefix, model)
+            # a child may stand before its parent, so that a chain is found in several passes
+            for _ in range(PASSES_MAX if prefix else 1):
+                self._unsettled.append(self._disk.forget_where(match))
         return len(doomed), size_bytes
 
     def set_quota(self, tenant: str, max_bytes: int, min_bytes: int) -> str:
         """'' when the quota holds from now on, else why it cannot."""
-        del tenant, max_bytes, min_bytes
-        return "this service has no quotas"
+        share = Share(max_bytes or None, min_bytes)
+        return self._store.set_quota(tenant, share, self._tiers.now_ms())
 
     def stats(self) -> dict[str, Any]:
         """Counters as nested maps of numbers; `by_tenant` has a map for each tenant."""
-        return self._store.stats()
+        return self._tiers.stats()
+
+
+def _matcher(tenant: str | None, prefix: bytes, model: bytes) -> Callable[[EntryFacts], bool]:
+    """Whether an entry on disk is to go; it learns the hashes of a chain as it meets them."""
+    chain = {prefix}
+
+    def match(facts: EntryFacts) -> bool:
+        if prefix:
+            if facts.key.hash not in chain and facts.parent not in chain:
+                return False
+            chain.add(facts.key.hash)
+        owned = tenant is None or facts.tenant == tenant
+        return owned and facts.layout.startswith(model)
+
+    return match

@@ -27,6 +27,7 @@ from headrace.clock import Clock, SystemClock
 from headrace.errors import SettingsError, WireError
 from headrace.frame_protocol import Place
 from headrace.frames import (
+    DISK,
     PAYLOAD_BYTES_MAX,
     Address,
     Ask,
@@ -51,9 +52,11 @@ from headrace.frames import (
 )
 from headrace_cache.admin import manage
 from headrace_cache.connection import Connection, Limits, Reply
+from headrace_cache.disk import DiskTier
 from headrace_cache.management import Management
 from headrace_cache.metrics import Metrics
 from headrace_cache.store import NOWHERE, Loan, Outcome, Store
+from headrace_cache.tiers import Tiers, Wanted
 
 __all__ = ["CacheServer", "Limits"]
 
@@ -67,13 +70,18 @@ class CacheServer:
     """Serves one store on one address."""
 
     def __init__(
-        self, store: Store, clock: Clock | None = None, limits: Limits | None = None
+        self,
+        store: Store,
+        clock: Clock | None = None,
+        limits: Limits | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         self.store = store
         self.clock: Clock = clock or SystemClock()
+        self.tiers = Tiers(store, disk, self.clock)
         self.limits = limits or Limits()
         self.metrics = Metrics(self.snapshot)
-        self.management = Management(store)
+        self.management = Management(self.tiers)
         self.stopping = False
         self._seats = itertools.count(1)
         self._connections: dict[int, Connection] = {}  # by seat
@@ -90,6 +98,7 @@ class CacheServer:
         Raises SettingsError when the address cannot be had.
         """
         loop = asyncio.get_running_loop()
+        await self.tiers.start()
         try:
             if address.path:
                 unix = _unix_socket(address.path)
@@ -122,6 +131,7 @@ class CacheServer:
             connection.abort()
         await self._wait_empty()
         await self.metrics.close()
+        await self.tiers.close()
 
     async def _wait_empty(self) -> None:
         while self._connections:
@@ -202,17 +212,17 @@ class CacheServer:
             case Hello():
                 return Reply("hello", self._welcome(connection, request), began_s)
             case Has():
-                known = Known(request.id, tuple(key in self.store for key in request.keys))
+                known = Known(request.id, tuple(key in self.tiers for key in request.keys))
                 return Reply("has", known, began_s)
             case Verify():
-                dropped = sum(self.store.verify(key) for key in request.keys)
+                dropped = sum(self.tiers.verify(key) for key in request.keys)
                 return Reply("verify", Counted(request.id, dropped), began_s)
             case Ask(op="ping"):
                 return Reply("ping", Counted(request.id, 0), began_s)
             case Ask():
                 return Reply("stats", Stats(request.id, self.snapshot()), began_s)
             case Manage():
-                return Reply("manage", self._manage(request), began_s)
+                return self._manage(request, began_s)
 
     def _welcome(self, connection: Connection, request: Hello) -> Welcome:
         arena = self.store.arena
@@ -225,21 +235,35 @@ class CacheServer:
                 raise WireError("nothing is lent to who has not mapped the arena")
             connection.has_arena = True
 
-    def _get(self, connection: Connection, request: Get, began_ns: int, began_s: float) -> Reply:
-        in_place = isinstance(request, Lend)
+    def _get(
+        self, connection: Connection, request: Get, began_ns: int, began_s: float
+    ) -> Reply | Awaitable[Reply]:
         limit_bytes = PAYLOAD_BYTES_MAX
-        if in_place:
+        if isinstance(request, Lend):
             self._check_arena(connection)
             limit_bytes = self.limits.lent_bytes_max - self.store.leases.held_bytes(connection.seat)
-        loan = self.store.lend(
-            connection.seat,
-            request.keys,
-            self.clock.now_ms(),
-            max(0, limit_bytes),
-            request.band,
-            request.layout,
-        )
-        reply = self._found(request, loan, began_s)
+        wanted = Wanted(request.keys, max(0, limit_bytes), request.band, request.layout)
+        loan = self.tiers.lend(connection.seat, wanted)
+        if isinstance(loan, Loan):
+            return self._found(request, loan, began_ns, began_s)
+        return self._found_later(request, loan, began_ns, began_s)
+
+    async def _found_later(
+        self, request: Get, awaited: Awaitable[Loan], began_ns: int, began_s: float
+    ) -> Reply:
+        """The answer once what is on disk was read."""
+        return self._found(request, await awaited, began_ns, began_s)
+
+    def _found(self, request: Get, loan: Loan, began_ns: int, began_s: float) -> Reply:
+        run = (request.id, loan.sizes, loan.crcs, loan.more, loan.tiers)
+        if isinstance(request, Lend):
+            reply = Reply("lend", Lent(*run, loan.lease, loan.places), began_s)
+        else:
+            views = [
+                self.store.arena.view(place, size)
+                for place, size in zip(loan.places, loan.sizes, strict=True)
+            ]
+            reply = Reply("get", Found(*run), began_s, views, lease=loan.lease)
         reply.span = _server_span(
             "cache get",
             request.trace,
@@ -249,21 +273,11 @@ class CacheServer:
                 "headrace.cache.keys": len(request.keys),
                 "headrace.cache.hits": len(loan.places),
                 "headrace.cache.bytes": loan.bytes,
+                "headrace.cache.from_disk": loan.tiers.count(DISK),
                 "headrace.cache.saved_ms": loan.saved_us / 1000,
             },
         )
         return reply
-
-    def _found(self, request: Get, loan: Loan, began_s: float) -> Reply:
-        if isinstance(request, Lend):
-            lent = Lent(request.id, loan.sizes, loan.crcs, loan.more, (), loan.lease, loan.places)
-            return Reply("lend", lent, began_s)
-        views = [
-            self.store.arena.view(place, size)
-            for place, size in zip(loan.places, loan.sizes, strict=True)
-        ]
-        found = Found(request.id, loan.sizes, loan.crcs, loan.more)
-        return Reply("get", found, began_s, views, lease=loan.lease)
 
     def _put(self, connection: Connection, request: Put, began_ns: int, began_s: float) -> Reply:
         outcomes = connection.outcomes
@@ -289,14 +303,16 @@ class CacheServer:
         reply.span = _put_span(request, reservation.outcomes, began_ns)
         return reply
 
-    def _manage(self, request: Manage) -> Stats:
+    async def _manage(self, request: Manage, began_s: float) -> Reply:
+        """The answer once the disk did its part. Raises WireError."""
         asked = cache_admin.decode_request(request.values)
         answer = manage(self.management, asked, self.clock.now_ms())
-        return Stats(request.id, cache_admin.encode(answer))
+        await self.management.settled()
+        return Reply("manage", Stats(request.id, cache_admin.encode(answer)), began_s)
 
     def snapshot(self) -> dict[str, Any]:
         """The store's statistics and the number of connections."""
-        return self.store.stats() | {"connections": len(self._connections)}
+        return self.tiers.stats() | {"connections": len(self._connections)}
 
     def sent(self, connection: Connection, reply: Reply) -> None:
         """`reply` was handed to the kernel."""

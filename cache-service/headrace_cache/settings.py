@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from headrace.config import ServiceSettings
 from headrace.errors import SettingsError
 from headrace.frames import parse_address
+from headrace_cache.disk import BUDGET_BYTES_MIN
 from headrace_cache.policy.names import POLICIES
 
 
@@ -29,6 +30,16 @@ class CacheSettings(ServiceSettings):
     cache_pinned_share: float = Field(
         default=0.5, ge=0, le=1, description="of the budget, that pinned entries may take"
     )
+    cache_high_watermark: float = Field(
+        default=1.0, gt=0, le=1, description="share of the budget above which entries leave, ..."
+    )
+    cache_low_watermark: float = Field(
+        default=0.98, gt=0, le=1, description="... until no more than this share is taken"
+    )
+    cache_disk_path: str = Field(default="", description="folder of the disk tier; empty: none")
+    cache_disk_bytes: int = Field(
+        default=8 << 30, ge=BUDGET_BYTES_MIN, description="budget of its files"
+    )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus; 0 = off")
 
     @field_validator("cache_listen")
@@ -39,6 +50,12 @@ class CacheSettings(ServiceSettings):
         except SettingsError as error:
             raise ValueError(error.message) from error
         return value
+
+    @model_validator(mode="after")
+    def _check_watermarks(self) -> CacheSettings:
+        if self.cache_low_watermark > self.cache_high_watermark:
+            raise ValueError("HEADRACE_CACHE_LOW_WATERMARK exceeds the high one")
+        return self
 
     @field_validator("cache_policy")
     @classmethod

@@ -1,9 +1,8 @@
 """Entries by key within a byte budget, in the arena.
 
-Invariants: what all entries are charged (their granules and ENTRY_OVERHEAD_BYTES each) never
-exceeds the budget, not even between two steps of a put: room is made first. Which entries leave is
-the policy's decision alone. An entry is written once, between `reserve` and `commit`, and read by
-nobody meanwhile; its place is not reused, and not moved, while anybody has it lent.
+Invariants: an entry is written once, between `reserve` and `commit`, and read by nobody meanwhile;
+what is lent stays as it is until its lease ends, whatever becomes of the entry; room is made
+before anything comes in (`room.py`), so that the budget always holds.
 """
 
 from __future__ import annotations
@@ -17,23 +16,19 @@ from typing import Any
 from headrace.checksum import checksum
 from headrace.frames import EntryFacts, EntryKey
 from headrace.types import Band
-from headrace_cache.arena import GRANULE_BYTES, NOBODY, Arena, granules
+from headrace_cache.arena import NOBODY, Arena
 from headrace_cache.index import Index, Record, Tier
 from headrace_cache.leases import Leases
 from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy
+from headrace_cache.policy.quota import Quotas, Share
+from headrace_cache.room import Room, charged_bytes
 from headrace_cache.tallies import Tallies, Tally
-
-ENTRY_OVERHEAD_BYTES = 512
-"""Charged beside an entry's granules: more than its key and places in the indexes take."""
 
 TOKEN_MS_DEFAULT = 1.0
 """What a token is taken to cost where nobody measured."""
 
 RESERVED_SHARE_MAX = 0.5
 """Of the budget, that entries being written take together."""
-
-ROOM_TRIES_MAX = 8
-"""Times that more entries leave because what is free is in pieces."""
 
 NOWHERE = -1
 OURSELVES = 0
@@ -61,7 +56,8 @@ class Outcome(StrEnum):
 class Loan:
     """The leading run found for a list of keys, lent.
 
-    `more`: cut short by the caller's limit. `saved_us` is what computing it would take.
+    `more`: cut short by the caller's limit. `saved_us` is what computing it would take; `tiers`
+    (RAM or DISK) where its entries lay, if not all in RAM.
     """
 
     lease: int
@@ -70,6 +66,7 @@ class Loan:
     crcs: tuple[int, ...]
     more: bool
     saved_us: int
+    tiers: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -94,11 +91,6 @@ class _Writing:
     pin_ms: int
 
 
-def charged_bytes(size_bytes: int) -> int:
-    """What an entry takes from the budget."""
-    return granules(size_bytes) * GRANULE_BYTES + ENTRY_OVERHEAD_BYTES
-
-
 class Store:
     """Bytes by key. One thread calls it; nothing here waits."""
 
@@ -108,11 +100,13 @@ class Store:
         policy: EvictionPolicy,
         arena: Arena | None = None,
         reserved_bytes_max: int | None = None,
+        watermarks: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """`arena` has room for `budget_bytes`; without it, private memory has.
 
         `reserved_bytes_max` is what entries being written take together, RESERVED_SHARE_MAX of the
-        budget where it is not given.
+        budget where it is not given. `watermarks` are shares of the budget: what exceeds the first
+        is brought down to the second.
         """
         assert budget_bytes > 0, "settings see to a budget"
         self.budget_bytes = budget_bytes
@@ -122,8 +116,12 @@ class Store:
         self.index = Index()
         self.tallies = Tallies()
         self.leases = Leases()
+        self.quotas = Quotas(budget_bytes, *watermarks)
         self.evicted: Evicted = lambda *_: None
+        self.settled: Callable[[int], object] = lambda _: None
         self._policy = policy
+        self._room = Room(self.index, policy, self.arena, self.leases, self.quotas)
+        self._room.leaving = self._leaving
         self._tickets: dict[int, dict[int, list[_Writing]]] = {}  # by holder and number
 
     def __len__(self) -> int:
@@ -134,14 +132,8 @@ class Store:
 
     @property
     def used_bytes(self) -> int:
-        """Charged to the budget now; what was lent and is no entry any more counts."""
-        counts = self.index.counts
-        entries = counts[Tier.RAM] + counts[Tier.PENDING]
-        return self.arena.used_bytes + entries * ENTRY_OVERHEAD_BYTES
-
-    def can_hold(self, size_bytes: int) -> bool:
-        """Whether an entry fits at all, were the store empty."""
-        return charged_bytes(size_bytes) <= self.budget_bytes
+        """Charged to the budget now; what is lent and no entry's any more counts."""
+        return self.quotas.used_bytes
 
     # reading
 
@@ -158,7 +150,7 @@ class Store:
 
         It is cut at `limit_bytes`. `keys` are of one kind.
         """
-        slots, more = self._readable(keys, limit_bytes, layout)
+        slots, more = self.readable(keys, limit_bytes, layout)
         index = self.index
         for slot in slots:
             self._policy.touch(slot, now_ms, band)
@@ -182,7 +174,15 @@ class Store:
             self.leases.begin(holder, loan.lease, loan.places, loan.bytes, now_ms)
         return loan
 
-    def _readable(
+    def hold(self, holder: int, slots: Sequence[int], now_ms: int) -> int:
+        """Keep `slots` where they are until the lease that is returned ends; no use of them."""
+        number = self.leases.new_number()
+        places = [self.index.ram_place[slot] for slot in slots]
+        size_bytes = sum(self.index.size_bytes[slot] for slot in slots)
+        self.leases.begin(holder, number, places, size_bytes, now_ms)
+        return number
+
+    def readable(
         self, keys: Sequence[EntryKey], limit_bytes: int, layout: bytes
     ) -> tuple[list[int], bool]:
         """Slots of the run that may be read, and whether `limit_bytes` cut it."""
@@ -206,8 +206,7 @@ class Store:
         if not self._tickets.get(holder, True):
             del self._tickets[holder]
         for place in self.leases.end(holder, number):
-            if self.arena.owner(place) == NOBODY:
-                self.arena.free(place)
+            self._room.let_go(place)
 
     def end_all(self, holder: int) -> None:
         """End all that `holder` has."""
@@ -248,14 +247,14 @@ class Store:
         if slot != NO_SLOT:
             return NOWHERE, Outcome.BUSY
         charge = charged_bytes(facts.size_bytes)
-        if not self.can_hold(facts.size_bytes):
+        if not self.quotas.can_hold(self.index.tenant(facts.tenant), charge):
             return self._refuse(facts, Outcome.TOO_LARGE)
         # one entry may always be written, however small the budget is
         if self.reserved_bytes and self.reserved_bytes + charge > self.reserved_bytes_max:
             return self._refuse(facts, Outcome.SKIPPED)
         slot = self.index.enter(facts.key, self._record(facts), Tier.PENDING)
         self._policy.admit(slot, self.index.facts(slot, charge), now_ms)
-        place = self._make_room(slot, facts.size_bytes, now_ms)
+        place = self._room.make(slot, facts.size_bytes, now_ms)
         if place is None:
             self.index.leave(slot, Tier.PENDING)
             return self._refuse(facts, Outcome.OUTRANKED)
@@ -298,6 +297,7 @@ class Store:
         self.reserved_bytes -= charged_bytes(size_bytes)
         if writing.pin_ms:
             self._policy.pin(slot, now_ms + writing.pin_ms)
+        self.settled(slot)
         for tally in self._tallies(slot):
             tally.entries += 1
             tally.bytes += size_bytes
@@ -305,9 +305,7 @@ class Store:
 
     def _give_up(self, writing: _Writing) -> None:
         self.reserved_bytes -= charged_bytes(self.index.size_bytes[writing.slot])
-        self._policy.remove(writing.slot)
-        self.index.leave(writing.slot, Tier.PENDING)
-        self.arena.free(writing.place)
+        self._room.give_up(writing.slot, writing.place)
 
     def put(self, facts: EntryFacts, data: bytes | memoryview, now_ms: int) -> Outcome:
         """Reserve, copy and commit one entry."""
@@ -332,57 +330,23 @@ class Store:
         """The bytes of an entry, where they lie."""
         return self.arena.view(self.index.ram_place[slot], self.index.size_bytes[slot])
 
-    # making room
+    # leaving
 
-    def _make_room(self, slot: int, size_bytes: int, now_ms: int) -> int | None:
-        """A place for `slot`; None, and the policy has forgotten it, if it is not worth one."""
-        missing_bytes = self.used_bytes - self.budget_bytes
-        missing_bytes += charged_bytes(size_bytes) - ENTRY_OVERHEAD_BYTES
-        for _ in range(ROOM_TRIES_MAX):
-            if missing_bytes > 0 and not self._evict(slot, missing_bytes, now_ms):
-                return None
-            place = self.arena.take(size_bytes, slot)
-            if place is None and self.arena.compact(size_bytes, self._may_move, self._moved):
-                place = self.arena.take(size_bytes, slot)
-            if place is not None:
-                return place
-            missing_bytes = size_bytes
-        self._policy.remove(slot)
-        return None
+    def _leaving(self, slot: int) -> None:
+        """The policy has chosen `slot`."""
+        for tally in self._tallies(slot):
+            tally.evictions += 1
+        self._untally(slot)
+        self.evicted(self.facts(slot), self.data(slot))
 
-    def _evict(self, newcomer: int, size_bytes: int, now_ms: int) -> bool:
-        """Free `size_bytes`; False, and the policy has forgotten `newcomer`, if it cannot be."""
+    def _untally(self, slot: int) -> None:
+        for tally in self._tallies(slot):
+            tally.entries -= 1
+            tally.bytes -= self.index.size_bytes[slot]
 
-        def allowed(slot: int) -> bool:
-            return slot == newcomer or self._may_leave(slot)
-
-        freed_bytes = 0
-        outranked = False
-        for victim in self._policy.victims(size_bytes, now_ms, allowed):
-            if victim.slot == newcomer:
-                outranked = True
-                continue
-            freed_bytes += victim.size_bytes
-            for tally in self._tallies(victim.slot):
-                tally.evictions += 1
-            self.evicted(self.facts(victim.slot), self.data(victim.slot))
-            self._forget(victim.slot)
-        if outranked or freed_bytes >= size_bytes:
-            return not outranked
-        self._policy.remove(newcomer)
-        return False
-
-    def _may_leave(self, slot: int) -> bool:
-        if self.index.tiers[slot] & Tier.PENDING:
-            return False
-        return not self.leases.is_held(self.index.ram_place[slot])
-
-    def _may_move(self, place: int) -> bool:
-        owner = self.arena.owner(place)
-        return owner != NOBODY and self._may_leave(owner)
-
-    def _moved(self, slot: int, place: int) -> None:
-        self.index.place(slot, Tier.RAM, place)
+    def set_quota(self, tenant: str, share: Share, now_ms: int) -> str:
+        """Why `share` cannot be granted; '' when it holds, and what exceeds it has left."""
+        return self._room.set_quota(tenant, share, now_ms)
 
     def pin(self, slot: int, until_ms: int) -> bool:
         """Keep an entry until then; False if pins hold too much already."""
@@ -398,18 +362,8 @@ class Store:
     def drop(self, slot: int) -> None:
         """Forget an entry, for a reason that is not the policy's."""
         self._policy.remove(slot)
-        self._forget(slot)
-
-    def _forget(self, slot: int) -> None:
-        place = self.index.ram_place[slot]
-        for tally in self._tallies(slot):
-            tally.entries -= 1
-            tally.bytes -= self.index.size_bytes[slot]
-        self.index.leave(slot, Tier.RAM)
-        if self.leases.is_held(place):
-            self.arena.disown(place)
-        else:
-            self.arena.free(place)
+        self._untally(slot)
+        self._room.vacate(slot)
 
     # telling
 
@@ -455,6 +409,7 @@ class Store:
     def stats(self) -> dict[str, Any]:
         """Everything counted, as nested maps of numbers."""
         return self.tallies.stats() | {
+            "quotas": self._room.shares(),
             "budget_bytes": self.budget_bytes,
             "used_bytes": self.used_bytes,
             "reserved_bytes": self.reserved_bytes,
@@ -479,10 +434,8 @@ class Store:
                 reserved += charged_bytes(index.size_bytes[writing.slot])
         assert reserved == self.reserved_bytes, "reservations add up"
         for place, _, live in self.arena.extents():
-            if live and self.arena.owner(place) == NOBODY:
-                assert self.leases.is_held(place), "what nobody has is free"
-            elif live:
+            if live and self.arena.owner(place) != NOBODY:
                 assert places.pop(place) == self.arena.owner(place), "owners know their places"
         assert not places, "each entry has its extent"
-        for part in (index, self._policy, self.arena, self.leases):
-            part.check_integrity()
+        index.check_integrity()
+        self._room.check_integrity()

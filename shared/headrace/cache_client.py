@@ -110,18 +110,21 @@ class CacheClient:
         layout: bytes = b"",
         trace: Mapping[str, str] | None = None,
         kind: str = KV,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[ReadRun]:
         """The leading run of `hashes` that the service holds, to be used within the block.
 
         `band` is the class of the request they are read for: it raises theirs. `layout` (8 bytes)
         is the only one accepted; empty: any. `trace` are the W3C headers of the caller's span.
+        `timeout_s`: instead of the client's own limit.
         """
         check_layout(layout)
         keys = keys_of(hashes, kind)
         run = ReadRun()
         if keys:
             wish = Wish(keys, band, tenant, layout, trace or {})
-            run = await read_run(self._gets, wish, self.counts, _countdown(self._timeout_s))
+            left_s = _countdown(self._timeout_s if timeout_s is None else timeout_s)
+            run = await read_run(self._gets, wish, self.counts, left_s)
         try:
             yield run
         finally:
@@ -152,10 +155,12 @@ class CacheClient:
             dropped += answered.answer.count if answered is not None else 0
         return dropped
 
-    async def has(self, hashes: Sequence[bytes], *, kind: str = KV) -> list[bool]:
+    async def has(
+        self, hashes: Sequence[bytes], *, kind: str = KV, timeout_s: float | None = None
+    ) -> list[bool]:
         """Which of `hashes` the service holds; it counts as no use of them."""
         flags: list[bool] = []
-        left_s = _countdown(self._timeout_s)
+        left_s = _countdown(self._timeout_s if timeout_s is None else timeout_s)
         for keys in _cut(keys_of(hashes, kind)):
             answered = await self._gets.ask(partial(_of_keys, Has, keys), Known, left_s())
             if answered is None or len(answered.answer.flags) != len(keys):
@@ -238,6 +243,11 @@ class CacheClient:
         if self._sender is not None:
             await asyncio.wait({self._sender}, timeout=timeout_s)
         return self._sender is None
+
+    @property
+    def resting(self) -> bool:
+        """Whether calls are skipped just now, because the service failed."""
+        return self._gets.resting or self._puts.resting
 
     async def stats(self) -> dict[str, Any] | None:
         """The service's counters, or None."""

@@ -115,6 +115,10 @@ class Breaker:
     def closed(self) -> bool:
         return self._open_until_ms is None
 
+    def rests(self, now_ms: int) -> bool:
+        """Whether a call would be skipped now; unlike `allows`, this uses up no trial."""
+        return self._open_until_ms is not None and now_ms < self._open_until_ms
+
 
 Parts = list[memoryview | None]
 
@@ -250,6 +254,11 @@ class Lane:
             return None
         self._breaker.succeeded()
         return Answered(answer, parts, connection)
+
+    @property
+    def resting(self) -> bool:
+        """Whether calls are skipped just now."""
+        return self._breaker.rests(self._clock.now_ms())
 
     async def reach(self, timeout_s: float) -> Connection | None:
         """The connection, made if needed; None where it cannot be had, or not in `timeout_s`."""

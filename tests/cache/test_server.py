@@ -34,9 +34,9 @@ from headrace.errors import SettingsError
 from headrace.frame_codec import MAGIC, PREFIX, encode
 from headrace.frames import Get, Put, parse_address
 from headrace_cache.metrics import Metrics
+from headrace_cache.room import charged_bytes
 from headrace_cache.server import Limits
 from headrace_cache.settings import CacheSettings
-from headrace_cache.store import charged_bytes
 
 LOCAL = "tcp://127.0.0.1:0"
 PATIENCE_S = 10.0
@@ -207,6 +207,7 @@ async def test_spans_of_gets_and_puts_are_children_of_the_callers(
         "headrace.cache.keys": 4,
         "headrace.cache.hits": 3,
         "headrace.cache.bytes": 3000,
+        "headrace.cache.from_disk": 0,
         "headrace.cache.saved_ms": 48.0,
     }
     assert put.attributes is not None

@@ -11,7 +11,8 @@ from headrace.frames import KINDS, KV, PROMPT, EntryKey
 from headrace.types import Band
 from headrace_cache.index import OTHER_TENANTS, TENANTS_MAX
 from headrace_cache.policy.names import POLICIES
-from headrace_cache.store import NOWHERE, OURSELVES, Loan, Outcome, Store, charged_bytes
+from headrace_cache.room import charged_bytes
+from headrace_cache.store import NOWHERE, OURSELVES, Loan, Outcome, Store
 
 NO_LIMIT = 1 << 40
 
