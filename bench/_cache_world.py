@@ -168,7 +168,7 @@ class Service:
         os.environ |= {
             "HEADRACE_CACHE_LISTEN": self.url,
             "HEADRACE_CACHE_BYTES": str(CACHE_BYTES),
-            "HEADRACE_CACHE_DISK": str(self.disk),
+            "HEADRACE_CACHE_DISK_PATH": str(self.disk),
             "HEADRACE_CACHE_DISK_BYTES": str(DISK_BYTES),
         }
         _fail_when_full(self._full)

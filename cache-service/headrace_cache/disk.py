@@ -28,8 +28,9 @@ from headrace.errors import SettingsError
 from headrace.frames import Buffer, EntryFacts, EntryKey
 from headrace_cache.disk_catalog import Place
 from headrace_cache.disk_files import Files
-from headrace_cache.disk_log import BUDGET_SEGMENTS_MIN, SEGMENT_BYTES_MIN, Came, DiskLog
+from headrace_cache.disk_log import BUDGET_SEGMENTS_MIN, SEGMENT_BYTES_MIN, DiskLog
 from headrace_cache.disk_reads import Loaded
+from headrace_cache.disk_terms import Came
 from headrace_cache.disk_threads import JobThread
 
 OFFERS_MAX = 4096
@@ -183,9 +184,12 @@ class DiskTier:
         """Drop all of a tenant's entries, as `forget` does."""
         return self._on(self._writer, lambda: self._log.forget_tenant(tenant))
 
-    def forget_where(self, match: Callable[[EntryFacts], bool]) -> Future[int]:
-        """Drop the entries that `match` picks, as `forget` does. It is called on a thread."""
-        return self._on(self._writer, lambda: self._log.forget_where(match))
+    def forget_where(self, match: Callable[[EntryFacts], bool], below: bytes = b"") -> Future[int]:
+        """Drop the entries that `match` picks, as `forget` does. It is called on a thread.
+
+        `below`: only of the chains that go through the block of that hash, it included.
+        """
+        return self._on(self._writer, lambda: self._log.forget_where(match, below))
 
     def entries(
         self, match: Callable[[EntryFacts], bool], limit: int, after: EntryKey | None = None

@@ -18,8 +18,6 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 
 import structlog
@@ -29,9 +27,10 @@ from headrace.clock import Clock
 from headrace.frames import Buffer, EntryFacts, EntryKey
 from headrace_cache.disk_catalog import Catalog, Live, Place
 from headrace_cache.disk_files import Files
-from headrace_cache.disk_reads import Loaded, Shelf, read_run, runs_of
+from headrace_cache.disk_reads import DiskReader, Loaded, Shelf
 from headrace_cache.disk_recovery import recover
 from headrace_cache.disk_segment import EMPTY_BYTES, Segment, create_segment, record_bytes
+from headrace_cache.disk_terms import Came, Counts, Emit, Outcome
 from headrace_cache.segments import Found, Head, Op, Reader, note
 
 SEGMENTS_PER_BUDGET = 32
@@ -56,50 +55,6 @@ FORGET_COPIES = 2
 """A note that forgets is written twice: one bad sector must not bring back what was purged."""
 
 log = structlog.get_logger(__name__)
-
-
-class Outcome(StrEnum):
-    """What became of an entry that was put."""
-
-    WRITTEN = "written"
-    PRESENT = "present"
-    TOO_LARGE = "too_large"
-    CORRUPT = "corrupt"
-    PAUSED = "paused"
-    FAILED = "failed"
-
-
-@dataclass(slots=True)
-class Counts:
-    """What has happened since the start."""
-
-    written: int = 0
-    written_bytes: int = 0
-    present: int = 0
-    refused: int = 0
-    read: int = 0
-    read_bytes: int = 0
-    missed: int = 0
-    corrupt: int = 0
-    lost_records: int = 0
-    lost_segments: int = 0
-    read_errors: int = 0
-    write_errors: int = 0
-    disk_full: int = 0
-    segments_dropped: int = 0
-    carried: int = 0
-    carried_bytes: int = 0
-    forgotten: int = 0
-
-
-class Came(StrEnum):
-    """An event: what the disk holds has changed."""
-
-    CAME = "came"
-    WENT = "went"
-
-
-Emit = Callable[[Came, EntryKey], None]
 
 
 def segment_bytes_for(budget_bytes: int) -> int:
@@ -128,6 +83,7 @@ class DiskLog:
         self._clock = clock
         self._emit = emit
         self._shelf = Shelf(files)
+        self._reader = DiskReader(files, self._shelf, self.catalog, self.counts, emit)
         self._open: Segment | None = None
         self._next_number = 1
         self._paused_until_ms = 0
@@ -278,7 +234,7 @@ class DiskLog:
             left_bytes -= found.head.facts.size_bytes
             if not pinned and (not live.uses or left_bytes < 0):
                 break
-            loaded = self._load(segment, [_place(segment, found)], None)[0]
+            loaded = self._reader.load(segment, [_place(segment, found)], None)[0]
             if loaded is not None:
                 head = Head(Op.ENTRY, loaded.facts, live.pinned_until_ms if pinned else 0)
                 self._write_entry(head, loaded.data)
@@ -290,59 +246,8 @@ class DiskLog:
     def read(
         self, places: Sequence[Place], into: Sequence[memoryview] | None = None
     ) -> list[Loaded | None]:
-        """What stands at `places`, into buffers of their sizes if given; None for what is gone.
-
-        An entry that is not as it was written is dropped.
-        """
-        loaded: list[Loaded | None] = [None] * len(places)
-        missing = list(range(len(places)))
-        for _ in range(2):  # what was carried over meanwhile has another place now
-            for run in runs_of([places[index] for index in missing]):
-                indexes = [missing[index] for index in run]
-                self._read_run(places, into, indexes, loaded)
-            missing = [index for index in missing if loaded[index] is None]
-            moved = {index: self.catalog.find(places[index].key) for index in missing}
-            missing = [i for i in missing if moved[i] is not None and moved[i] != places[i]]
-            places = [moved.get(index) or place for index, place in enumerate(places)]
-        for each in loaded:
-            self.counts.read += each is not None
-            self.counts.read_bytes += each.facts.size_bytes if each is not None else 0
-            self.counts.missed += each is None
-        return loaded
-
-    def _read_run(
-        self,
-        places: Sequence[Place],
-        into: Sequence[memoryview] | None,
-        indexes: Sequence[int],
-        loaded: list[Loaded | None],
-    ) -> None:
-        run = [places[index] for index in indexes]
-        buffers = [into[index] for index in indexes] if into is not None else None
-        with self._shelf.hold(run[0].segment) as segment:
-            if segment is not None:
-                for index, each in zip(indexes, self._load(segment, run, buffers), strict=True):
-                    loaded[index] = each
-
-    def _load(
-        self, segment: Segment, run: Sequence[Place], buffers: Sequence[memoryview] | None
-    ) -> list[Loaded | None]:
-        """`read_run`; what is not right is dropped and counted."""
-        if buffers is None:
-            buffers = [memoryview(bytearray(place.size_bytes)) for place in run]
-        try:
-            loaded = read_run(self._files, segment, run, buffers)
-        except OSError as error:
-            self.counts.read_errors += 1
-            log.warning("cannot read from disk", error=str(error), segment=segment.name)
-            loaded = [None] * len(run)
-        for place, each in zip(run, loaded, strict=True):
-            if each is not None:
-                self.catalog.touch(place.key)
-            elif self.catalog.drop(place.key, place):
-                self.counts.corrupt += 1
-                self._emit(Came.WENT, place.key)
-        return loaded
+        """What stands at `places`, as `DiskReader` says."""
+        return self._reader.read(places, into)
 
     # pins and purges
 
@@ -385,9 +290,14 @@ class DiskLog:
         self._forget_for_good([note(Op.FORGET_TENANT, tenant=tenant)], gone)
         return len(gone) + unread
 
-    def forget_where(self, match: Callable[[EntryFacts], bool]) -> int:
-        """Drop what `match` picks, as `forget` does. Reads all heads."""
-        picked = (found.head.facts for found in self.records(dead=True))
+    def forget_where(self, match: Callable[[EntryFacts], bool], below: bytes = b"") -> int:
+        """Drop what `match` picks, as `forget` does. Reads all heads.
+
+        `below`: only of the chains that go through the block of that hash, it included.
+        """
+        picked = [found.head.facts for found in self.records(dead=True)]
+        if below:
+            picked = chains_through(below, picked)
         return self.forget(list({facts.key: None for facts in picked if match(facts)}))
 
     def _forget_for_good(self, notes: Sequence[Head], gone: Sequence[EntryKey]) -> None:
@@ -460,6 +370,23 @@ class DiskLog:
         assert numbers == sorted(numbers), "segments stand in the order of time"
         assert all(number < self._next_number for number in numbers), "numbers are not used again"
         assert all(not s.is_open or s is self._open for s in self._shelf), "one is appended to"
+
+
+def chains_through(first: bytes, entries: Sequence[EntryFacts]) -> list[EntryFacts]:
+    """Those of `entries` that are the block `first` or come after it, wherever they stand."""
+    children: dict[bytes, list[EntryFacts]] = {}
+    for facts in entries:
+        children.setdefault(facts.parent, []).append(facts)
+    reached = [facts for facts in entries if facts.key.hash == first]
+    seen, at = {first}, 0
+    reached += children.pop(first, [])
+    while at < len(reached):
+        hash_ = reached[at].key.hash
+        at += 1
+        if hash_ not in seen:
+            seen.add(hash_)
+            reached += children.pop(hash_, [])
+    return reached
 
 
 def _place(segment: Segment, found: Found) -> Place:

@@ -12,12 +12,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from headrace.checksum import checksum
 from headrace.frames import EntryFacts
-from headrace_cache.disk_catalog import Place
+from headrace_cache.disk_catalog import Catalog, Place
 from headrace_cache.disk_files import Files, read_all
 from headrace_cache.disk_segment import Segment
+from headrace_cache.disk_terms import Came, Counts, Emit
 from headrace_cache.segments import Head, Op, decode_head
+
+log = structlog.get_logger(__name__)
 
 RUN_BYTES_MAX = 16 * 1024 * 1024
 RUN_ENTRIES_MAX = 256
@@ -97,6 +102,76 @@ class Shelf:
         """Close everything; nobody reads any more."""
         for segment in self:
             self.remove(segment)
+
+
+class DiskReader:
+    """Reads what the catalog tells of. Any thread may; counters may then miss one."""
+
+    def __init__(
+        self, files: Files, shelf: Shelf, catalog: Catalog, counts: Counts, emit: Emit
+    ) -> None:
+        self._files = files
+        self._shelf = shelf
+        self._catalog = catalog
+        self._counts = counts
+        self._emit = emit
+
+    def read(
+        self, places: Sequence[Place], into: Sequence[memoryview] | None = None
+    ) -> list[Loaded | None]:
+        """What stands at `places`, into buffers of their sizes if given; None for what is gone.
+
+        An entry that is not as it was written is dropped.
+        """
+        loaded: list[Loaded | None] = [None] * len(places)
+        missing = list(range(len(places)))
+        for _ in range(2):  # what was carried over meanwhile has another place now
+            for run in runs_of([places[index] for index in missing]):
+                indexes = [missing[index] for index in run]
+                self._read_run(places, into, indexes, loaded)
+            missing = [index for index in missing if loaded[index] is None]
+            moved = {index: self._catalog.find(places[index].key) for index in missing}
+            missing = [i for i in missing if moved[i] is not None and moved[i] != places[i]]
+            places = [moved.get(index) or place for index, place in enumerate(places)]
+        for each in loaded:
+            self._counts.read += each is not None
+            self._counts.read_bytes += each.facts.size_bytes if each is not None else 0
+            self._counts.missed += each is None
+        return loaded
+
+    def _read_run(
+        self,
+        places: Sequence[Place],
+        into: Sequence[memoryview] | None,
+        indexes: Sequence[int],
+        loaded: list[Loaded | None],
+    ) -> None:
+        run = [places[index] for index in indexes]
+        buffers = [into[index] for index in indexes] if into is not None else None
+        with self._shelf.hold(run[0].segment) as segment:
+            if segment is not None:
+                for index, each in zip(indexes, self.load(segment, run, buffers), strict=True):
+                    loaded[index] = each
+
+    def load(
+        self, segment: Segment, run: Sequence[Place], buffers: Sequence[memoryview] | None
+    ) -> list[Loaded | None]:
+        """`read_run`; what is not right is dropped and counted."""
+        if buffers is None:
+            buffers = [memoryview(bytearray(place.size_bytes)) for place in run]
+        try:
+            loaded = read_run(self._files, segment, run, buffers)
+        except OSError as error:
+            self._counts.read_errors += 1
+            log.warning("cannot read from disk", error=str(error), segment=segment.name)
+            loaded = [None] * len(run)
+        for place, each in zip(run, loaded, strict=True):
+            if each is not None:
+                self._catalog.touch(place.key)
+            elif self._catalog.drop(place.key, place):
+                self._counts.corrupt += 1
+                self._emit(Came.WENT, place.key)
+        return loaded
 
 
 def read_run(

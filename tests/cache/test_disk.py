@@ -21,7 +21,7 @@ from headrace.errors import SettingsError
 from headrace.frames import KV, EntryKey
 from headrace_cache import disk
 from headrace_cache.disk import BUDGET_BYTES_MIN, DiskTier
-from headrace_cache.disk_log import Came
+from headrace_cache.disk_terms import Came
 
 BUDGET_BYTES = 4 * 1024 * 1024
 PATIENCE_S = 20.0
@@ -164,6 +164,26 @@ def test_purges_and_pins_outlive_a_restart(tmp_path: Path) -> None:
                 assert tier.settle(PATIENCE_S)
         assert tier.settle(PATIENCE_S)
         assert [name for name in held if tier.find(key_of(name)) is not None] == [1]
+
+
+def test_a_chain_is_forgotten_from_a_block_on(tmp_path: Path) -> None:
+    """Chains leave RAM from their ends, so children stand before their parents; all go at once.
+
+    0 - 1 - 2 - 3 - 4
+          \\- 5 - 6      7 - 8
+    """
+    parents = {0: None, 1: 0, 2: 1, 3: 2, 4: 3, 5: 1, 6: 5, 7: None, 8: 7}
+    with open_tier(tmp_path) as tier:
+        for name, parent in reversed(parents.items()):
+            data = data_of(name, 1000)
+            above = hash_of(parent) if parent is not None else b""
+            assert tier.offer(facts_of(name, data, parent=above, tenant="ab"[name == 6]), data)
+        gone = tier.forget_where(lambda facts: facts.tenant == "a", hash_of(2))
+        assert gone.result(PATIENCE_S) == 3
+        gone = tier.forget_where(lambda facts: facts.tenant == "a", hash_of(1))
+        assert gone.result(PATIENCE_S) == 2
+    with open_tier(tmp_path) as tier:
+        assert [name for name in parents if tier.find(key_of(name))] == [0, 6, 7, 8]
 
 
 def test_entries_are_listed_in_pages(tmp_path: Path) -> None:

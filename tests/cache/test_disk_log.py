@@ -19,7 +19,8 @@ from cache.faulty_files import Faults, FaultyFiles, Killed
 from headrace.clock import ManualClock
 from headrace.frames import KV, EntryKey
 from headrace.types import Band
-from headrace_cache.disk_log import Came, DiskLog, Outcome
+from headrace_cache.disk_log import DiskLog
+from headrace_cache.disk_terms import Came, Outcome
 from headrace_cache.segments import segment_name, segment_number
 
 BUDGET_BYTES = 128 * 1024
