@@ -342,5 +342,31 @@ class BlockSnapshot:
     blocks: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class CacheNode:
+    """A cache service that lives. `boot` names this incarnation; bytes are those of its memory."""
+
+    address: str
+    boot: str
+    budget_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNews:
+    """Blocks of one model that a cache service gained and lost, BLOCK_KEY_BYTES each, on balance.
+
+    `sequence` counts an incarnation's news of that model from 1: a gap means that some were lost.
+    A snapshot is news in which `stored` are all blocks that were there when news number `sequence`
+    was sent, or a little later.
+    """
+
+    address: str
+    boot: str
+    sequence: int
+    stored: bytes = b""
+    removed: bytes = b""
+
+
 Positions = dict[str, tuple[int, int]]
 """Job id → (its place in the queue from 1, the predicted start in wall-clock ms or 0)."""
