@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import headrace_cache.__main__ as service_main
+from bench._fleet import free_port
 from headrace.cache_client import CacheClient, WriteEntry
 from headrace_cache import disk_files
 
@@ -37,6 +38,10 @@ DISK_BYTES = 32 * 1024 * 1024
 START_S_MAX = 20.0
 PATIENCE_S = 10.0
 MIDDLE_S_MAX = 1.0
+DISK_COUNTS = (
+    "written", "read", "promoted", "corrupt", "lost_records", "lost_segments", "write_errors",
+    "disk_full", "segments_dropped", "carried", "job_failures",
+)  # fmt: skip
 
 
 class Truth:
@@ -134,14 +139,15 @@ def reap(pid: int, signal_number: int = signal.SIGKILL) -> None:
 class Service:
     """`headrace_cache` in a process of its own, on one directory, started again and again."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.disk = directory / "disk"
         self.url = ""
         self.starts = 0
         self.deaths = 0
-        self._seed = seed
         self._pid = 0
+        self._disk_now: dict[str, int] = {}
+        self._disk_before: dict[str, int] = {}
         self._full = mmap.mmap(-1, 1)
 
     def set_full(self, full: bool) -> None:
@@ -152,8 +158,7 @@ class Service:
         """Start, and wait until it answers."""
         self.starts += 1
         if tcp:
-            port = 20_000 + (self._seed * 977 + self.starts * 7 + os.getpid()) % 20_000
-            self.url = f"tcp://127.0.0.1:{port}"
+            self.url = f"tcp://127.0.0.1:{free_port()}"
         else:
             self.url = f"unix://{self.directory / 'socket'}"
         self._pid = fork(self._serve)
@@ -193,6 +198,20 @@ class Service:
         else:
             reap(self._pid, signal_number)
         self._pid = 0
+        self._disk_before = self.disk_counts()
+        self._disk_now = {}
+
+    async def look(self) -> None:
+        """Note what the disk tier has counted in this life of the service."""
+        client = CacheClient(self.url, timeout_s=PATIENCE_S)
+        stats = await client.stats() or {}
+        await client.close()
+        self._disk_now = {name: stats.get("disk", {}).get(name, 0) for name in DISK_COUNTS}
+
+    def disk_counts(self) -> dict[str, int]:
+        """What the disk tier has counted in all lives, as far as `look` saw them."""
+        before, now = self._disk_before, self._disk_now
+        return {name: before.get(name, 0) + now.get(name, 0) for name in DISK_COUNTS}
 
     def _is_gone(self) -> bool:
         return os.waitpid(self._pid, os.WNOHANG)[0] != 0

@@ -29,7 +29,6 @@ from typing import Any
 from bench._cache_world import CHAINS, Child, Counts, Service, Truth, reading, writing
 from headrace import logs
 from headrace.arena_view import HEADER_BYTES
-from headrace.cache_client import CacheClient
 
 CHECKED_CHAINS = 10
 KILL_AFTER_S_MAX = 0.05
@@ -98,7 +97,11 @@ class Run:
         reader = self.reader(chains)
         copying = self.kill(self.writer(chains))
         self.note("killed_while_copying", copying)
-        self.done(reader, self.writer(chains, 1))
+        again = self.writer(chains, 1).result()
+        self.note("chains_to_write_again", len(chains))
+        self.note("chains_written_again", again.get("puts_held", 0))
+        self.counts.add(again)
+        self.done(reader)
 
     def reader_killed(self) -> None:
         """kill -9 of a reader that holds leases, while others need its room."""
@@ -138,6 +141,7 @@ class Run:
 
     def corrupt_segment(self) -> None:
         """Bytes of the disk's files are overwritten or cut, while the service runs or is down."""
+        self.done(self.writer(self.chains(4)))
         running = self.rng.random() < 0.5
         if not running:
             self._service.kill()
@@ -150,6 +154,7 @@ class Run:
 
     def corrupt_arena(self) -> None:
         """Bytes of the shared memory are overwritten behind everybody's back."""
+        self.done(self.writer(self.chains(4)))
         path = self._service.arena_file()
         if path is None:
             self.note("no_arena_file")
@@ -197,18 +202,10 @@ def _damage(path: Path, rng: random.Random) -> None:
             file.truncate(rng.randrange(size))
 
 
-async def _stats(url: str) -> dict[str, Any]:
-    client = CacheClient(url)
-    try:
-        return await client.stats() or {}
-    finally:
-        await client.close()
-
-
 def run_all(runs: int, seed: int, only: str, directory: Path) -> dict[str, Any]:
     """All runs; what they came to."""
     truth, counts = Truth(seed), Counts()
-    service = Service(directory, seed)
+    service = Service(directory)
     by_fault = dict.fromkeys(FAULTS, 0)
     notes: dict[str, int] = {}
     began = time.monotonic()
@@ -221,12 +218,12 @@ def run_all(runs: int, seed: int, only: str, directory: Path) -> dict[str, Any]:
             run = Run(rng, truth, service, counts)
             FAULTS[fault](run)
             run.check()
+            asyncio.run(service.look())
             for name, count in run.notes.items():
                 notes[name] = notes.get(name, 0) + count
             if number % 50 == 49:
                 print(f"{number + 1} runs, {counts.hits} hits, {counts.wrong} wrong",
                       file=sys.stderr)  # fmt: skip
-        stats = asyncio.run(_stats(service.url))
     finally:
         service.set_full(False)
         service.kill()
@@ -240,7 +237,7 @@ def run_all(runs: int, seed: int, only: str, directory: Path) -> dict[str, Any]:
         "service_starts": service.starts,
         "service_deaths": service.deaths,
         "service_tracebacks": service.log().count("Traceback"),
-        "disk": stats.get("disk", {}),
+        "disk": service.disk_counts(),
     }
 
 
