@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum
 
 from headrace.frames import KINDS, EntryKey
 from headrace.types import Band
@@ -26,15 +26,15 @@ OTHER_TENANTS = "(others)"
 NO_PLACE = -1
 
 
-class Tier(IntFlag):
-    """Where an entry lies; PENDING: it is being written, and nobody may read it yet."""
+class Tier(IntEnum):
+    """Where an entry lies, as a bit; PENDING: it is being written, and nobody may read it yet."""
 
     RAM = 1
     DISK = 2
     PENDING = 4
 
 
-READABLE = Tier.RAM | Tier.DISK
+READABLE: int = Tier.RAM | Tier.DISK
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,11 @@ class Index:
 
     def find_run(self, kind: str, hashes: Sequence[bytes], tiers: int = READABLE) -> list[int]:
         """Slots of `hashes` up to the first that lies in none of `tiers`."""
-        known, where = self._slots[kind], self.tiers
+        known, where, mask = self._slots[kind].get, self.tiers, int(tiers)
         run: list[int] = []
         for key_hash in hashes:
-            slot = known.get(key_hash, NO_SLOT)
-            if slot == NO_SLOT or not where[slot] & tiers:
+            slot = known(key_hash)
+            if slot is None or not where[slot] & mask:
                 break
             run.append(slot)
         return run
