@@ -104,6 +104,12 @@ class Tenants:
     def open_to_all(self) -> bool:
         return not self._keys
 
+    @property
+    def salts(self) -> dict[str, bytes]:
+        """Each tenant's salt, by its name."""
+        known = {tenant.name: tenant.salt for _, tenant in self._keys}
+        return known or {self._open.name: self._open.salt}
+
     def identify(self, authorization: str | None) -> Tenant:
         """The Tenant that an `Authorization` header names. Raises AuthError (401)."""
         if self.open_to_all:
