@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -54,6 +54,11 @@ class Tracked(Source, Protocol):
     @property
     def way(self) -> Way: ...
 
+    @property
+    def saved_ms(self) -> int:
+        """What computing it took before, where it was not computed now; 0 if that is not known."""
+        ...
+
     def keep(self, finish: FinishReason, tokens: int) -> None:
         """The first `tokens` tokens, ended by `finish`, are all that was wanted: worth keeping."""
         ...
@@ -61,12 +66,16 @@ class Tracked(Source, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A deterministic job, the name of its output, and how to have it computed."""
+    """A deterministic job, the name of its output, and how to have it computed.
+
+    `trace` are the W3C headers of the span that a lookup belongs to.
+    """
 
     key: bytes
     job: Job
     record: ModelRecord
     start: Start
+    trace: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rank(self) -> Rank:
@@ -86,6 +95,7 @@ class Replay:
         self._output = output
         self._prompt_tokens = prompt_tokens
         self._at = 0
+        self.saved_ms = output.took_ms
 
     async def next(self) -> Chunk:
         output, first = self._output, self._at
@@ -196,6 +206,8 @@ class _Flight:
 class Reader:
     """One request's way through a flight: its leader's, or a follower's."""
 
+    saved_ms = 0
+
     def __init__(self, cache: PromptCache, flight: _Flight, asked: Asked) -> None:
         self.news = asyncio.Event()
         self.way = Way.COMPUTED if flight.asked is asked else Way.FOLLOWED
@@ -288,6 +300,7 @@ class PromptCache:
             tenant=asked.job.tenant,
             band=asked.job.band,
             vocab_size=asked.record.vocab_size,
+            trace=asked.trace,
         )
 
     def _joinable(self, asked: Asked) -> _Flight | None:
@@ -325,10 +338,13 @@ class PromptCache:
         flight.kept = True
         job = flight.asked.job
         output = Output(
-            flight.tokens[:tokens], finish, flight.logprobs[:tokens], flight.prompt_logprobs
+            flight.tokens[:tokens],
+            finish,
+            flight.logprobs[:tokens],
+            flight.prompt_logprobs,
+            self._clock.now_ms() - flight.began_ms,
         )
-        took_ms = self._clock.now_ms() - flight.began_ms
-        cost = Cost(job.tenant, job.band, len(job.prompt) + tokens, took_ms)
+        cost = Cost(job.tenant, job.band, len(job.prompt) + tokens)
         fingerprint = flight.asked.record.fingerprint
         self._entries.write_soon(flight.asked.key, output, fingerprint, cost)
 

@@ -8,7 +8,7 @@ Rejected: keeping texts. Tokens make every form of answer, with logprobs and too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -19,7 +19,7 @@ from headrace.errors import WireError
 from headrace.frames import PROMPT
 from headrace.policy.hashing import layout_hash
 from headrace.types import Band, Delta, Finish, FinishReason, TokenLogprobs
-from headrace.wire import decode_deltas, encode_deltas
+from headrace.wire import Fields, decode_deltas, encode_deltas, pack
 
 ENTRY_BYTES_MAX = 1024 * 1024
 """Longer outputs (with logprobs, mostly) are not kept."""
@@ -31,43 +31,41 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """All that a job made. `logprobs` and `prompt_logprobs` as in Delta."""
+    """All that a job made, and how long that took. Logprobs as in Delta."""
 
     tokens: Sequence[int]
     finish: FinishReason
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    took_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an output took: whose it is, of which class, and tokens and ms to make it again."""
+    """Whose an output is, of which class, and tokens to compute for it."""
 
     tenant: str
     band: Band
     tokens: int
-    ms: int
 
 
 def encode_output(key: bytes, output: Output) -> bytes:
-    return encode_deltas(
-        [
-            Delta(
-                key.hex(),
-                1,
-                0,
-                tuple(output.tokens),
-                Finish(output.finish),
-                logprobs=tuple(output.logprobs),
-                prompt_logprobs=output.prompt_logprobs,
-            )
-        ]
+    delta = Delta(
+        key.hex(),
+        1,
+        0,
+        tuple(output.tokens),
+        Finish(output.finish),
+        logprobs=tuple(output.logprobs),
+        prompt_logprobs=output.prompt_logprobs,
     )
+    return pack({"ms": output.took_ms, "output": encode_deltas([delta])})
 
 
 def decode_output(key: bytes, data: bytes, vocab_size: int) -> Output:
     """The inverse. Raises WireError for anything that is not a whole output of `key`."""
-    deltas = decode_deltas(data)
+    f = Fields("entry", data)
+    took_ms, deltas = f.get("ms", int), decode_deltas(f.get("output", bytes))
     if len(deltas) != 1 or deltas[0].job != key.hex() or deltas[0].first != 0:
         raise WireError("not the output of this request")
     [delta] = deltas
@@ -75,7 +73,7 @@ def decode_output(key: bytes, data: bytes, vocab_size: int) -> Output:
         raise WireError("the output has no end")
     if max(delta.tokens, default=0) >= vocab_size:
         raise WireError("a token is outside the vocabulary")
-    return Output(delta.tokens, delta.finish.reason, delta.logprobs, delta.prompt_logprobs)
+    return Output(delta.tokens, delta.finish.reason, delta.logprobs, delta.prompt_logprobs, took_ms)
 
 
 class PromptEntries:
@@ -87,11 +85,18 @@ class PromptEntries:
         """Outputs that were worth keeping and are not, for their size or for lack of room."""
 
     async def read(
-        self, key: bytes, *, fingerprint: str, tenant: str, band: Band, vocab_size: int
+        self,
+        key: bytes,
+        *,
+        fingerprint: str,
+        tenant: str,
+        band: Band,
+        vocab_size: int,
+        trace: Mapping[str, str] | None = None,
     ) -> Output | None:
         """The output that is kept under `key` for this model; None on any trouble."""
         found = await self._client.get_run(
-            [key], kind=PROMPT, band=band, tenant=tenant, layout=_layout(fingerprint)
+            [key], trace, kind=PROMPT, band=band, tenant=tenant, layout=_layout(fingerprint)
         )
         if not found:
             return None
@@ -110,7 +115,7 @@ class PromptEntries:
             band=cost.band,
             tenant=cost.tenant,
             cost_tokens=cost.tokens,
-            cost_ms=float(cost.ms),
+            cost_ms=float(output.took_ms),
             kind=PROMPT,
             layout=_layout(fingerprint),
         )

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from headrace.cache_client import CacheClient
 from headrace.cache_entries import PutEntry
-from headrace.errors import WireError
+from headrace.errors import OverloadError, WireError
 from headrace.frames import PROMPT
 from headrace.policy.hashing import layout_hash
 from headrace.types import Band, FinishReason, Job, TokenLogprobs
+from headrace_gateway.policy.admission import Admission
 from headrace_gateway.prompt_entries import (
     Cost,
     Output,
@@ -162,6 +163,20 @@ async def test_nothing_is_shared_that_should_not_be(tmp_path: Path) -> None:
         await g.settled()
 
 
+async def test_what_is_kept_is_told_under_overload(tmp_path: Path) -> None:
+    """A full queue refuses what would have to be computed, and nothing else."""
+    async with kept(tmp_path) as g:
+        await ask(g, CHAT)
+        g.fleet.admission = Admission(429, "queue_full", "the queue is full", 500)
+        g.fleet.refusal = OverloadError("the queue is full", retry_after_ms=500)
+        assert (await ask(g, CHAT))["cached"]
+        for body in (CHAT | {"max_tokens": 3}, CHAT | {"temperature": 1}):
+            status, _ = await g.post("/v1/chat/completions", body, Authorization="Bearer k-red")
+            assert status == 429
+        await g.settled()
+        assert "prompt_saved_seconds_total" in g.gateway.metrics.render().decode()
+
+
 async def test_what_came_to_no_end_is_not_kept(tmp_path: Path) -> None:
     """A client that left, and a deadline that passed, leave nothing behind."""
     gate = asyncio.Event()
@@ -227,12 +242,12 @@ async def test_a_strange_entry_is_a_miss(tmp_path: Path) -> None:
         entries = PromptEntries(client)
         assert await entries.read(b"k" * 32, fingerprint=name, **facts) is None
         output = Output((1, 2), FinishReason.STOP)
-        assert entries.write_soon(b"l" * 32, output, name, Cost("red", Band.STANDARD, 9, 5))
+        assert entries.write_soon(b"l" * 32, output, name, Cost("red", Band.STANDARD, 9))
         assert await client.flush(20)
         assert await entries.read(b"l" * 32, fingerprint=name, **facts) == output
         assert await entries.read(b"l" * 32, fingerprint="another model", **facts) is None
         too_long = Output(tuple(range(300_000)), FinishReason.STOP)
-        assert not entries.write_soon(b"m" * 32, too_long, name, Cost("red", Band.BATCH, 9, 5))
+        assert not entries.write_soon(b"m" * 32, too_long, name, Cost("red", Band.BATCH, 9))
         assert entries.unwritten == 1
         await client.close()
 
@@ -258,7 +273,7 @@ def test_outputs_survive_being_kept(
 ) -> None:
     key = b"k" * 32
     tokens = tuple(token for token, _ in made)
-    output = Output(tokens, finish, tuple(s for _, s in made) if scored else (), tuple(prompt))
+    output = Output(tokens, finish, tuple(s for _, s in made) if scored else (), tuple(prompt), 7)
     assert decode_output(key, encode_output(key, output), 100) == output
     with pytest.raises(WireError):
         decode_output(b"l" * 32, encode_output(key, output), 100)

@@ -155,6 +155,11 @@ def test_options_stand_in_files_too(tmp_path: Path) -> None:
 OPTION = st.one_of(
     st.builds("weight={}".format, st.sampled_from(["1", "4", "0.01", "1000", "1001", "0", "x"])),
     st.builds("{}={}".format, st.sampled_from(LIMITS), st.integers(-1, LIMIT_MAX + 1)),
+    st.builds(
+        "{}={}".format,
+        st.sampled_from(["admin", "prompt_entries", "sharing_group"]),
+        st.sampled_from(["true", "false", "1", "", "a/b"]),
+    ),
     st.text(st.characters(codec="utf-8", exclude_characters=",@"), max_size=12),
 )
 

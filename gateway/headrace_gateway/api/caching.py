@@ -150,6 +150,17 @@ class Caching:
         kept = self.ttl_ms and self.mode is CacheMode.IMPLICIT
         return prompt_tokens if self.prewarm or kept else 0
 
+    def attributes(self, prompt_tokens: int) -> dict[str, str | int | bool]:
+        """For a turn's span; nothing where nothing was asked for."""
+        if self == AS_USUAL:
+            return {}
+        return {
+            "headrace.cache.mode": self.mode.value,
+            "headrace.cache.ttl_ms": self.ttl_ms,
+            "headrace.cache.until_tokens": self.until_tokens(prompt_tokens),
+            "headrace.cache.prewarm": self.prewarm,
+        }
+
 
 AS_USUAL = Caching()
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, SpanKind
 
+from headrace import telemetry
 from headrace.types import Finish, FinishReason, Job, ModelRecord
 from headrace_gateway.api.context import Gateway, GenerationSeam
 from headrace_gateway.api.wishes import Wish
@@ -76,15 +77,25 @@ class Sources:
             key = request_key(
                 record.fingerprint, job.salt, job.prompt, job.sampling, _reading(wish)
             )
-            asked = Asked(key, job, record, self._submit)
-            source = self._tracked[index] = await self._gateway.prompt_cache.open(asked)
-            self._note(record.name, self._tracked[index].way)
+            source = self._tracked[index] = await self._shared(key, job, record)
         self._opened += 1
         return source
 
-    def _note(self, model: str, way: Way) -> None:
-        self._gateway.metrics.prompt_answers.labels(model, way.value).inc()
-        self._span.set_attribute(WAY_ATTRIBUTE, way.value)
+    async def _shared(self, key: bytes, job: Job, record: ModelRecord) -> Tracked:
+        span = telemetry.tracer().start_span(
+            "prompt cache", telemetry.under(self._span), SpanKind.CLIENT
+        )
+        try:
+            asked = Asked(key, job, record, self._submit, telemetry.inject(span))
+            source = await self._gateway.prompt_cache.open(asked)
+            span.set_attribute(WAY_ATTRIBUTE, source.way.value)
+            span.set_attribute("headrace.prompt_cache.saved_ms", source.saved_ms)
+        finally:
+            span.end()
+        metrics = self._gateway.metrics
+        metrics.prompt_answers.labels(record.name, source.way.value).inc()
+        metrics.prompt_saved.labels(record.name).inc(source.saved_ms / 1000)
+        return source
 
     async def _submit(self, job: Job) -> GenerationSeam:
         return await self._gateway.fleet.submit(job, self._span)

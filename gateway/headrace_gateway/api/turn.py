@@ -81,6 +81,7 @@ class Turn:
         self._arrived_ms = gateway.clock.wall_ms() - (gateway.clock.now_ms() - call.arrived_ms)
         self._ttft_by_ms = self._done_by_ms = 0
         self._priority = 0
+        self._may_be_kept = False
         self._session = ""
         self._record: ModelRecord | None = None
         self._prompts: Sequence[array[int]] = ()
@@ -170,6 +171,8 @@ class Turn:
         deadline = deadline_of(request.deadline_ms, self._call.deadline)
         self._ttft_by_ms, self._done_by_ms = deadline.instants(self._arrived_ms)
         self._account.open(request.model)
+        greedy = request.temperature == 0 or request.seed is not None
+        self._may_be_kept = self._call.tenant.prompt_entries and greedy
         self._check_admission(
             Ask(
                 self.band,
@@ -181,6 +184,8 @@ class Turn:
 
     def _check_admission(self, ask: Ask) -> None:
         """Raises what the fleet would refuse `ask` with; nothing is sent or taken for it."""
+        if self._may_be_kept:
+            return  # what was answered before is answered whatever waits; else `submit` refuses
         admission = self.gateway.fleet.admit(self.record.name, ask)
         if not admission.admitted:
             self._span.set_attribute("headrace.admission.reason", admission.reason)
@@ -213,6 +218,7 @@ class Turn:
         """
         self._tokenizer = await self.gateway.tokenizers.get(self.record)
         self._prompts, self._n = wish.prompts, wish.n
+        self._span.set_attributes(wish.caching.attributes(len(wish.prompts[0])))
         seed = secrets.randbits(63) if wish.seed is None else wish.seed
         names = await name_prompts(
             self.record.fingerprint, self._call.tenant.salt, wish.prompts, self._session
