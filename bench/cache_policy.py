@@ -38,7 +38,7 @@ from headrace_cache.policy.keep_score import WEIGHTS
 from headrace_cache.policy.names import POLICIES
 
 MIX = {Band.INTERACTIVE: 0.1, Band.STANDARD: 0.6, Band.BATCH: 0.3}
-SYNTHETIC_REQUESTS = 12_000
+SYNTHETIC_REQUESTS = 4_000
 SYNTHETIC_SHARE = 0.1
 PIN_EVERY = 100
 PINNED_BLOCKS = 4

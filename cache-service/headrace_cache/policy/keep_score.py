@@ -25,7 +25,7 @@ from headrace_cache.policy.chains import Chains
 from headrace_cache.policy.eviction import Spare, Victim
 from headrace_cache.policy.reuse import BUCKETS, STARTS, ReuseModel, bucket_of
 
-WEIGHTS: Mapping[Band, float] = {Band.INTERACTIVE: 16.0, Band.STANDARD: 4.0, Band.BATCH: 1.0}
+WEIGHTS: Mapping[Band, float] = {Band.INTERACTIVE: 64.0, Band.STANDARD: 8.0, Band.BATCH: 1.0}
 """How much a hit of each class is worth."""
 
 USE_STEPS = 4

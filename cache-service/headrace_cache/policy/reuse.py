@@ -34,7 +34,8 @@ PRIOR_WEIGHT = 20.0
 """What is assumed of a class counts like this many of its entries."""
 
 PRIOR_HAZARD = 0.04
-"""Chance of a reuse in any half octave, for each use so far, as long as nothing else is known."""
+"""Chance of a reuse in a half octave, for each use so far, as long as nothing else is known; the
+first bucket is as wide as several."""
 
 REFRESH_USES_MIN = 512
 REFRESH_USES_MAX = 16_384
@@ -128,7 +129,6 @@ class ReuseModel:
     def _learn(self) -> None:
         ended = [list(counts) for counts in self._given_up]
         for seen in self._watched.values():
-            # half of those that are in a bucket now are taken to get through it
             age = self.clock - (seen >> CLASS_BITS)
             ended[seen & (CLASSES_MAX - 1)][bucket_of(age)] += 1.0
         families: dict[int, tuple[list[float], list[float]]] = {}
@@ -139,8 +139,8 @@ class ReuseModel:
                 gone[bucket] += ended[class_][bucket]
         usual = {}
         for family, (reused, gone) in families.items():
-            assumed = [min(0.5, PRIOR_HAZARD * self._strengths[family])] * BUCKETS
-            usual[family] = hazards(reused, gone, assumed)
+            assumed = PRIOR_HAZARD * self._strengths[family]
+            usual[family] = hazards(reused, gone, [min(0.5, 4 * assumed), min(0.5, assumed)])
         self.index = [
             best_rates(hazards(self._reused[class_], ended[class_], usual[family]))
             for class_, family in enumerate(self._families)
@@ -157,15 +157,19 @@ class ReuseModel:
 def hazards(reused: list[float], ended: list[float], assumed: list[float]) -> list[float]:
     """Chance of a reuse in each bucket for what got there, drawn towards what is `assumed`.
 
-    `ended`: how many are in each bucket unused, or were when we stopped watching them.
+    `ended`: how many are in each bucket unused, or were when we stopped watching them; half of them
+    are taken to get through it. Where `assumed` ends, each bucket is assumed to be like the one
+    before it: what was not seen beyond some age is not taken to begin there.
     """
-    chances = [0.0] * BUCKETS
-    beyond = 0.0
+    at_risk, beyond = [0.0] * BUCKETS, 0.0
     for bucket in range(BUCKETS - 1, -1, -1):
-        at_risk = beyond + reused[bucket] + ended[bucket] / 2
-        drawn = reused[bucket] + PRIOR_WEIGHT * assumed[bucket]
-        chances[bucket] = drawn / (at_risk + PRIOR_WEIGHT)
+        at_risk[bucket] = beyond + reused[bucket] + ended[bucket] / 2
         beyond += reused[bucket] + ended[bucket]
+    chances: list[float] = []
+    for bucket in range(BUCKETS):
+        usual = assumed[bucket] if bucket < len(assumed) else chances[-1]
+        drawn = reused[bucket] + PRIOR_WEIGHT * usual
+        chances.append(drawn / (at_risk[bucket] + PRIOR_WEIGHT))
     return chances
 
 
