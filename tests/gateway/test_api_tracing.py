@@ -124,7 +124,7 @@ async def test_completions_have_their_operation_and_off_means_off(
 async def test_what_a_request_wants_of_the_cache_stands_in_its_trace(
     spans: InMemorySpanExporter,
 ) -> None:
-    """Options on the turn's span; where a deterministic job's tokens came from in one of its own."""
+    """Options on the turn's span, and in one of its own where its tokens came from."""
     keys = "sk-test:red prompt_entries=true"
     async with running_gateway(ScriptedFleet(script=lambda job: say("ok")), api_keys=keys) as g:
         asked = BODY | {"temperature": 0, "prompt_cache_options": {"mode": "explicit", "ttl": "1m"}}
