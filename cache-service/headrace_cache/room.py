@@ -20,6 +20,11 @@ from headrace_cache.policy.quota import Call, Quotas, Share
 ENTRY_OVERHEAD_BYTES = 512
 """Charged beside an entry's granules: more than its key and places in the indexes take."""
 
+TRIM_ENTRIES_MAX = 32
+"""That leave at a time, ahead of need: some 1 ms."""
+
+_PENDING = int(Tier.PENDING)
+
 TRIES_MAX = 8
 """Times that more entries leave because what is free is in pieces."""
 
@@ -96,6 +101,22 @@ class Room:
             self.vacate(victim.slot)
         return len(victims)
 
+    def trim(self, now_ms: int) -> bool:
+        """Have some leave if more than the low watermark is taken; whether there is more to do."""
+        over_bytes = self._quotas.used_bytes - self._quotas.low_bytes
+        if over_bytes <= 0:
+            return False
+        usual_bytes = max(1, self._quotas.used_bytes // max(1, self._index.counts[Tier.RAM]))
+        some_bytes = min(over_bytes, TRIM_ENTRIES_MAX * usual_bytes)
+        spare = None
+        if self._shares:
+            usage = self._quotas.usage()
+            spare = {
+                who: used - self._quotas.share_of(who).min_bytes for who, used in usage.items()
+            }
+        call = Call(some_bytes, spare, "above the low watermark")
+        return self._evict(call, now_ms) > 0 and some_bytes < over_bytes
+
     def set_quota(self, tenant: str, share: Share, now_ms: int) -> str:
         """Why `share` cannot be granted; '' when it holds, and what exceeds it has left."""
         number = self._index.tenant(tenant)
@@ -110,7 +131,7 @@ class Room:
         return ""
 
     def _may_leave(self, slot: int) -> bool:
-        if self._index.tiers[slot] & Tier.PENDING:
+        if self._index.tiers[slot] & _PENDING:
             return False
         return not self._leases.is_held(self._index.ram_place[slot])
 

@@ -90,6 +90,7 @@ class CacheServer:
         self._empty = asyncio.Event()
         self._listener: asyncio.AbstractServer | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._trimmer: asyncio.Handle | None = None
         self._path = ""
 
     async def start(self, address: Address) -> Address:
@@ -181,9 +182,20 @@ class CacheServer:
                 self._connections[seat].abort()
         self._end_gone()
 
+    def _trim_soon(self) -> None:
+        """Once the answer is on its way, and its client has something to copy."""
+        if self._trimmer is None:
+            self._trimmer = asyncio.get_running_loop().call_soon(self._trim)
+
+    def _trim(self) -> None:
+        self._trimmer = None
+        if self.store.trim(self.clock.now_ms()):
+            self._trim_soon()
+
     def places(self, connection: Connection, put: Put) -> Sequence[Place]:
         """Where the entries of a put are received: in the arena, or nowhere."""
         reservation = self.store.reserve(connection.seat, put.entries, self.clock.now_ms())
+        self._trim_soon()
         connection.receiving = reservation.ticket
         connection.outcomes = reservation.outcomes
         return [
@@ -297,6 +309,7 @@ class CacheServer:
     ) -> Reply:
         self._check_arena(connection)
         reservation = self.store.reserve(connection.seat, request.entries, self.clock.now_ms())
+        self._trim_soon()
         held = reservation.outcomes.count(Outcome.PRESENT)
         reserved = Reserved(request.id, reservation.ticket, reservation.places, held)
         reply = Reply("reserve", reserved, began_s)

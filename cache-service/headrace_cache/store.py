@@ -8,13 +8,13 @@ before anything comes in (`room.py`), so that the budget always holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from headrace.checksum import checksum
-from headrace.frames import EntryFacts, EntryKey
+from headrace.frames import KINDS, EntryFacts, EntryKey
 from headrace.types import Band
 from headrace_cache.arena import NOBODY, Arena
 from headrace_cache.index import Index, Record, Tier
@@ -29,6 +29,10 @@ TOKEN_MS_DEFAULT = 1.0
 
 RESERVED_SHARE_MAX = 0.5
 """Of the budget, that entries being written take together."""
+
+_RAM = int(Tier.RAM)
+_WRITTEN = int(Tier.RAM | Tier.PENDING)
+"""As plain numbers: operations on flags take ten times as long."""
 
 NOWHERE = -1
 OURSELVES = 0
@@ -117,8 +121,8 @@ class Store:
         self.tallies = Tallies()
         self.leases = Leases()
         self.quotas = Quotas(budget_bytes, *watermarks)
-        self.evicted: Evicted = lambda *_: None
-        self.settled: Callable[[int], object] = lambda _: None
+        self.evicted: Evicted | None = None
+        self.settled: Callable[[int], object] | None = None
         self._policy = policy
         self._room = Room(self.index, policy, self.arena, self.leases, self.quotas)
         self._room.leaving = self._leaving
@@ -240,8 +244,8 @@ class Store:
         return Reservation(ticket, tuple(places), tuple(outcomes))
 
     def _reserve_one(self, facts: EntryFacts, now_ms: int) -> tuple[int, Outcome]:
-        slot = self.index.find(facts.key, Tier.RAM | Tier.PENDING)
-        if slot != NO_SLOT and self.index.tiers[slot] & Tier.RAM:
+        slot = self.index.find(facts.key, _WRITTEN)
+        if slot != NO_SLOT and self.index.tiers[slot] & _RAM:
             self._use_again(slot, facts, now_ms)
             return NOWHERE, Outcome.PRESENT
         if slot != NO_SLOT:
@@ -297,7 +301,8 @@ class Store:
         self.reserved_bytes -= charged_bytes(size_bytes)
         if writing.pin_ms:
             self._policy.pin(slot, now_ms + writing.pin_ms)
-        self.settled(slot)
+        if self.settled is not None:
+            self.settled(slot)
         for tally in self._tallies(slot):
             tally.entries += 1
             tally.bytes += size_bytes
@@ -334,15 +339,21 @@ class Store:
 
     def _leaving(self, slot: int) -> None:
         """The policy has chosen `slot`."""
+        size_bytes = self.index.size_bytes[slot]
         for tally in self._tallies(slot):
             tally.evictions += 1
-        self._untally(slot)
-        self.evicted(self.facts(slot), self.data(slot))
-
-    def _untally(self, slot: int) -> None:
-        for tally in self._tallies(slot):
             tally.entries -= 1
-            tally.bytes -= self.index.size_bytes[slot]
+            tally.bytes -= size_bytes
+        if self.evicted is not None:
+            self.evicted(self.facts(slot), self.data(slot))
+
+    def trim(self, now_ms: int) -> bool:
+        """Have some entries leave ahead of need; whether there is more to do.
+
+        What a put would have to evict while its writer waits leaves before, down to the low
+        watermark.
+        """
+        return self._room.trim(now_ms)
 
     def set_quota(self, tenant: str, share: Share, now_ms: int) -> str:
         """Why `share` cannot be granted; '' when it holds, and what exceeds it has left."""
@@ -362,7 +373,9 @@ class Store:
     def drop(self, slot: int) -> None:
         """Forget an entry, for a reason that is not the policy's."""
         self._policy.remove(slot)
-        self._untally(slot)
+        for tally in self._tallies(slot):
+            tally.entries -= 1
+            tally.bytes -= self.index.size_bytes[slot]
         self._room.vacate(slot)
 
     # telling
@@ -396,9 +409,9 @@ class Store:
             layout=int.from_bytes(facts.layout),
         )
 
-    def _tallies(self, slot: int) -> Iterator[Tally]:
-        tenant = self.index.tenant_name(self.index.tenant_of[slot])
-        return self.tallies.both(self.index.key(slot).kind, tenant)
+    def _tallies(self, slot: int) -> tuple[Tally, Tally]:
+        index = self.index
+        return self.tallies.both(KINDS[index.kind[slot]], index.tenant_name(index.tenant_of[slot]))
 
     def _refuse(self, facts: EntryFacts, outcome: Outcome) -> tuple[int, Outcome]:
         tenant = self.index.tenant_name(self.index.tenant(facts.tenant))

@@ -5,7 +5,6 @@ Invariant: each event counts once by kind and once by tenant; misses have no own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,10 +36,14 @@ class Tallies:
     def kind(self, kind: str) -> Tally:
         return self.by_kind.setdefault(kind, Tally())
 
-    def both(self, kind: str, tenant: str) -> Iterator[Tally]:
+    def both(self, kind: str, tenant: str) -> tuple[Tally, Tally]:
         """The two tallies of an event."""
-        yield self.by_kind.setdefault(kind, Tally())
-        yield self.by_tenant.setdefault(tenant, Tally())
+        by_kind, by_tenant = self.by_kind.get(kind), self.by_tenant.get(tenant)
+        if by_kind is None:
+            by_kind = self.by_kind[kind] = Tally()
+        if by_tenant is None:
+            by_tenant = self.by_tenant[tenant] = Tally()
+        return by_kind, by_tenant
 
     def stats(self) -> dict[str, Any]:
         return {
