@@ -72,6 +72,14 @@ class Files:
         """Return when the file's bytes and size would survive a loss of power."""
         os.fdatasync(fd)
 
+    def sync_names(self) -> None:
+        """Return when the directory's entries would survive a loss of power."""
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def close(self, fd: int) -> None:
         os.close(fd)
 

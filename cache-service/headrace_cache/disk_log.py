@@ -334,7 +334,10 @@ class DiskLog:
                     segment = self._segment_for(record_bytes(each), 1)
                     segment.append(each)
                     written_to[segment.number] = None
-        for number in written_to if sync else ():
+        if not sync:
+            return
+        self._files.sync_names()  # of segments that are new
+        for number in written_to:
             with self._shelf.hold(number) as held:
                 if held is not None:  # else it went, with all that is older
                     held.sync()

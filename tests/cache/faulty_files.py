@@ -108,6 +108,9 @@ class FaultyFiles(Files):
         if self._strikes(self.faults.broken):
             raise OSError(errno.EIO, "input/output error")
 
+    def sync_names(self) -> None:
+        self.sync(-1)
+
     def close(self, fd: int) -> None:
         self._call()
         self.open_fds.discard(fd)

@@ -149,7 +149,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     world.kill()
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(80))
 def test_killed_between_any_two_calls(tmp_path: Path, seed: int) -> None:
     """Several lives in one directory, each ended at a random system call, some in recovery too.
 
@@ -203,7 +203,7 @@ def test_a_kill_between_two_operations_loses_nothing(tmp_path: Path, seed: int) 
     world.kill()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_full_and_broken_disks(tmp_path: Path, seed: int) -> None:
     """Any call may fail: nothing wrong is read, and once the disk is well it is used again."""
     world = World(tmp_path / "disk", seed)
@@ -225,7 +225,7 @@ def test_full_and_broken_disks(tmp_path: Path, seed: int) -> None:
     world.kill()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_corrupt_files(tmp_path: Path, seed: int) -> None:
     """Bytes of the files change while nobody looks, between lives and within them."""
     world = World(tmp_path / "disk", seed)
