@@ -104,15 +104,15 @@ def test_a_class_that_was_hardly_seen_is_like_its_family() -> None:
 
 
 def test_the_sample_is_bounded_and_reaches_far_enough() -> None:
-    """A cache of 100,000 entries: one name in 128 is watched, for long enough to return."""
+    """A cache of 100,000 entries: one name in 64 is watched, for long enough to return."""
     model = ReuseModel([0], [1])
     rng = random.Random(1)
     model.refresh(entries=100_000)
     for _ in range(150_000):
         model.used(rng.getrandbits(64), 0)
     model.check_integrity()
-    assert 800 < len(model._watched) < 1_600
-    assert WATCHED_MAX << 7 >= HORIZON * 100_000
+    assert 1_600 < len(model._watched) < 3_200
+    assert WATCHED_MAX << 6 >= HORIZON * 100_000
 
 
 def test_before_anything_is_known_it_is_recency_and_use() -> None:

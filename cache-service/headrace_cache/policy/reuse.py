@@ -23,7 +23,7 @@ BUCKETS = 40
 YOUNG_BITS = 6
 YOUNG = 1 << YOUNG_BITS
 
-WATCHED_MAX = 8192
+WATCHED_MAX = 16_384
 HORIZON = 8
 """Names are watched for this many times as many uses as the cache has entries."""
 
@@ -37,7 +37,7 @@ PRIOR_HAZARD = 0.04
 """Chance of a reuse in a half octave, for each use so far, as long as nothing else is known; the
 first bucket is as wide as several."""
 
-REFRESH_USES_MIN = 512
+REFRESH_USES_MIN = 1024
 REFRESH_USES_MAX = 16_384
 
 
