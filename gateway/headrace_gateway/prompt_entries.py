@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from headrace.cache_client import CacheClient
+from headrace.cache_cluster import Cache
 from headrace.cache_entries import PutEntry
 from headrace.errors import WireError
 from headrace.frames import PROMPT
@@ -79,7 +79,7 @@ def decode_output(key: bytes, data: bytes, vocab_size: int) -> Output:
 class PromptEntries:
     """Reads and writes outputs by key. Closing the client, which queues writes, is its owner's."""
 
-    def __init__(self, client: CacheClient) -> None:
+    def __init__(self, client: Cache) -> None:
         self._client = client
         self.unwritten = 0
         """Outputs that were worth keeping and are not, for their size or for lack of room."""

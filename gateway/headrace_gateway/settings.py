@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import secrets
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from headrace.cache_directory import AUTO
 from headrace.config import ServiceSettings
+from headrace.errors import SettingsError
+from headrace.frames import parse_address
 from headrace_gateway.policy.admission import AdmissionLimits
 
 
@@ -45,8 +48,9 @@ class GatewaySettings(ServiceSettings):
     )
     cache_url: str = Field(
         default="",
-        description="the cache service, tcp://host:port or unix:///path; empty: none, so that "
-        "nothing is kept between requests and nothing can be administered",
+        description="the cache service, tcp://host:port or unix:///path, several with commas, or "
+        "`auto` for those that Redis knows; empty: none, so that nothing is kept between requests "
+        "and nothing can be administered",
     )
     cache_timeout_ms: int = Field(
         default=200, ge=1, description="a lookup that takes longer is a miss"
@@ -88,6 +92,17 @@ class GatewaySettings(ServiceSettings):
     ws_lanes_max: int = Field(default=16, ge=1, description="busy lanes of one connection")
     ws_queue_max: int = Field(default=64, ge=1, description="turns waiting in one connection")
     ws_heartbeat_ms: int = Field(default=20_000, ge=100)
+
+    @field_validator("cache_url")
+    @classmethod
+    def _check_addresses(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        try:
+            for name in [] if names == [AUTO] else names:
+                parse_address(name)
+        except SettingsError as error:
+            raise ValueError(error.message) from error
+        return ",".join(names)
 
     @property
     def admission(self) -> AdmissionLimits:

@@ -24,7 +24,7 @@ async def ask(client: openai.AsyncOpenAI, text: str, **options: Any) -> Any:
 
 
 async def test_an_answer_is_told_again_and_a_prompt_is_warm() -> None:
-    """The same text, finish and logprobs; a prewarmed prompt's blocks are there when it is asked."""
+    """The same text, finish and logprobs; a prewarmed prompt's blocks are there for it."""
     with Stack(workers=1, env={"HEADRACE_PROMPT_ENTRIES": "true"}) as stack:
         client = openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0)
         warming = await ask(

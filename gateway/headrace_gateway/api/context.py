@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from aiohttp import web
 from opentelemetry.trace import Span
 
-from headrace.cache_client import CacheClient
+from headrace.cache_cluster import Cache
+from headrace.cache_directory import open_cache
 from headrace.clock import Clock
 from headrace.errors import DependencyError
 from headrace.types import Job, ModelRecord
@@ -100,7 +101,7 @@ class Gateway:
         self.templates = ChatTemplates(clock)
         self.dialects = Dialects(self.templates)
         self.grammars = GrammarChecker()
-        self.cache = _cache_of(settings)
+        self.cache = _cache_of(settings, clock)
         entries = None if self.cache is None else PromptEntries(self.cache)
         self.prompt_cache = PromptCache(entries, clock)
         self.metrics = GatewayMetrics(self.counts)
@@ -139,12 +140,14 @@ class Gateway:
         return not self.turns
 
 
-def _cache_of(settings: GatewaySettings) -> CacheClient | None:
+def _cache_of(settings: GatewaySettings, clock: Clock) -> Cache | None:
     if not settings.cache_url:
         return None
     # what a gateway reads is small: it does not need the service's memory
     timeout_s = settings.cache_timeout_ms / 1000
-    return CacheClient(settings.cache_url, timeout_s=timeout_s, arena=False)
+    return open_cache(
+        settings.cache_url, settings.redis_url, timeout_s=timeout_s, clock=clock, arena=False
+    )
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
