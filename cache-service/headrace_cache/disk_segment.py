@@ -79,12 +79,15 @@ class Segment:
 
     def adopt(self, scan: Scan, size_bytes: int) -> None:
         """Take over what `scan` found in the file, which has `size_bytes`."""
+        if scan.sealed:
+            self.end = scan.end
+            self.records = len(scan.records)
+            self._close(size_bytes)
+            return
         for found in scan.records:
             self._note(found, encode_head(found.head, self.marker))
         self.end = scan.end
-        if scan.sealed:
-            self._close(size_bytes)
-        elif size_bytes > scan.end:
+        if size_bytes > scan.end:
             self.cut()
 
     def _note(self, found: Found, encoded: bytes) -> None:
