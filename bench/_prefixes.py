@@ -94,13 +94,13 @@ def documents(rng: random.Random, requests: int) -> Iterator[list[int]]:
 
 
 def rounds(rng: random.Random, requests: int) -> Iterator[list[int]]:
-    """A batch job that goes over the same 1,000 texts again and again, beside passing chats."""
+    """A batch job that goes over the same 200 texts again and again, beside passing requests."""
     fresh = count(10_000_000)
     for number in range(requests):
         if rng.random() < 0.5:
             yield [next(fresh) for _ in range(rng.randint(1, 20))]
         else:
-            text = number // 2 % 1_000
+            text = number // 2 % 200
             yield [text * 100 + part for part in range(12)]
 
 

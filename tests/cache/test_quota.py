@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,6 +155,22 @@ def test_a_share_that_cannot_be_kept_is_refused(share: Share, part: str) -> None
     quotas = Quotas(100)
     quotas.grant(1, Share(min_bytes=40))
     assert part in quotas.refusal(2, share)
+
+
+@pytest.mark.parametrize("name", ["keep-score", "lru"])
+def test_three_tenants_at_the_watermark(name: str) -> None:
+    """One puts ten times as much as the others, one has a quota, one a minimum; for a long time."""
+    rng = random.Random(name)
+    h = House(Quotas(200 * BLOCK, high=0.95, low=0.9), POLICIES[name](None))
+    h.quotas.grant(1, Share(max_bytes=40 * BLOCK))
+    h.quotas.grant(2, Share(min_bytes=50 * BLOCK))
+    for turn in range(3_000):
+        h.put(rng.choices(range(3), weights=(10, 1, 1))[0], rng.choice(list(Band)))
+        assert h.quotas.used_bytes <= h.quotas.high_bytes
+        assert h.quotas.used_by(1) <= 40 * BLOCK
+        assert turn < 1_500 or h.quotas.used_by(2) >= 49 * BLOCK, "within one entry"
+    assert h.quotas.used_by(0) > 60 * BLOCK, "what is left is for who needs it"
+    h.check_integrity()
 
 
 SHARES = st.dictionaries(
