@@ -26,7 +26,7 @@ import structlog
 from headrace.clock import Clock, SystemClock
 from headrace.errors import SettingsError
 from headrace.frames import Buffer, EntryFacts, EntryKey
-from headrace_cache.disk_catalog import Place
+from headrace_cache.disk_catalog import Catalog, Place
 from headrace_cache.disk_files import Files
 from headrace_cache.disk_log import BUDGET_SEGMENTS_MIN, SEGMENT_BYTES_MIN, DiskLog
 from headrace_cache.disk_reads import Loaded
@@ -220,6 +220,11 @@ class DiskTier:
             self._events.clear()
             self._lost = 0
         return events
+
+    @property
+    def catalog(self) -> Catalog:
+        """What is on disk, to be read only."""
+        return self._log.catalog
 
     def tenant_bytes(self, tenant: str) -> int:
         """Bytes that a tenant's entries take on disk."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from headrace.frames import KINDS, EntryKey
+from headrace.policy.hashing import MODEL_TAG_BYTES
 from headrace_cache.segments import RECORDS_MAX, Found
 
 USES_MAX = 255
@@ -56,6 +57,7 @@ class _Records:
         self.sizes = array("I")
         self.heads = array("H")
         self.tenants = array("I")
+        self.models = array("I")
         self.bands = bytearray()
         self.uses = bytearray()
         self.live = 0
@@ -116,6 +118,38 @@ class Catalog:
         offset, head = records.offsets[record], records.heads[record]
         return Place(key, number, offset, head, records.sizes[record])
 
+    def model_of(self, key: EntryKey) -> bytes | None:
+        """The tag of the model that an entry is of, zeros for none; None where it is not known."""
+        with self._lock:
+            ref = self._refs.get(name_of(key))
+            if ref is None:
+                return None
+            number, record = divmod(ref, RECORDS_MAX)
+            return self._segments[number].models[record].to_bytes(MODEL_TAG_BYTES)
+
+    def models(self) -> set[int]:
+        """The tags of all models, as numbers. Takes time in all entries."""
+        with self._lock:
+            return {tag for records in self._segments.values() for tag in records.models}
+
+    def segments(self) -> list[int]:
+        with self._lock:
+            return list(self._segments)
+
+    def names_in(self, segment: int, model: bytes) -> list[int]:
+        """The names of a model's records in `segment` that are referred to."""
+        wanted = int.from_bytes(model)
+        with self._lock:
+            records = self._segments.get(segment)
+            if records is None:
+                return []
+            first = segment * RECORDS_MAX
+            return [
+                name
+                for record, name in enumerate(records.names)
+                if records.models[record] == wanted and self._refs.get(name) == first + record
+            ]
+
     def live_in(self, segment: int) -> list[Live]:
         """The records of `segment` that are referred to, in the order of their offsets."""
         with self._lock:
@@ -167,6 +201,7 @@ class Catalog:
             records.sizes.append(facts.size_bytes)
             records.heads.append(found.head_bytes)
             records.tenants.append(tenant)
+            records.models.append(int.from_bytes(facts.layout[:MODEL_TAG_BYTES]))
             records.bands.append(facts.band)
             records.uses.append(min(uses, USES_MAX))
             records.live += 1

@@ -107,6 +107,22 @@ class Index:
             if self.tiers[slot] & tiers:
                 yield slot
 
+    def hashes_of(
+        self, kind: str, layouts: range, first: int, last: int, tiers: int = READABLE
+    ) -> list[bytes]:
+        """Hashes of the entries in slots `first` up to `last` whose layouts are in a range."""
+        where, kinds, layout, number = self.tiers, self.kind, self.layout, KINDS.index(kind)
+        return [
+            self._hashes[slot]
+            for slot in range(first, min(last, len(self._hashes)))
+            if where[slot] & tiers and layout[slot] in layouts and kinds[slot] == number
+        ]
+
+    @property
+    def slots(self) -> int:
+        """One more than the highest slot that was ever used."""
+        return len(self._hashes)
+
     def facts(self, slot: int, size_bytes: int) -> Facts:
         """What a policy is told of `slot`, which takes `size_bytes` from its budget."""
         return Facts(

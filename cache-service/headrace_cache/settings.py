@@ -21,6 +21,12 @@ class CacheSettings(ServiceSettings):
     cache_listen: str = Field(
         default="tcp://127.0.0.1:7700", description="tcp://host:port or unix:///path"
     )
+    cache_address: str = Field(
+        default="",
+        description="where the fleet reaches this service, as it says so in Redis; empty: where "
+        "it listens, by the machine's name if that is on all interfaces",
+    )
+    redis_url: str = Field(default="", description="told that this service lives; empty: nobody is")
     cache_bytes: int = Field(default=1 << 30, ge=1 << 20, description="budget for all entries")
     cache_policy: str = Field(default="keep-score", description="who leaves: keep-score, lru, …")
     cache_arena_dir: str = Field(
@@ -42,11 +48,12 @@ class CacheSettings(ServiceSettings):
     )
     metrics_port: int = Field(default=0, ge=0, le=65535, description="Prometheus; 0 = off")
 
-    @field_validator("cache_listen")
+    @field_validator("cache_listen", "cache_address")
     @classmethod
     def _check_address(cls, value: str) -> str:
         try:
-            parse_address(value)
+            if value:
+                parse_address(value)
         except SettingsError as error:
             raise ValueError(error.message) from error
         return value

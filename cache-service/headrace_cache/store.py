@@ -123,6 +123,8 @@ class Store:
         self.quotas = Quotas(budget_bytes, *watermarks)
         self.evicted: Evicted | None = None
         self.settled: Callable[[int], object] | None = None
+        self.moved: Callable[[int], object] | None = None
+        """Told of the slot of an entry that came or is going."""
         self._policy = policy
         self._room = Room(self.index, policy, self.arena, self.leases, self.quotas)
         self._room.leaving = self._leaving
@@ -303,6 +305,8 @@ class Store:
             self._policy.pin(slot, now_ms + writing.pin_ms)
         if self.settled is not None:
             self.settled(slot)
+        if self.moved is not None:
+            self.moved(slot)
         for tally in self._tallies(slot):
             tally.entries += 1
             tally.bytes += size_bytes
@@ -346,6 +350,8 @@ class Store:
             tally.bytes -= size_bytes
         if self.evicted is not None:
             self.evicted(self.facts(slot), self.data(slot))
+        if self.moved is not None:
+            self.moved(slot)
 
     def trim(self, now_ms: int) -> bool:
         """Have some entries leave ahead of need; whether there is more to do.
@@ -372,6 +378,8 @@ class Store:
 
     def drop(self, slot: int) -> None:
         """Forget an entry, for a reason that is not the policy's."""
+        if self.moved is not None:
+            self.moved(slot)
         self._policy.remove(slot)
         for tally in self._tallies(slot):
             tally.entries -= 1

@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
@@ -37,8 +37,15 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-Source = Callable[[], Awaitable[Sequence[Node] | None]]
-"""Asked for all nodes; None where that cannot be told now. Never raises."""
+
+class Source(Protocol):
+    """Says which nodes there are."""
+
+    async def nodes(self) -> Sequence[Node] | None:
+        """All of them; None where that cannot be told now. Never raises."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class CacheCluster:
@@ -120,12 +127,15 @@ class CacheCluster:
                     await self._told.wait()
 
     async def _follow(self, source: Source) -> None:
-        while True:
-            nodes = await source()
-            if nodes is not None:
-                self.set_nodes(nodes)
-            self._told.set()
-            await asyncio.sleep(FOLLOW_EVERY_S)
+        try:
+            while True:
+                nodes = await source.nodes()
+                if nodes is not None:
+                    self.set_nodes(nodes)
+                self._told.set()
+                await asyncio.sleep(FOLLOW_EVERY_S)
+        finally:
+            await source.close()
 
     @property
     def nodes(self) -> tuple[str, ...]:

@@ -83,19 +83,23 @@ class Followed:
     def __init__(self, redis_url: str, clock: Clock | None = None) -> None:
         self._url = redis_url
         self._clock = clock or SystemClock()
-        self._directory: Directory | None = None
+        self._redis: Redis | None = None
         self._seen: dict[str, tuple[CacheNode, int]] = {}
 
-    async def __call__(self) -> list[Node] | None:
+    async def nodes(self) -> list[Node] | None:
         """All nodes; None while Redis does not answer."""
-        if self._directory is None:
-            self._directory = Directory(connect(self._url))
+        if self._redis is None:
+            self._redis = connect(self._url)
         try:
-            found = await self._directory.nodes()
+            found = await Directory(self._redis).nodes()
         except REDIS_DOWN as error:
             log.debug("cache nodes unknown, redis is away", error=str(error))
             return None
         return self._note(found, self._clock.now_ms())
+
+    async def close(self) -> None:
+        if self._redis is not None:
+            await self._redis.aclose()
 
     def _note(self, found: list[CacheNode], now_ms: int) -> list[Node]:
         for node in found:
