@@ -115,7 +115,16 @@ def test_a_changed_field_is_refused_or_within_the_limits(message: Any, data: st.
         assert decode(wire.unpack(wire.pack(encode(found)))) == found
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x)))
+SHORT = st.text(max_size=6)
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | SHORT,
+        lambda inner: st.dictionaries(SHORT | st.just("what"), inner, max_size=3),
+        max_leaves=6,
+    )
+)
 def test_anything_else_is_refused(values: Any) -> None:
     for decode in (decode_request, decode_answer):
         with pytest.raises(WireError):
