@@ -276,7 +276,7 @@ for name in range(10**9):
 def test_kill_minus_9_of_a_writing_process(tmp_path: Path) -> None:
     """A real process, killed while it writes: all that it held is whole, its lock is gone."""
     rng = random.Random(3)
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
         )
