@@ -55,7 +55,10 @@ class Arena:
     """Extents of one mapping, named by their place: bytes from its start."""
 
     def __init__(self, size_bytes: int, folder: Path | None = None) -> None:
-        """Room for `size_bytes`, in a file in `folder` if that can be had; never raises OSError."""
+        """Room for `size_bytes`, in a file in `folder` if that can be had.
+
+        Raises OSError where not even the addresses for private memory are to be had.
+        """
         self.capacity = granules(size_bytes)
         self.mapped_bytes = HEADER_BYTES + self.capacity * GRANULE_BYTES
         self.nonce = secrets.token_bytes(16)
@@ -81,6 +84,10 @@ class Arena:
     def _create(self, folder: Path) -> None:
         with contextlib.suppress(OSError):
             _remove_abandoned(folder)
+            there = os.statvfs(folder)
+            if there.f_bavail * there.f_frsize < self.mapped_bytes:
+                log.warning("too little shared memory: clients use the socket", folder=str(folder))
+                return
         for _ in range(CREATE_TRIES):
             path = folder / f"{NAME_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
             try:

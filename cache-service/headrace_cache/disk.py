@@ -148,6 +148,10 @@ class DiskTier:
         """Where `key` is, if it is on disk. No I/O."""
         return self._log.catalog.find(key) if self._ready else None
 
+    def pinned_until_ms(self, key: EntryKey) -> int:
+        """When the pin of `key` ends, wall clock; 0 for none. No I/O."""
+        return self._log.catalog.pinned_until_ms(key)
+
     def find_run(self, keys: Sequence[EntryKey]) -> list[Place]:
         """The places of the leading run of `keys` that is on disk. No I/O; 1 µs a key."""
         return self._log.catalog.find_run(keys) if self._ready else []

@@ -162,12 +162,13 @@ class Tiers:
         )
 
     def _take_in(self, loaded: Loaded, band: Band | None) -> bool:
+        assert self.disk is not None, "asked only with a disk"
         facts = loaded.facts
         wall_ms = self._clock.wall_ns() // 1_000_000
         facts = replace(
             facts,
             band=facts.band if band is None else min(facts.band, band),
-            pin_ms=max(0, loaded.pinned_until_ms - wall_ms),
+            pin_ms=max(0, self.disk.pinned_until_ms(facts.key) - wall_ms),
         )
         self.store.put(facts, loaded.data, self._clock.now_ms())
         there = facts.key in self.store

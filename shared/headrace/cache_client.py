@@ -24,14 +24,13 @@ from headrace.cache_entries import (
     Entry,
     PutEntry,
     WriteEntry,
-    batches,
     check_entry,
     check_layout,
     keys_of,
 )
 from headrace.cache_lane import ClientCounts, Lane
 from headrace.cache_reads import ReadRun, Wish, read_run
-from headrace.cache_writes import write_batch
+from headrace.cache_writes import write_entries
 from headrace.clock import Clock, SystemClock
 from headrace.frames import (
     KV,
@@ -180,15 +179,10 @@ class CacheClient:
     async def _write(
         self, entries: Sequence[Entry], trace: Mapping[str, str], timeout_s: float
     ) -> bool:
-        everything = True
-        for batch in batches(entries):
-            held = await write_batch(self._puts, batch, trace, timeout_s)
-            if held is None:
-                self.counts.puts_failed += len(batch)
-            else:
-                self.counts.puts_sent += len(batch)
-            everything = everything and held == len(batch)
-        return everything
+        written = await write_entries(self._puts, entries, trace, timeout_s)
+        self.counts.puts_failed += written.failed
+        self.counts.puts_sent += len(entries) - written.failed
+        return written.held == len(entries)
 
     async def put(self, entries: Sequence[Entry], trace: Mapping[str, str] | None = None) -> bool:
         """Store `entries`; whether the service holds all of them now. See `offer`."""

@@ -128,14 +128,14 @@ def facts_of(entry: Entry, crc: int = 0) -> EntryFacts:
     )
 
 
-def batches(entries: Sequence[Entry]) -> list[list[Entry]]:
+def batches(entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX) -> list[list[Entry]]:
     """`entries` in order, cut where a batch would grow too large."""
     cut: list[list[Entry]] = []
     size_bytes = 0
     for entry in entries:
         size_bytes += entry.size_bytes
         full = bool(cut) and len(cut[-1]) >= BATCH_ENTRIES_MAX
-        if not cut or full or size_bytes > BATCH_BYTES_MAX:
+        if not cut or full or size_bytes > size_bytes_max:
             cut.append([])
             size_bytes = entry.size_bytes
         cut[-1].append(entry)

@@ -106,6 +106,17 @@ def test_without_a_file_system_memory_is_private(tmp_path: Path) -> None:
     assert not arena.is_mapped_by(1)
 
 
+def test_too_small_a_file_system_is_not_begun_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a container's /dev/shm of 64 MB: better all entries in private memory than few shared."""
+    there = os.statvfs(tmp_path)
+    few = os.statvfs_result([*there[:4], 10, *there[5:10]])
+    monkeypatch.setattr(os, "statvfs", lambda _: few)
+    assert Arena(10 * there.f_frsize, tmp_path).path == ""
+    assert Arena(KB, tmp_path).path != ""
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["take", "take", "free", "pin", "compact"]), st.integers(1, 9_000)),
     max_size=80,
