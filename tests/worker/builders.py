@@ -21,6 +21,7 @@ from headrace.types import Band, Delta, Finish, Job, Sampling, pack_tokens
 from headrace_worker.attention.interface import AttentionBatch
 from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.kv.export import Export, ExportFacts
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.sequence import Sequence
@@ -71,9 +72,16 @@ class Output:
     cached: dict[str, int] = field(default_factory=dict)
     stories: dict[str, JobStory] = field(default_factory=dict)
     blocks: dict[bytes, BlockPayload] = field(default_factory=dict)
-    offers: list[bytes] = field(default_factory=list)
+    offers: list[ExportFacts] = field(default_factory=list)
     deltas: list[Delta] = field(default_factory=list)
     steps: int = 0
+
+
+def take_export(export: Export) -> BlockPayload:
+    """What the cache service would get of an export."""
+    data = bytearray(export.size_bytes)
+    export.fill(memoryview(data))
+    return BlockPayload(export.facts.hash, export.facts.parent, export.facts.depth, bytes(data))
 
 
 def finish_all(
@@ -97,8 +105,10 @@ def finish_all(
                 out.finishes[delta.job] = delta.finish
         out.deltas += result.deltas
         out.stories.update({story.job: story for story in result.stories})
-        out.blocks |= {payload.hash: payload for payload in result.blocks}
-        out.offers += [payload.hash for payload in result.blocks]
+        for export in result.blocks:
+            facts = export.facts
+            out.blocks[facts.hash] = take_export(export)
+            out.offers.append(facts)
         engine.check_integrity()
         if after_step is not None:
             after_step(out)
