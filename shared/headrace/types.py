@@ -312,7 +312,8 @@ class Progress:
     `sequence` counts this incarnation's reports from 1: a gap means that some were lost. `jobs`:
     those running that moved since the last report. `stored` and `removed` are blocks that its KV
     pool gained and lost on balance, BLOCK_KEY_BYTES each: none is in both. `busy_ms` of engine
-    steps since the last report computed `prefill_tokens` of prompts and made `output_tokens`.
+    steps since the last report computed `prefill_tokens` of prompts and made `output_tokens`;
+    KV of `fetched_tokens` came from the cache service in `fetch_ms`.
     """
 
     worker: str
@@ -323,6 +324,8 @@ class Progress:
     busy_ms: int = 0
     prefill_tokens: int = 0
     output_tokens: int = 0
+    fetched_tokens: int = 0
+    fetch_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,6 +198,8 @@ async def test_reports_teach_the_index_and_a_gap_is_closed_by_the_snapshot(
 ) -> None:
     leader = Leader(valkey, redis, "g1")
     await leader.leads()
+    # what was reported before it followed the events, it takes from the snapshot
+    await eventually(lambda: "w1" in leader.term.policy.workload.workers)
     index = leader.term.policy.index
     one, two, three = b"11111111", b"22222222", b"33333333"
     await report(redis, Progress("w1", 1, stored=one))

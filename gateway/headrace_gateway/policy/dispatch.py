@@ -24,6 +24,7 @@ from headrace.types import (
 )
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.fair_queue import BAND_SHARES, FairQueue, Queued
+from headrace_gateway.policy.fetching import Fetching
 from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.policy.outlook import Outlook, Throughput
 from headrace_gateway.policy.prefix_index import PrefixIndex
@@ -68,6 +69,7 @@ class DispatchPolicy:
         self.breakers = Breakers(self.workload.count_on)
         self.throughput = Throughput(config.shares)
         self._router = Router(config.routing)
+        self.shared = Fetching()
 
     def set_workers(self, facts: Sequence[WorkerFacts], now_ms: int) -> None:
         """The workers that live and take jobs; what is known of vanished ones is forgotten."""
@@ -131,6 +133,7 @@ class DispatchPolicy:
         tokens = report.prefill_tokens + report.output_tokens
         self.breakers.progress(report.worker, now_ms, tokens)
         self.throughput.served(tokens)
+        self.shared.note(report.fetched_tokens, report.fetch_ms)
 
     def done(self, done: JobDone, now_ms: int) -> None:
         """A job ended on a worker: room is free, its tenant pays, its length is learned."""
@@ -187,6 +190,7 @@ class DispatchPolicy:
         self.queue.check_integrity()
         self.workload.check_integrity()
         self.index.check_integrity()
+        self.shared.check_integrity()
 
 
 def _to_pay(decision: Decision) -> int:
