@@ -22,6 +22,7 @@ from headrace.grammars import Grammars, Matcher
 from headrace.policy import priority
 from headrace.streams import REDIS_DOWN, Entry, Tail, connect
 from headrace.types import (
+    BLOCK_TOKENS,
     Delta,
     Finish,
     FinishReason,
@@ -356,7 +357,9 @@ class Consumer:
         assert self._thread is not None, "jobs are read while the engine runs"
         job, outlook = ticket.job, self._thread.outlook
         try:
-            ticket.fetched = await self._cache.fetch(job, missing, outlook, ticket.span)
+            fetched = await self._cache.fetch(job, missing, outlook, ticket.span)
+            ticket.fetched = fetched
+            self._reporter.note_fetch(len(fetched.blocks) * BLOCK_TOKENS, fetched.took_ms)
         except Exception as error:
             # our bug, but not this job's: it is computed as if nothing were cached
             log.error("cache lookup failed", job=job.id, error=repr(error), exc_info=error)
