@@ -15,11 +15,13 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from headrace.cache_client import CacheClient
 from headrace.clock import ManualClock
 from headrace.policy.hashing import root_hash
 from headrace.types import Band, Delta, Finish, Job, Sampling, pack_tokens
 from headrace_worker.attention.interface import AttentionBatch
 from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.cache_link import CacheLink
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.export import Export, ExportFacts
 from headrace_worker.kv.pool import KvPool
@@ -29,6 +31,8 @@ from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import BlockPayload, JobStory
 
 STEPS_MAX = 20_000
+PATIENCE_MS = 10_000
+"""For a cache service on a busy machine."""
 
 
 def make_job(id: str, prompt: Iterable[int], *, max_tokens: int = 8, **changes: Any) -> Job:
@@ -51,6 +55,14 @@ def make_job(id: str, prompt: Iterable[int], *, max_tokens: int = 8, **changes: 
 
 def make_engine(loaded: LoadedModel, kv_tokens: int = 8192, **limits: Any) -> Engine:
     return Engine(loaded, EngineConfig(kv_tokens=kv_tokens, **limits), ManualClock())
+
+
+def make_link(engine: Engine, url: str) -> CacheLink:
+    """An engine's link to the cache service at `url`. Belongs to the running event loop."""
+    client = CacheClient(url, timeout_s=PATIENCE_MS / 1000)
+    return CacheLink(
+        client, layout=engine.layout, block_bytes=engine.block_bytes, limit_ms=PATIENCE_MS
+    )
 
 
 def make_sequence(id: str, prompt: Iterable[int], *, output: int = 4, **fields: Any) -> Sequence:
