@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headrace.types import BLOCK_KEY_BYTES, BlockNews
@@ -14,7 +14,7 @@ from headrace_gateway.policy.shared_index import SharedIndex
 
 def keys_of(*numbers: int) -> bytes:
     """A key for each number; equal numbers, equal keys."""
-    return b"".join((number << 8 | 0x07).to_bytes(BLOCK_KEY_BYTES, "little") for number in numbers)
+    return b"".join((number << 8).to_bytes(BLOCK_KEY_BYTES, "little") for number in numbers)
 
 
 def news(
@@ -91,6 +91,8 @@ def test_services_and_blocks_are_bounded() -> None:
 
 
 @settings(max_examples=60)
+@example(0, 10, shared_index.STRIDE + 1)
+@example(5, 30, shared_index.STRIDE + 6)
 @given(st.integers(0, 300), st.integers(0, 400), st.integers(0, 400))
 def test_the_walk_finds_the_end_that_a_plain_one_does(first: int, held: int, length: int) -> None:
     """In steps and halves, for any place, as long as there is one end."""

@@ -4,8 +4,8 @@ Invariant: a hint, bounded per service and in total. It follows the services' ne
 numbers is reported, and a snapshot with the news that came after it makes up for what was missed.
 A block counts only with those before it, since a run ends at its first gap.
 
-A set of 60-bit keys a service, some 70 bytes each. Groups of blocks lie on one service and leave it
-tails first, so a look-up walks in steps of STRIDE and only then halves: 30 µs for 8,000 blocks.
+A set of 60-bit keys a service, some 100 bytes each. Groups of blocks lie on one service and leave
+it tails first, so a look-up walks in steps of STRIDE and only then halves: 0.1 ms for 8,000 blocks.
 Rejected: counts by block, which news that are netted and lost cannot keep right.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from headrace.types import BLOCK_KEY_BYTES, BlockNews
@@ -109,22 +109,21 @@ class SharedIndex:
         """
         sets = [held.keys for held in self._nodes.values() if held.keys]
         view = memoryview(blocks).cast("Q")
-        if not sets or first >= len(view):
+        total = len(view)
+        if not sets or first >= total or _first_missing(view, (first,), sets) == first:
             return 0
-
-        def there(place: int) -> bool:
-            key = view[place] & KEY_MASK
-            return any(key in keys for keys in sets)
-
-        if not there(first):
-            return 0
-        good, last = first, len(view) - 1
-        while good < last:
-            step = min(good + STRIDE, last)
-            if not there(step):
-                return _end_between(there, good, step) - first
-            good = step
-        return len(view) - first
+        strides = (*range(first + STRIDE, total, STRIDE), total - 1)
+        bad = _first_missing(view, strides, sets)
+        if bad is None:
+            return total - first
+        good = first + (bad - first - 1) // STRIDE * STRIDE
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if _first_missing(view, (middle,), sets) is None:
+                good = middle
+            else:
+                bad = middle
+        return bad - first
 
     def check_integrity(self) -> None:
         assert len(self) <= self._total_max and len(self._nodes) <= NODES_MAX, "bounded"
@@ -133,17 +132,21 @@ class SharedIndex:
             assert all(news.boot == held.boot for news in held.recent), "of this incarnation"
 
 
-def _end_between(there: Callable[[int], bool], good: int, bad: int) -> int:
-    """The first place that is missing, if `good` is there, `bad` is not, and there is one end."""
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if there(middle):
-            good = middle
+def _first_missing(
+    view: memoryview[int], places: Iterable[int], sets: Sequence[set[int]]
+) -> int | None:
+    """The first of `places` whose key is in none of `sets`."""
+    for place in places:
+        key = view[place] & KEY_MASK
+        for keys in sets:
+            if key in keys:
+                break
         else:
-            bad = middle
-    return bad
+            return place
+    return None
 
 
 def _split(keys: bytes) -> set[int]:
+    """Keys as numbers, as they are: their senders have cleared what they do not keep."""
     assert len(keys) % BLOCK_KEY_BYTES == 0, "whole keys"
-    return {key & KEY_MASK for key in memoryview(keys).cast("Q")} if keys else set()
+    return set(memoryview(keys).cast("Q")) if keys else set()
