@@ -147,6 +147,11 @@ class Connection(FrameProtocol[Request]):
             self.malformed(error)
             self.abort()
             return
+        except Exception:
+            # our bug: a client that hears of it now does not wait for its time limit
+            log.exception("no answer could be made, connection closed")
+            self.abort()
+            return
         self._awaited.discard(task)
         if self.closed:
             self._host.lost(self, reply)

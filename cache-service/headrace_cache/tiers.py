@@ -110,12 +110,8 @@ class Tiers:
 
     def lend(self, holder: int, wanted: Wanted) -> Loan | Awaitable[Loan]:
         """As Store.lend; a Loan at once unless some of the run is on disk alone."""
-        if self.disk is not None:
-            run, cut = self.store.readable(wanted.keys, wanted.limit_bytes, wanted.layout)
-            if len(run) < len(wanted.keys) and not cut:
-                places = self._on_disk(wanted, run)
-                if places:
-                    return self._promote(holder, wanted, run, places)
+        if self.disk is not None and self._beyond(wanted)[1]:
+            return self._promote(holder, wanted)
         return self._lend(holder, wanted)
 
     def _lend(self, holder: int, wanted: Wanted) -> Loan:
@@ -124,9 +120,12 @@ class Tiers:
             holder, wanted.keys, now_ms, wanted.limit_bytes, wanted.band, wanted.layout
         )
 
-    def _on_disk(self, wanted: Wanted, run: Sequence[int]) -> list[Place]:
-        """Where the run goes on, as far as one request may read."""
+    def _beyond(self, wanted: Wanted) -> tuple[Sequence[int], list[Place]]:
+        """The run in RAM, and where it goes on on disk, as far as one request may read."""
         assert self.disk is not None, "asked only with a disk"
+        run, cut = self.store.readable(wanted.keys, wanted.limit_bytes, wanted.layout)
+        if cut or len(run) == len(wanted.keys):
+            return run, []
         left_bytes = wanted.limit_bytes - sum(self.store.index.size_bytes[slot] for slot in run)
         left_bytes = min(left_bytes, PROMOTED_BYTES_MAX)
         places: list[Place] = []
@@ -135,14 +134,14 @@ class Tiers:
             if left_bytes < 0:
                 break
             places.append(place)
-        return places
+        return run, places
 
-    async def _promote(
-        self, holder: int, wanted: Wanted, run: Sequence[int], places: Sequence[Place]
-    ) -> Loan:
-        """Read `places`, take them in, and lend the whole run."""
+    async def _promote(self, holder: int, wanted: Wanted) -> Loan:
+        """Read what is on disk, take it in, and lend the whole run."""
         assert self.disk is not None, "asked only with a disk"
-        # what is there already must not leave meanwhile
+        # looked up here and not when it was asked for: what was there may have left since
+        run, places = self._beyond(wanted)
+        # what is there must not leave meanwhile
         lease = self.store.hold(OURSELVES, run, self._clock.now_ms())
         try:
             loaded = await asyncio.wrap_future(self.disk.read(places))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cache.builders import chain, client_of, hash_of, make_store
+from cache.builders import chain, client_of, data_of, facts_of, hash_of, make_store
 from headrace.cache_admin import Changed, ListEntries, Pin, Purge, SetQuota, decode_answer, encode
 from headrace.cache_client import CacheClient, PutEntry
 from headrace.cache_entries import keys_of
@@ -15,6 +15,8 @@ from headrace.frames import KV, parse_address
 from headrace_cache.disk import BUDGET_BYTES_MIN, DiskTier
 from headrace_cache.room import charged_bytes
 from headrace_cache.server import CacheServer
+from headrace_cache.store import Loan
+from headrace_cache.tiers import Wanted
 
 PATIENCE_S = 20.0
 ROOM = 8
@@ -102,6 +104,27 @@ async def test_a_run_goes_on_from_ram_to_disk(tmp_path: Path) -> None:
         assert await read(client, entries[:2]) == (2, "disk")
         assert len(server.store) == 2
         assert await read(client, entries) == (5, "disk")
+
+
+async def test_what_leaves_before_the_disk_is_read_is_read_from_there_too(tmp_path: Path) -> None:
+    """Found in RAM when it was asked for, evicted before the answer began: the run is whole."""
+    entries = chain("a", 4, SIZE_BYTES)
+    async with with_disk(tmp_path), client_of(url_in(tmp_path)) as client:
+        assert await client.put(entries)
+    async with with_disk(tmp_path) as server, client_of(url_in(tmp_path)) as client:
+        assert await read(client, entries[:2]) == (2, "disk")
+        awaited = server.tiers.lend(1, Wanted(keys_of(hashes(entries), KV), 1 << 20))
+        assert not isinstance(awaited, Loan), "some of it is on disk alone"
+        for number in range(ROOM):
+            data = data_of(("b", number), SIZE_BYTES)
+            facts = facts_of(("b", number), data)
+            server.store.put(facts, memoryview(data), server.clock.now_ms())
+        assert not any(key in server.store for key in keys_of(hashes(entries), KV))
+        loan = await awaited
+        assert [bytes(server.store.arena.view(p, SIZE_BYTES)) for p in loan.places] == [
+            entry.data for entry in entries
+        ]
+        server.store.end(1, loan.lease)
 
 
 async def test_administration_reaches_both_tiers(tmp_path: Path) -> None:
