@@ -15,7 +15,7 @@ import structlog
 
 from headrace.arena_view import ArenaView
 from headrace.cache_lane import Answered, ClientCounts, Connection, Lane
-from headrace.cache_threads import in_threads
+from headrace.cache_threads import in_thread
 from headrace.checksum import checksum
 from headrace.errors import WireError
 from headrace.frames import DISK, KEYS_MAX, Counted, EntryKey, Get, Lend, Lent, RunOf, Verify
@@ -156,5 +156,5 @@ async def _leading_good(blocks: Sequence[memoryview], crcs: Sequence[int]) -> in
             for block, crc in zip(blocks[first:last], crcs[first:last], strict=True)
         ]
 
-    flags = await in_threads(check, [len(block) for block in blocks])
+    flags = await in_thread(check, [len(block) for block in blocks])
     return flags.index(False) if False in flags else len(flags)

@@ -2,6 +2,8 @@
 
 Invariant: nothing is left running when the wait ends, even where it is cancelled: a thread may be
 writing to a place that is given back next.
+Rejected: two threads for a batch. They take turns at Python's lock, entry by entry, and each turn
+waits for the other to wake up: together they were slower than one.
 """
 
 from __future__ import annotations
@@ -13,24 +15,16 @@ from typing import TypeVar
 INLINE_BYTES_MAX = 1024 * 1024
 """What is checked or copied in the event loop: a tenth of a millisecond; more is for threads."""
 
-THREADS = 2
-"""For one batch: while one copies, which holds Python's lock, another computes a checksum."""
-
 T = TypeVar("T")
 
 
-async def in_threads(work: Callable[[int, int], list[T]], sizes: Sequence[int]) -> list[T]:
-    """`work(first, last)` on parts of a batch of entries of `sizes`; the results in order."""
+async def in_thread(work: Callable[[int, int], list[T]], sizes: Sequence[int]) -> list[T]:
+    """`work(first, last)` on a batch of entries of `sizes`, in a thread if they are large."""
     if sum(sizes) <= INLINE_BYTES_MAX:
         return work(0, len(sizes))
-    each = -(-len(sizes) // THREADS)
-    tasks = [
-        asyncio.ensure_future(asyncio.to_thread(work, at, min(at + each, len(sizes))))
-        for at in range(0, len(sizes), each)
-    ]
+    task = asyncio.ensure_future(asyncio.to_thread(work, 0, len(sizes)))
     try:
-        parts = await asyncio.gather(*(asyncio.shield(task) for task in tasks))
+        return await asyncio.shield(task)
     finally:
-        if not all(task.done() for task in tasks):
-            await asyncio.wait(tasks)
-    return [result for part in parts for result in part]
+        if not task.done():
+            await asyncio.wait({task})

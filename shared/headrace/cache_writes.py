@@ -15,7 +15,7 @@ import structlog
 from headrace.arena_view import ArenaView
 from headrace.cache_entries import Entry, batches, facts_of
 from headrace.cache_lane import Connection, Lane
-from headrace.cache_threads import in_threads
+from headrace.cache_threads import in_thread
 from headrace.checksum import checksum
 from headrace.errors import WireError
 from headrace.frames import Buffer, Commit, Counted, Put, Reserve, Reserved
@@ -65,7 +65,7 @@ async def _send(
         payloads = [entry.payload() for entry in batch[first:last]]
         return [(payload, checksum(payload)) for payload in payloads]
 
-    filled = await in_threads(work, [entry.size_bytes for entry in batch])
+    filled = await in_thread(work, [entry.size_bytes for entry in batch])
     facts = tuple(facts_of(entry, crc) for entry, (_, crc) in zip(batch, filled, strict=True))
     answered = await lane.ask(
         lambda message_id, _: Put(message_id, facts, trace),
@@ -170,4 +170,4 @@ async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int])
             crcs.append(checksum(view))
         return crcs
 
-    return await in_threads(work, [entry.size_bytes for entry, _ in given])
+    return await in_thread(work, [entry.size_bytes for entry, _ in given])
