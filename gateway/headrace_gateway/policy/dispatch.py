@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headrace.policy.priority import is_late
 from headrace.types import (
@@ -29,7 +30,7 @@ from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.policy.outlook import Outlook, Throughput
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.routing import Route, Router, RoutingConfig
-from headrace_gateway.policy.workload import Charge, WorkerFacts, Workload
+from headrace_gateway.policy.workload import WorkerFacts, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,7 @@ class DispatchConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """`item` goes to `route.worker`. `virtual` is its tenant's virtual counter, which the job
     carries from now on."""
 
@@ -126,8 +126,7 @@ class DispatchPolicy:
 
     def progress(self, report: Progress, now_ms: int) -> None:
         """What a worker said of its running jobs, its blocks and its speed."""
-        for charge in self.workload.progress(report):
-            self._charge(charge)
+        self.queue.charge_all(self.workload.progress(report))
         self.index.removed(report.worker, report.removed)
         self.index.stored(report.worker, report.stored)
         tokens = report.prefill_tokens + report.output_tokens
@@ -142,22 +141,15 @@ class DispatchPolicy:
         self.queue.finished(p.job, p.output)
         complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
         if done.reason is FinishReason.ERROR:
-            self.breakers.failed(done.worker, now_ms)
+            # one that nothing was computed of was refused: its caller's fault, whoever has it
+            if p.computed:
+                self.breakers.failed(done.worker, now_ms)
         elif complete:
             self.breakers.succeeded(done.worker, now_ms)
         if charge is not None:
-            self._charge(charge)
+            self.queue.charge_all((charge,))
             if complete:
                 self.lengths.note(charge.tenant, p.output, p.computed + p.cached, p.cached)
-
-    def _charge(self, charge: Charge) -> None:
-        self.queue.charge(
-            charge.tenant,
-            charge.weight,
-            charge.band,
-            input_tokens=charge.input_tokens,
-            output_tokens=charge.output_tokens,
-        )
 
     def snapshot(self, worker: str, snapshot: BlockSnapshot) -> None:
         """All blocks that `worker` holds."""
