@@ -220,25 +220,11 @@ def encode_job(
 
 
 _JOB_KINDS: dict[str, type] = {
-    "id": str,
-    "model": str,
-    "tenant": str,
-    "arrived": int,
-    "gateway": str,
-    "salt": bytes,
-    "affinity": bytes,
-    "attempt": int,
-    "priority": int,
-    "weight": float,
-    "virtual": float,
-    "ttft_by": int,
-    "done_by": int,
-    "expected": int,
-    "cached": int,
-    "blocks": bytes,
-    "cache_until": int,
-    "cache_ttl": int,
-}
+    "id": str, "model": str, "tenant": str, "arrived": int, "gateway": str, "salt": bytes,
+    "affinity": bytes, "attempt": int, "priority": int, "weight": float, "virtual": float,
+    "ttft_by": int, "done_by": int, "expected": int, "cached": int, "blocks": bytes,
+    "cache_until": int, "cache_ttl": int,
+}  # fmt: skip
 _SAMPLING_KINDS: dict[str, type] = {
     "max": int,
     "temp": float,

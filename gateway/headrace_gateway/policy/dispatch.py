@@ -51,10 +51,10 @@ class Decision(NamedTuple):
 
     @property
     def uncached_tokens(self) -> int:
-        """Prompt tokens that the worker is expected to compute."""
-        job = self.item.job
+        """Prompt tokens that the worker is expected to compute, or fetch in that time."""
+        job, route = self.item.job, self.route
         known = len(job.prompt) + len(job.logged)
-        return max(1, known - self.route.cached_blocks * BLOCK_TOKENS)
+        return max(1, known - route.cached_blocks * BLOCK_TOKENS - route.spared.tokens)
 
 
 class DispatchPolicy:
@@ -101,7 +101,9 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            route = self._router.choose(item.job, self.workload, self.index, self.breakers, now_ms)
+            route = self._router.choose(
+                item.job, self.workload, self.index, self.breakers, now_ms, self.shared
+            )
             if route.worker:
                 job = item.job
                 return Decision(item, route, self.queue.counters.value(job.tenant, job.band))
