@@ -6,7 +6,7 @@ script says so and the worker's line is read again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 from redis.asyncio import Redis
@@ -85,7 +85,7 @@ class Roster:
         if view is not None:
             held = await self._redis.hmget(keys.load(self._model, worker), "tokens", "jobs")
             load = WorkerLoad(int(held[0] or 0), int(held[1] or 0))
-            self.live[worker] = replace(view, load=load)
+            self.live[worker] = WorkerView(view.record, load, view.status)
 
     def adjust(self, worker: str, tokens: int, jobs: int) -> None:
         """Add to what `worker` has reserved, as a hand-off told."""
@@ -94,7 +94,7 @@ class Roster:
             load = WorkerLoad(
                 max(0, view.load.reserved_tokens + tokens), max(0, view.load.reserved_jobs + jobs)
             )
-            self.live[worker] = replace(view, load=load)
+            self.live[worker] = WorkerView(view.record, load, view.status)
 
     def forget(self, worker: str) -> None:
         self.live.pop(worker, None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -256,7 +255,6 @@ class Term:
         more, somebody else has led, and we look again.
         """
         item, worker, m = decision.item, decision.route.worker, self._model
-        sent = replace(item.job, virtual=decision.virtual, trace=hop.carrier or item.job.trace)
         cost = item.job.cost_tokens
         self.roster.adjust(worker, cost, 1)
         view = self.roster.live.get(worker)
@@ -274,7 +272,7 @@ class Term:
         values = [
             self._token,
             item.entry,
-            wire.encode_job(sent),
+            wire.encode_job(item.job, decision.virtual, hop.carrier or None),
             item.job.attempt,
             cost,
             tokens_max,

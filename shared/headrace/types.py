@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 BLOCK_TOKENS = 16
 """Tokens of KV in one Block: the unit of allocation, of prefix caching and of the cache service."""
@@ -295,8 +296,7 @@ class Board:
         return sum(self.queued_work)
 
 
-@dataclass(frozen=True, slots=True)
-class JobProgress:
+class JobProgress(NamedTuple):
     """How far a running job is: prompt tokens computed and found cached, output tokens made."""
 
     job: str

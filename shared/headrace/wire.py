@@ -12,7 +12,7 @@ import struct
 import sys
 import zlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgpack
@@ -100,6 +100,17 @@ class Fields:
             raise WireError(f"{self._what}.{key}: expected a number, got {type(value).__name__}")
         return float(value)
 
+    def all_of(self, kinds: Mapping[str, type]) -> list[Any]:
+        """The values of these keys, each of its type; what is asked for as a float may be any
+        number. For messages with many fields: a look at each instead of a call."""
+        found = []
+        for key, kind in kinds.items():
+            value = self._map.get(key)
+            if type(value) is not kind:
+                value = self.number(key) if kind is float else self.get(key, kind)
+            found.append(value)
+        return found
+
     def numbers(self, key: str) -> tuple[float, ...]:
         value = self.get(key, list)
         if not all(type(item) in (int, float) for item in value):
@@ -155,7 +166,10 @@ def tokens_from_bytes(raw: bytes) -> array[int]:
     return tokens
 
 
-def encode_job(job: Job) -> bytes:
+def encode_job(
+    job: Job, virtual: float | None = None, trace: dict[str, str] | None = None
+) -> bytes:
+    """`job`, with another `virtual` and `trace` where they are given."""
     s = job.sampling
     return pack(
         {
@@ -170,10 +184,10 @@ def encode_job(job: Job) -> bytes:
             "affinity": job.affinity,
             "attempt": job.attempt,
             "logged": tokens_to_bytes(job.logged),
-            "trace": job.trace,
+            "trace": job.trace if trace is None else trace,
             "priority": job.priority,
             "weight": job.weight,
-            "virtual": job.virtual,
+            "virtual": job.virtual if virtual is None else virtual,
             "ttft_by": job.ttft_by_ms,
             "done_by": job.done_by_ms,
             "expected": job.expected_tokens,
@@ -205,33 +219,63 @@ def encode_job(job: Job) -> bytes:
     )
 
 
+_JOB_KINDS: dict[str, type] = {
+    "id": str, "model": str, "tenant": str, "arrived": int, "gateway": str, "salt": bytes,
+    "affinity": bytes, "attempt": int, "priority": int, "weight": float, "virtual": float,
+    "ttft_by": int, "done_by": int, "expected": int, "cached": int, "blocks": bytes,
+    "cache_until": int, "cache_ttl": int,
+}  # fmt: skip
+_SAMPLING_KINDS: dict[str, type] = {
+    "max": int,
+    "temp": float,
+    "top_p": float,
+    "top_k": int,
+    "seed": int,
+    "no_eos": bool,
+    "min_p": float,
+    "typical": float,
+    "presence": float,
+    "frequency": float,
+    "repetition": float,
+    "min": int,
+    "logprobs": int,
+    "prompt_logprobs": int,
+    "grammar": str,
+}
+
+
 def decode_job(data: bytes) -> Job:
     f = Fields("job", data)
+    (
+        job_id, model, tenant, arrived, gateway, salt, affinity, attempt,
+        priority, weight, virtual, ttft_by, done_by, expected, cached, blocks,
+        cache_until, cache_ttl,
+    ) = f.all_of(_JOB_KINDS)  # fmt: skip
     return Job(
-        id=f.get("id", str),
-        model=f.get("model", str),
-        tenant=f.get("tenant", str),
-        band=f.one_of("band", Band),
-        arrived_ms=f.get("arrived", int),
-        gateway=f.get("gateway", str),
-        prompt=f.tokens("prompt"),
-        salt=f.get("salt", bytes),
-        affinity=f.get("affinity", bytes),
-        attempt=f.get("attempt", int),
+        job_id,
+        model,
+        tenant,
+        f.one_of("band", Band),
+        arrived,
+        gateway,
+        f.tokens("prompt"),
+        _decode_sampling(f),
+        salt=salt,
+        affinity=affinity,
+        attempt=attempt,
         logged=f.tokens("logged"),
         trace=f.texts("trace"),
-        priority=f.get("priority", int),
-        weight=f.number("weight"),
-        virtual=f.number("virtual"),
-        ttft_by_ms=f.get("ttft_by", int),
-        done_by_ms=f.get("done_by", int),
-        expected_tokens=f.get("expected", int),
-        cached_tokens=f.get("cached", int),
-        blocks=f.get("blocks", bytes),
-        cache_until_tokens=f.get("cache_until", int),
-        cache_ttl_ms=f.get("cache_ttl", int),
+        priority=priority,
+        weight=weight,
+        virtual=virtual,
+        ttft_by_ms=ttft_by,
+        done_by_ms=done_by,
+        expected_tokens=expected,
+        cached_tokens=cached,
+        blocks=blocks,
+        cache_until_tokens=cache_until,
+        cache_ttl_ms=cache_ttl,
         cache_mode=f.one_of("cache_mode", CacheMode),
-        sampling=_decode_sampling(f),
     )
 
 
@@ -239,25 +283,29 @@ def _decode_sampling(f: Fields) -> Sampling:
     bias_ids, biases = f.tokens("bias_ids"), f.numbers("bias")
     if len(bias_ids) != len(biases):
         raise WireError(f"job.bias: {len(biases)} numbers for {len(bias_ids)} tokens")
+    (
+        max_tokens, temperature, top_p, top_k, seed, ignore_eos, min_p, typical_p, presence,
+        frequency, repetition, min_tokens, logprobs, prompt_logprobs, grammar,
+    ) = f.all_of(_SAMPLING_KINDS)  # fmt: skip
     return Sampling(
-        max_tokens=f.get("max", int),
-        temperature=f.number("temp"),
-        top_p=f.number("top_p"),
-        top_k=f.get("top_k", int),
-        seed=f.get("seed", int),
+        max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
         stop_token_ids=f.integers("stop"),
-        ignore_eos=f.get("no_eos", bool),
-        min_p=f.number("min_p"),
-        typical_p=f.number("typical"),
-        presence_penalty=f.number("presence"),
-        frequency_penalty=f.number("frequency"),
-        repetition_penalty=f.number("repetition"),
+        ignore_eos=ignore_eos,
+        min_p=min_p,
+        typical_p=typical_p,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
         logit_bias=tuple(zip(bias_ids, biases, strict=True)),
-        min_tokens=f.get("min", int),
+        min_tokens=min_tokens,
         bad_words=f.token_lists("bad"),
-        logprobs=f.get("logprobs", int),
-        prompt_logprobs=f.get("prompt_logprobs", int),
-        grammar=f.get("grammar", str),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

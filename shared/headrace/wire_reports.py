@@ -120,10 +120,12 @@ def decode_event(data: bytes) -> Event:
     raise WireError("event: not of a known form")
 
 
+_JOB_KINDS = [str, int, int, int]
+
+
 def _job(facts: Any) -> JobProgress:
-    match facts:
-        case [str(job), int(computed), int(cached), int(output)]:
-            return JobProgress(job, computed, cached, output)
+    if isinstance(facts, list) and list(map(type, facts)) == _JOB_KINDS:
+        return JobProgress(*facts)
     raise WireError("event: a job's progress is not of a known form")
 
 

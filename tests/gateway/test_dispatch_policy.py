@@ -89,6 +89,25 @@ def ended(worker: str, job: Job, output: int = 32) -> JobDone:
     return JobDone(worker, JobProgress(job.id, len(job.prompt), 0, output), FinishReason.LENGTH)
 
 
+def failed(worker: str, job: Job, computed: int) -> JobDone:
+    return JobDone(worker, JobProgress(job.id, computed, 0, 0), FinishReason.ERROR)
+
+
+def test_jobs_that_a_worker_refuses_do_not_take_it_out() -> None:
+    """Whoever sends jobs that no worker can take harms nobody else; failed computing is another
+    matter."""
+    policy = a_policy(workers=1, max_jobs=8)
+    for number in range(8):
+        policy.push(queued(a_job(f"j{number}")))
+    sent = [decision.item.job for decision in gone(policy)]
+    for job in sent[:4]:
+        policy.done(failed("w0", job, computed=0), NOW)
+    assert policy.breakers.allows("w0", NOW)
+    for job in sent[4:]:
+        policy.done(failed("w0", job, computed=16), NOW)
+    assert not policy.breakers.allows("w0", NOW)
+
+
 def test_jobs_fill_the_fleet_and_the_rest_waits() -> None:
     policy = a_policy(workers=2, max_jobs=4)
     for number in range(20):
@@ -110,7 +129,11 @@ def test_an_interactive_job_goes_where_only_lower_bands_are_in_its_way() -> None
     assert len(gone(policy)) == 4
     policy.push(queued(a_job("s", band=Band.STANDARD)))
     policy.push(queued(a_job("i", band=Band.INTERACTIVE)))
-    assert [decision.item.job.id for decision in gone(policy)] == ["i", "s"]
+    assert [decision.item.job.id for decision in gone(policy)] == ["i"]
+    # half of the standard job's time is over: now batch work gives way to it too
+    decision = policy.next(NOW + 2_500)
+    assert decision is not None and decision.item.job.id == "s"
+    policy.handed_off(decision, NOW + 2_500)
     assert policy.queue.counts == (0, 0, 2)
 
 

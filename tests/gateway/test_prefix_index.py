@@ -135,8 +135,8 @@ def test_expectations_are_bounded() -> None:
         expected.add(1, prompt, NOW)
         expected.check_integrity()
         assert expected.leaders(prompt, 1)[0].blocks == 40
-    assert grid(40) == [1, 2, 3, 4, 6, 8, 12, 16, 32, 40]
-    assert grid(1) == [1]
+    assert grid(40) == (1, 2, 3, 4, 6, 8, 12, 16, 32, 40)
+    assert grid(1) == (1,)
 
 
 # prompts are branches of a small tree, so that they share prefixes of all lengths

@@ -383,7 +383,7 @@ def test_no_job_waits_while_any_allowed_worker_has_room(
                     fleet.workload.set_workers([WorkerFacts(w, 700, 3) for w in kept])
         rooms, _ = (
             {
-                w: fleet.workload.room(w, job).room
+                w: fleet.workload.room(w, job, now).room
                 for w in fleet.workload.open_workers
                 if fleet.breakers.allows(w, now)
             }

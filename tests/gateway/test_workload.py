@@ -26,6 +26,8 @@ from headrace_gateway.policy.speeds import Speeds
 from headrace_gateway.policy.workload import Demand, Room, WorkerFacts, Workload
 
 NOW = 1_700_000_000_000
+PRESSING = NOW + 2_500
+"""Half of the time of a standard job that came at NOW is over."""
 
 
 def twice(tenant: str, *, max_tokens: int, longer_than: int) -> int:
@@ -105,37 +107,41 @@ def test_jobs_that_end_at_different_times_need_less_than_the_sum() -> None:
     workload = fleet(kv_tokens=1_000)
     for index, (held, remaining) in enumerate(jobs):
         job = a_job(f"j{index}", prompt=held, output=remaining)
-        assert workload.room("w0", job).room is Room.FREE
+        assert workload.room("w0", job, NOW).room is Room.FREE
         workload.book("w0", job, held, NOW)
-    assert workload.room("w0", a_job("j3", prompt=60, output=10)).reason == "its KV would overflow"
+    assert (
+        workload.room("w0", a_job("j3", prompt=60, output=10), NOW).reason
+        == "its KV would overflow"
+    )
 
 
 def test_an_idle_worker_takes_a_job_larger_than_its_share() -> None:
     workload = fleet(kv_tokens=100)
     huge = a_job("huge", prompt=5_000)
-    assert workload.room("w0", huge).room is Room.FREE
+    assert workload.room("w0", huge, NOW).room is Room.FREE
     workload.book("w0", huge, 5_000, NOW)
-    assert workload.room("w0", a_job("tiny", prompt=1, output=1)).room is Room.NONE
+    assert workload.room("w0", a_job("tiny", prompt=1, output=1), NOW).room is Room.NONE
     # to a better band it is as good as idle
     urgent = a_job("urgent", band=Band.INTERACTIVE, prompt=5_000)
-    assert workload.room("w0", urgent).room is Room.PREEMPTING
+    assert workload.room("w0", urgent, NOW).room is Room.PREEMPTING
 
 
 def test_lower_bands_give_way_but_only_to_better_ones() -> None:
     workload = fleet(max_jobs=2)
     for name in ("b0", "b1"):
         workload.book("w0", a_job(name, band=Band.BATCH), 100, NOW)
-    assert workload.room("w0", a_job("b2", band=Band.BATCH)).room is Room.NONE
+    assert workload.room("w0", a_job("b2", band=Band.BATCH), NOW).room is Room.NONE
     for name in ("s0", "s1"):
-        verdict = workload.room("w0", a_job(name))
+        assert workload.room("w0", a_job(name), NOW).room is Room.NONE, "it can wait"
+        verdict = workload.room("w0", a_job(name), PRESSING)
         assert (verdict.room, verdict.reason) == (Room.PREEMPTING, "lower bands give way")
         workload.book("w0", a_job(name), 100, NOW)
-    assert workload.room("w0", a_job("s2")).reason == "has as many jobs as it takes"
+    assert workload.room("w0", a_job("s2"), NOW).reason == "has as many jobs as it takes"
     # the interactive band would find room, but twice as many jobs as run are enough
     urgent = a_job("i0", band=Band.INTERACTIVE)
-    assert workload.room("w0", urgent).room is Room.NONE
+    assert workload.room("w0", urgent, NOW).room is Room.NONE
     workload.cancel("w0", "b1")
-    assert workload.room("w0", urgent).room is Room.PREEMPTING
+    assert workload.room("w0", urgent, NOW).room is Room.PREEMPTING
 
 
 def test_a_prefix_that_running_jobs_share_counts_once() -> None:
@@ -146,8 +152,8 @@ def test_a_prefix_that_running_jobs_share_counts_once() -> None:
         shared.book("w0", a_job(f"j{index}", prompt=tokens, blocks=prefix), 1, NOW)
         alone.book("w0", a_job(f"j{index}", prompt=tokens), 1, NOW)
     more = a_job("more", prompt=tokens)
-    assert alone.room("w0", more).room is Room.NONE
-    assert shared.room("w0", more).room is Room.FREE
+    assert alone.room("w0", more, NOW).room is Room.NONE
+    assert shared.room("w0", more, NOW).room is Room.FREE
     shared.cancel("w0", "j0")
     shared.check_integrity()
 
@@ -204,11 +210,10 @@ def test_prefill_that_is_done_is_no_load_any_more() -> None:
     assert workload.load("w0") == 500 + 50
     workload.progress(report("w0", JobProgress("j", 800, 200, 1)))
     assert workload.load("w0") == 50
-    urgent, other = Demand(Band.INTERACTIVE, 10, 10), Demand(Band.BATCH, 10, 10)
     workload.book("w0", a_job("k", prompt=1_000), 1_000, NOW)
-    before_urgent, before_other = workload.standing("w0", urgent), workload.standing("w0", other)
-    assert before_urgent is not None and before_other is not None
-    assert before_other.work - before_urgent.work == 1_000, "others' prefill waits for it"
+    (urgent,) = workload.standings(["w0"], Band.INTERACTIVE)
+    (other,) = workload.standings(["w0"], Band.BATCH)
+    assert other.work - urgent.work == 1_000, "others' prefill waits for it"
 
 
 def test_a_worker_that_drains_keeps_its_jobs_until_the_last_is_done() -> None:
@@ -216,7 +221,7 @@ def test_a_worker_that_drains_keeps_its_jobs_until_the_last_is_done() -> None:
     workload.book("w0", a_job("j"), 100, NOW)
     workload.set_workers([WorkerFacts("w1", 1_000, 4)])
     assert workload.open_workers == ("w1",)
-    assert workload.room("w0", a_job("k")).reason == "takes no jobs"
+    assert workload.room("w0", a_job("k"), NOW).reason == "takes no jobs"
     workload.check_integrity()
     assert workload.done(done("w0", JobProgress("j", 100, 0, 5))) is not None
     assert list(workload.workers) == ["w1"]
@@ -263,23 +268,74 @@ def test_sums_hold_and_room_is_found_whatever_happens(
             case "set":
                 workload.set_workers(facts[: at + 1])
         workload.check_integrity()
-        asked = workload.demand(a_job("new", band=band, prompt=size, output=number + 1))
+        new = a_job("new", band=band, prompt=size, output=number + 1)
+        asked = workload.demand(new, NOW + 1_000 * at)
         rooms = [workload.room_for(each, asked).room for each in workload.open_workers]
         free = workload.find(asked, ALL, lambda _: True)
-        some = workload.find(asked, band, lambda _: True)
+        some = workload.find(asked, asked.level, lambda _: True)
         assert (free is not None) == (Room.FREE in rooms)
         assert (some is not None) == any(room is not Room.NONE for room in rooms)
         if workload.is_hopeless(asked):
             assert some is None
         workload.check_integrity()
+        allowed = {w for w in workload.open_workers if w != worker}
+        fitting = {w for w in allowed if workload.room_for(w, asked).room is Room.FREE}
+        known = workload.free_ones(asked, allowed.__contains__)
+        assert known is None or set(known) == fitting, "all of them, where they are known"
+        found = workload.find(asked, ALL, allowed.__contains__)
+        assert found in fitting or (found is None and not fitting)
+        workload.check_integrity()
 
 
 def test_who_may_not_be_asked_is_asked_again_later() -> None:
     workload = fleet(2)
-    demand = Demand(Band.STANDARD, 10, 10)
+    demand = Demand(Band.STANDARD, 10, 10, 1)
     assert workload.find(demand, ALL, lambda _: False) is None
     assert not workload.is_hopeless(demand)
     assert workload.find(demand, ALL, lambda worker: worker == "w1") == "w1"
+
+
+def test_a_full_fleet_is_asked_only_where_something_has_changed() -> None:
+    """A size that was refused everywhere, and what is as large, is asked of those that changed;
+    where slots are what is missing, that holds for every size."""
+    workload = fleet(20, kv_tokens=1_000, max_jobs=2)
+    for number in range(20):
+        workload.book(f"w{number}", a_job(f"j{number}", prompt=500), 500, NOW)
+    large, long = Demand(ALL, 700, 10, ALL), Demand(ALL, 10, 945, ALL)
+    asked: list[str] = []
+
+    def asking(worker: str) -> bool:
+        asked.append(worker)
+        return True
+
+    assert workload.free_ones(large, asking) is None, "nothing is known yet"
+    assert workload.find(large, ALL, asking) is workload.find(long, ALL, asking) is None
+    assert workload.free_ones(large, asking) == workload.free_ones(long, asking) == []
+    assert workload.free_ones(Demand(ALL, 10, 10, ALL), asking) is None, "it is smaller"
+    workload.cancel("w7", "j7")
+    workload.cancel("w3", "j3")
+    assert set(workload.free_ones(large, asking) or ()) == {"w3", "w7"} == set(asked)
+    for number in range(40):
+        workload.book(f"w{number % 20}", a_job(f"k{number}", prompt=1), 1, NOW)
+    assert workload.find(Demand(ALL, 10, 10, ALL), ALL, asking) is None
+    assert workload.is_hopeless(Demand(ALL, 1, 1, ALL)), "there is no slot for anything"
+    workload.check_integrity()
+
+
+def test_a_report_of_output_alone_is_taken_in_as_any_other() -> None:
+    """Jobs that only decode are followed in one loop: sums and charges are those of the others."""
+    workload = fleet(kv_tokens=100_000, max_jobs=8)
+    workload.book("w0", a_job("j", prompt=100, output=20), 100, NOW)
+    workload.progress(report("w0", JobProgress("j", 100, 0, 1)))
+    for output, made in ((5, 4), (5, 0), (19, 14), (20, 1), (30, 10), (29, 0)):
+        charges = workload.progress(report("w0", JobProgress("j", 100, 0, output)))
+        assert sum(charge.output_tokens for charge in charges) == made
+        assert all(charge.input_tokens == 0 for charge in charges)
+        workload.check_integrity()
+    (charge,) = workload.progress(report("w0", JobProgress("j", 60, 40, 31)))
+    assert charge.input_tokens == -40, "it had been cached after all"
+    assert workload.done(done("w0", JobProgress("j", 60, 40, 32))) is not None
+    workload.check_integrity()
 
 
 def test_speeds_of_prompts_and_outputs_are_told_apart() -> None:
@@ -324,12 +380,15 @@ def test_prompts_wait_in_the_queue_and_not_on_a_worker() -> None:
     batch = a_job("b", prompt=900, band=Band.BATCH)
     workload.book("w0", batch, 900, NOW)
     second = a_job("c", prompt=200, band=Band.BATCH)
-    assert workload.room("w0", second).room is Room.FREE
+    assert workload.room("w0", second, NOW).room is Room.FREE
     workload.book("w0", second, 200, NOW)
     third = a_job("d", prompt=1, band=Band.BATCH)
-    assert workload.room("w0", third) == NO_TURN
-    assert workload.room("w0", a_job("i", prompt=1, band=Band.INTERACTIVE)).room is Room.PREEMPTING
+    assert workload.room("w0", third, NOW) == NO_TURN
+    assert (
+        workload.room("w0", a_job("i", prompt=1, band=Band.INTERACTIVE), NOW).room
+        is Room.PREEMPTING
+    )
     news = (JobProgress("b", 600, 0, 0),)
     workload.progress(Progress("w0", 4, news, busy_ms=1_000, prefill_tokens=600))
-    assert workload.room("w0", third).room is Room.FREE
+    assert workload.room("w0", third, NOW).room is Room.FREE
     workload.check_integrity()

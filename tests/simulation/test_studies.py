@@ -57,7 +57,7 @@ def test_routing_finds_nearly_what_one_cache_would_and_spreads_the_work() -> Non
 
 
 def test_under_overload_more_requests_meet_their_targets_than_in_order_of_arrival() -> None:
-    study = studies.goodput(conversations(60, 5), FleetConfig(2, ROOMY), SLO, steps=(1.0, 4.0))
+    study = studies.goodput(conversations(60, 5), FleetConfig(2, ROOMY), SLO, steps=(1.0, 8.0))
     assert list(study.curves) == ["headrace", "fcfs", "least-loaded"]
     worst = study.figures["rates"][-1]["runs"]
     goodput = {run["name"]: run["goodput_per_s"] for run in worst}

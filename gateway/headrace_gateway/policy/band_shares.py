@@ -64,6 +64,8 @@ class BandShares:
             assert earned <= (EARNED_TOKENS_MAX if waits[band] else 0), f"band {band}: {earned}"
 
     def _earn(self, work: int, waits: Sequence[bool]) -> None:
+        earned = self.earned
         for band, share in enumerate(self.shares):
-            most = EARNED_TOKENS_MAX if waits[band] else 0.0
-            self.earned[band] = min(most, self.earned[band] + share * work)
+            if share:  # who has none never has more than nothing
+                most = EARNED_TOKENS_MAX if waits[band] else 0.0
+                earned[band] = min(most, earned[band] + share * work)

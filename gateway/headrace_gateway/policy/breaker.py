@@ -85,7 +85,9 @@ class Breakers:
 
     def dispatched(self, worker: str, now_ms: int) -> None:
         """A job goes to `worker`, which has it in `running` by now."""
-        breaker = self._breakers.setdefault(worker, _Breaker())
+        breaker = self._breakers.get(worker)
+        if breaker is None:
+            breaker = self._breakers[worker] = _Breaker()
         if self._running(worker) <= 1:
             breaker.quiet_ms = now_ms
         self._look(worker, breaker, now_ms)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headrace.policy.priority import is_late
 from headrace.types import (
@@ -29,7 +30,7 @@ from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.policy.outlook import Outlook, Throughput
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.routing import Route, Router, RoutingConfig
-from headrace_gateway.policy.workload import Charge, WorkerFacts, Workload
+from headrace_gateway.policy.workload import WorkerFacts, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,7 @@ class DispatchConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """`item` goes to `route.worker`. `virtual` is its tenant's virtual counter, which the job
     carries from now on."""
 
@@ -51,10 +51,10 @@ class Decision:
 
     @property
     def uncached_tokens(self) -> int:
-        """Prompt tokens that the worker is expected to compute."""
-        job = self.item.job
+        """Prompt tokens that the worker is expected to compute, or fetch in that time."""
+        job, route = self.item.job, self.route
         known = len(job.prompt) + len(job.logged)
-        return max(1, known - self.route.cached_blocks * BLOCK_TOKENS)
+        return max(1, known - route.cached_blocks * BLOCK_TOKENS - route.spared.tokens)
 
 
 class DispatchPolicy:
@@ -101,7 +101,9 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            route = self._router.choose(item.job, self.workload, self.index, self.breakers, now_ms)
+            route = self._router.choose(
+                item.job, self.workload, self.index, self.breakers, now_ms, self.shared
+            )
             if route.worker:
                 job = item.job
                 return Decision(item, route, self.queue.counters.value(job.tenant, job.band))
@@ -126,8 +128,7 @@ class DispatchPolicy:
 
     def progress(self, report: Progress, now_ms: int) -> None:
         """What a worker said of its running jobs, its blocks and its speed."""
-        for charge in self.workload.progress(report):
-            self._charge(charge)
+        self.queue.charge_all(self.workload.progress(report))
         self.index.removed(report.worker, report.removed)
         self.index.stored(report.worker, report.stored)
         tokens = report.prefill_tokens + report.output_tokens
@@ -142,22 +143,15 @@ class DispatchPolicy:
         self.queue.finished(p.job, p.output)
         complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
         if done.reason is FinishReason.ERROR:
-            self.breakers.failed(done.worker, now_ms)
+            # one that nothing was computed of was refused: its caller's fault, whoever has it
+            if p.computed:
+                self.breakers.failed(done.worker, now_ms)
         elif complete:
             self.breakers.succeeded(done.worker, now_ms)
         if charge is not None:
-            self._charge(charge)
+            self.queue.charge_all((charge,))
             if complete:
                 self.lengths.note(charge.tenant, p.output, p.computed + p.cached, p.cached)
-
-    def _charge(self, charge: Charge) -> None:
-        self.queue.charge(
-            charge.tenant,
-            charge.weight,
-            charge.band,
-            input_tokens=charge.input_tokens,
-            output_tokens=charge.output_tokens,
-        )
 
     def snapshot(self, worker: str, snapshot: BlockSnapshot) -> None:
         """All blocks that `worker` holds."""

@@ -12,6 +12,7 @@ Rejected: an entry for each block with its own end, which cost more than the dec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 TTL_MS = 30_000
@@ -19,6 +20,10 @@ EXPECTED_MAX = 262_144
 """Keys in one generation; when there are more, the old one goes early."""
 _STEP = 16
 _SHORT = (1, 2, 3, 4, 6, 8, 12)
+_WALKED = len(_SHORT)
+"""Steps of the grid before the rest is bisected."""
+_GRIDS_MAX = 4_096
+"""Lengths of prompts whose depths are kept at hand."""
 
 
 class Holders(NamedTuple):
@@ -43,12 +48,17 @@ def first_less(
     return low
 
 
-def grid(blocks: int) -> list[int]:
+@lru_cache(_GRIDS_MAX)
+def grid(blocks: int) -> tuple[int, ...]:
     """The depths at which a prompt of `blocks` blocks is kept; the first and the last are."""
-    depths = [depth for depth in _SHORT if depth < blocks]
-    depths.extend(range(_STEP, blocks, _STEP))
-    depths.append(blocks)
-    return depths
+    short = (depth for depth in _SHORT if depth < blocks)
+    return (*short, *range(_STEP, blocks, _STEP), blocks)
+
+
+@lru_cache(_GRIDS_MAX)
+def _places(blocks: int) -> tuple[int, ...]:
+    """Where the keys of `grid` stand."""
+    return tuple(depth - 1 for depth in grid(blocks))
 
 
 class Expectations:
@@ -66,12 +76,12 @@ class Expectations:
     def add(self, bit: int, keys: Sequence[int], now_ms: int) -> None:
         """The worker `bit` will hold a prompt's blocks."""
         self.expire(now_ms)
-        depths = grid(len(keys))[: self._expected_max]
-        if len(self._young) + len(depths) > self._expected_max:
+        places = _places(len(keys))[: self._expected_max]
+        if len(self._young) + len(places) > self._expected_max:
             self._turn(now_ms)
         young = self._young
-        for depth in depths:
-            key = keys[depth - 1]
+        for place in places:
+            key = keys[place]
             young[key] = young.get(key, 0) | bit
 
     def remove(self, bit: int, keys: Sequence[int]) -> None:
@@ -94,23 +104,24 @@ class Expectations:
     def leaders(self, keys: Sequence[int], live: int) -> list[Holders]:
         """As PrefixIndex.leaders, of the workers `live`, by what they are expected to hold."""
         found: list[Holders] = []
-        alive = live & self._get(keys[0], 0)
+        young, old = self._young.get, self._old.get
+        alive = live & (young(keys[0], 0) | old(keys[0], 0))
         if not alive:
             return found
-        depths = grid(len(keys))
-        places = [depth - 1 for depth in depths]
-        step, last = 0, 0
-        while step < len(depths):
-            both = alive & self._get(keys[places[step]], 0)
+        places = _places(len(keys))
+        step, last = 1, 1
+        while step < len(places):
+            key = keys[places[step]]
+            both = alive & (young(key, 0) | old(key, 0))
             if both != alive:
-                if last:
-                    found.append(Holders(last, alive ^ both))
+                found.append(Holders(last, alive ^ both))
                 alive = both
                 if not alive:
                     break
             step += 1
-            step += first_less(self._get, keys, places[step:], alive)
-            last = depths[step - 1]
+            if step > _WALKED:
+                step += first_less(self._get, keys, places[step:], alive)
+            last = places[step - 1] + 1
         else:
             found.append(Holders(last, alive))
         found.reverse()

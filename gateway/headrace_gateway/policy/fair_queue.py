@@ -22,13 +22,16 @@ charge of a tenant would reorder.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from headrace.policy.priority import due_ms
 from headrace.types import Band, Job
 from headrace_gateway.policy.band_shares import BandShares
+from headrace_gateway.policy.bookings import Charge
 from headrace_gateway.policy.timeline import Timeline
-from headrace_gateway.policy.virtual_counters import VirtualCounters, virtual_tokens
+from headrace_gateway.policy.virtual_counters import Counter, VirtualCounters, virtual_tokens
 
 BAND_SHARES = (0.0, 0.10, 0.05)
 """Least share of the service (work tokens) of a band that waits: interactive goes first anyway."""
@@ -70,6 +73,8 @@ class _Slot:
     live: bool = True
 
 
+_NO_KEY = (float("inf"), 0, 0, 0)
+"""Of a line that has no entry in the band's heap yet."""
 Entry = tuple[int, int, int, _Slot]
 """Due time, arrival, sequence: the sequence is unique, so slots are never compared."""
 
@@ -79,9 +84,10 @@ class _Line:
     """One tenant's jobs in one band. `number`: its valid entry in the band's heap."""
 
     tenant: str
+    counter: Counter
     jobs: list[Entry] = field(default_factory=list)
     count: int = 0
-    key: tuple[float, int, int, int] | None = None
+    key: tuple[float, int, int, int] = _NO_KEY
     number: int = 0
 
     def push(self, slot: _Slot) -> None:
@@ -97,9 +103,10 @@ class _Line:
 
     def first(self) -> Entry:
         """The job to serve first; there is one."""
-        while not self.jobs[0][3].live:
-            heapq.heappop(self.jobs)
-        return self.jobs[0]
+        jobs = self.jobs
+        while not jobs[0][3].live:
+            heapq.heappop(jobs)
+        return jobs[0]
 
 
 class _Queue:
@@ -117,10 +124,10 @@ class _Queue:
         line = self.lines.get(tenant)
         if line is None:
             if lift:
-                self._counters.lift(tenant, self._band, self.least())
+                counter = self._counters.lift(tenant, self._band, self.least())
             else:
-                self._counters.keep(tenant, self._band)
-            line = self.lines[tenant] = _Line(tenant)
+                counter = self._counters.keep(tenant, self._band)
+            line = self.lines[tenant] = _Line(tenant, counter)
         line.push(slot)
         self.lowered(tenant)
 
@@ -138,7 +145,7 @@ class _Queue:
         line = self.lines.get(tenant)
         if line is not None:
             key = self._key(line)
-            if line.key is None or key < line.key:
+            if key < line.key:
                 heapq.heappush(self._heap, self._entry(line, key))
                 self._clean()
 
@@ -146,22 +153,20 @@ class _Queue:
         """Whose turn it is."""
         heap = self._heap
         while heap:
-            entry = heap[0]
-            line = entry[5]
-            if entry[4] != line.number:
+            virtual, _, _, sequence, number, line = heap[0]
+            if number != line.number:
                 heapq.heappop(heap)
-                continue
-            key = self._key(line)
-            if key == line.key:
-                self._counters.advance(self._band, key[0])
+            elif line.first()[2] == sequence and line.counter.value == virtual:
+                self._counters.advance(self._band, virtual)
                 return line
-            heapq.heapreplace(heap, self._entry(line, key))
+            else:
+                heapq.heapreplace(heap, self._entry(line, self._key(line)))
         return None
 
     def least(self) -> float | None:
         """The least counter of those that wait."""
         line = self.first()
-        return None if line is None else self._counters.value(line.tenant, self._band)
+        return None if line is None else line.counter.value
 
     def order(self, limit: int) -> list[_Slot]:
         """The first `limit` jobs in the order in which they go if all do the expected work."""
@@ -194,11 +199,13 @@ class _Queue:
             assert line.count == len(live) > 0, "a line counts its jobs and is never empty"
             assert all(slot.item.job.tenant == tenant for *_, slot in live), "each in its own line"
             assert valid[id(line)][:4] == line.key, "the entry stands under the line's key"
-            assert line.key is not None and line.key <= self._key(line), "keys are never too high"
+            assert line.key <= self._key(line), "keys are never too high"
+            value = self._counters.value(tenant, self._band)
+            assert value == line.counter.value, "a line's counter is its tenant's"
 
     def _key(self, line: _Line) -> tuple[float, int, int, int]:
         due, arrived, number, _ = line.first()
-        return (self._counters.value(line.tenant, self._band), due, arrived, number)
+        return (line.counter.value, due, arrived, number)
 
     def _entry(
         self, line: _Line, key: tuple[float, int, int, int]
@@ -213,8 +220,7 @@ class _Queue:
             heapq.heapify(self._heap)
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Running(NamedTuple):
     """What `take` assumed of a job. `ahead`: it went before a higher band."""
 
     band: int
@@ -279,15 +285,15 @@ class FairQueue:
         If the first finds no room the next may go. A lower band's stands before a higher one's
         where it has earned its turn.
         """
-        ranked: list[tuple[bool, int, Queued]] = []
+        ahead: list[Queued] = []
+        ranked: list[Queued] = []
         for band, queue in enumerate(self._queues):
             line = queue.first()
             if line is not None:
                 slot = line.first()[3]
                 due = bool(ranked) and self._shares.is_due(band, slot.work)
-                ranked.append((not due, band, slot.item))
-        ranked.sort(key=lambda each: each[:2])
-        return [item for _, _, item in ranked]
+                (ahead if due else ranked).append(slot.item)
+        return ahead + ranked
 
     def take(self, job_id: str, input_tokens: int) -> Queued | None:
         """`job_id` was handed off; its tenant is charged `input_tokens`, at least one, of prompt.
@@ -315,6 +321,14 @@ class FairQueue:
         self.counters.charge(tenant, weight, band, input_tokens, output_tokens)
         if input_tokens < 0 or output_tokens < 0:
             self._queues[band].lowered(tenant)
+
+    def charge_all(self, charges: Iterable[Charge]) -> None:
+        """`charge` each."""
+        charge = self.counters.charge
+        for _, tenant, weight, band, input_tokens, output_tokens in charges:
+            charge(tenant, weight, band, input_tokens, output_tokens)
+            if input_tokens < 0 or output_tokens < 0:
+                self._queues[band].lowered(tenant)
 
     def finished(self, job_id: str, output_tokens: int) -> None:
         """A job that was taken has ended with `output_tokens`: its band's share is put right."""
@@ -389,7 +403,8 @@ class FairQueue:
         return slot.item
 
     def _waiting(self) -> tuple[bool, ...]:
-        return tuple(bool(count) for count in self._counts)
+        interactive, standard, batch = self._counts
+        return (interactive > 0, standard > 0, batch > 0)
 
 
 def _taken_work(input_tokens: int, expected_output: int) -> int:

@@ -3,13 +3,15 @@
 Invariant: all sums fade alike, so their order and their parts of the total change only when work is
 given. They are kept in units that grow instead: what is added at a later time counts for more, and
 nothing has to be touched as time goes (forward decay). Now and then all are brought back to a unit
-of one. Source: Cormode et al., "Forward Decay" (ICDE 2009).
+of one. Since sums only grow, the heap by which the least is found may be out of date as long as its
+entries are too low: one is renewed when it surfaces.
+Source: Cormode et al., "Forward Decay" (ICDE 2009).
 Rejected: windows of fixed length, at whose edges a worker's share jumps.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import heapq
 from collections.abc import Iterable
 from math import exp2
 
@@ -25,7 +27,7 @@ class Given:
         self._half_life_ms = half_life_ms
         self._epoch_ms: int | None = None
         self._sums: dict[str, float] = {}
-        self._order: list[tuple[float, str]] = []
+        self._heap: list[tuple[float, str]] = []
         self.total = 0.0
 
     def set_workers(self, workers: Iterable[str]) -> None:
@@ -42,7 +44,14 @@ class Given:
     @property
     def least(self) -> str:
         """Who was given least, the first by name of equal ones; '' if there is nobody."""
-        return self._order[0][1] if self._order else ""
+        heap = self._heap
+        while heap:
+            known, worker = heap[0]
+            given = self._sums[worker]
+            if known == given:
+                return worker
+            heapq.heapreplace(heap, (given, worker))
+        return ""
 
     def unit(self, now_ms: int) -> float:
         if self._epoch_ms is None:
@@ -57,22 +66,20 @@ class Given:
         return exp2(max(half_lives, -1_000.0))
 
     def add(self, worker: str, tokens: float, now_ms: int) -> None:
-        """`worker` was given `tokens` of work, or, below 0, had them taken back at once."""
-        unit = self.unit(now_ms)
+        """`worker` was given `tokens` of work."""
+        assert tokens >= 0, "what was given is not taken back"
+        more = tokens * self.unit(now_ms)
         before = self._sums.get(worker)
-        if before is None:
-            return
-        after = max(0.0, before + tokens * unit)
-        del self._order[bisect_left(self._order, (before, worker))]
-        insort(self._order, (after, worker))
-        self._sums[worker] = after
-        self.total += after - before
+        if before is not None:
+            self._sums[worker] = before + more
+            self.total += more
 
     def check_integrity(self) -> None:
-        assert sorted((each, worker) for worker, each in self._sums.items()) == self._order
+        assert sorted(worker for _, worker in self._heap) == sorted(self._sums), "one entry each"
+        assert all(known <= self._sums[worker] for known, worker in self._heap), "never too high"
         total = sum(self._sums.values())
         assert abs(total - self.total) <= 1e-6 * (1 + total), "sums add up"
 
     def _sort(self) -> None:
-        self._order = sorted((each, worker) for worker, each in self._sums.items())
+        self._heap = sorted((each, worker) for worker, each in self._sums.items())
         self.total = sum(self._sums.values())

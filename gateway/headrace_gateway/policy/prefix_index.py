@@ -126,17 +126,20 @@ class PrefixIndex:
         view = memoryview(keys).cast("Q")
         held = self._stored(view)
         expected = self._expected.leaders(view, self._live)
-        return _merged(held, expected) if expected else held
+        if not expected or not held:
+            return expected or held
+        return _merged(held, expected)
 
     def _stored(self, view: memoryview[int]) -> list[Holders]:
         found: list[Holders] = []
         get, total = self._holders.get, len(view)
-        alive, place = -1, 0
+        alive, place = get(view[0], 0), 1
+        if not alive:
+            return found
         while place < total:
             both = alive & get(view[place], 0)
             if both != alive:
-                if place:
-                    found.append(Holders(place, alive ^ both))
+                found.append(Holders(place, alive ^ both))
                 alive = both
                 if not alive:
                     break
@@ -152,7 +155,7 @@ class PrefixIndex:
         """The first `limit` of `workers` that are in a set of slots."""
         bits, found = self.bits, []
         for worker in workers:
-            if bits.get(worker, 0) & slots:
+            if worker in bits and bits[worker] & slots:
                 found.append(worker)
                 if len(found) == limit:
                     break

@@ -13,6 +13,7 @@ rendezvous over groups of workers, then within one, which moves twice the keys i
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from headrace.policy.hashing import hash64
@@ -53,8 +54,8 @@ class Rendezvous:
         multiplier = hash64(bucket.to_bytes(8)) | 1
         weights = [seed * multiplier & _MASK for seed in self._seeds]
         best = []
-        for _ in range(min(PREFERRED, len(weights))):
-            first = weights.index(max(weights))
+        for weight in heapq.nlargest(PREFERRED, weights):
+            first = weights.index(weight)
             weights[first] = -1
             best.append(self._names[first])
         return tuple(best)

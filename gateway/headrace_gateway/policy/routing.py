@@ -16,7 +16,11 @@ saves nothing; so it is copied when load asks for it, and a conversation stays w
 Among those that cost the same within NEIGHBOUR_PART of the prompt, the rendezvous order of its
 first unknown block decides: prompts that only begin alike spread, and equal ones meet again, from
 whichever gateway. Not all of 500 workers are looked at, but those that can win: the preferred, the
-best holders, the one that was given least, those with least to do.
+best holders, the one that was given least, those with least to do. In a full fleet it is known who
+may have room, and nobody else but the holders is looked at.
+
+Blocks that no worker holds and the cache services do count as what fetching them takes, in tokens
+that would be computed meanwhile, for every worker alike (fetching.py).
 
 Sources: NVIDIA Dynamo (cost); Thaler and Ravishankar 1996 (rendezvous); Mirrokni, Thorup and
 Zadimoghaddam 2016 (bounded loads). Rejected: the longest prefix alone, which herds; the cost of
@@ -27,14 +31,17 @@ moving whatever is on a worker over its share, which scatters conversations afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import ALL, NO_TURN, SHARED_BLOCKS, Demand, Room, shared_key
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.expectations import Holders
+from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
+from headrace_gateway.policy.fetching import Fetching, Spared
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
 from headrace_gateway.policy.workload import Workload
@@ -51,11 +58,13 @@ BUSY_PART = 0.25
 KNOWN_PART = 0.25
 """A prompt of which nobody holds so much counts as unknown."""
 NEIGHBOUR_PART = 0.25
-HOLDERS_MAX = 3
+HOLDERS_MAX = 2
 PREFERRED_MAX = 2
 LEAST_MAX = 1
 SEARCHED_MAX = 64
 """Workers, least loaded first, among which the holders of a hot prefix are looked for."""
+NAMED_MAX = 16
+"""So few holders are all compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,43 +88,63 @@ class RoutingConfig:
         assert self.busy_part > 0 and self.sharers > 0, "nobody is busy with nothing"
 
 
-class Score(NamedTuple):
-    """A candidate: prompt tokens it would compute, what waits and decodes there, the cost of both
-    in tokens, what it was given lately in parts of the mean, its jobs, and the verdict."""
+COSTS_MORE = "costs more"
+"""The verdict where nobody had to ask for one."""
 
+
+class Score(NamedTuple):
+    """A candidate; the smaller is the better one.
+
+    `price` is what decides, in prompt tokens: `cost`, which is of `uncached_tokens` that it would
+    compute and of `work` that waits and decodes there, and what new blocks cost where more than
+    the mean was given lately (`share`, in parts of it). It holds `blocks` leading blocks of the
+    prompt and has `jobs`. `verdict` says why it did (not) win.
+    """
+
+    price: float
+    order: int
     worker: str
+    blocks: int
     uncached_tokens: int
     work: float
     cost: float
     share: float
     jobs: int
-    verdict: str
+    verdict: str = COSTS_MORE
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Answer(NamedTuple):
+    """What room a worker has, whether its turn has to be waited for, and why."""
+
+    room: Room
+    patient: bool
+    words: str
+
+
+class Route(NamedTuple):
     """The decision: a worker, or '' when the job has to wait; the reason; who was considered.
 
-    The worker holds `cached_blocks` leading blocks of the prompt.
+    The worker holds `cached_blocks` leading blocks of the prompt. What no worker holds and the
+    cache services do was `spared` everywhere. `candidates` and what those `answers` that were asked
+    are read together, as `scores`, where somebody wants to know.
     """
 
     worker: str
     reason: str
-    scores: tuple[Score, ...] = ()
     cached_blocks: int = 0
     room: Room = Room.NONE
+    candidates: Mapping[str, Score] = MappingProxyType({})
+    answers: Mapping[str, Answer] = MappingProxyType({})
+    spared: Spared = NOTHING_SPARED
 
-
-class _Candidate(NamedTuple):
-    """A worker that may get the job; the smallest is the best."""
-
-    gives_way: bool
-    price: float
-    order: int
-    worker: str
-    blocks: int
-    over: bool
-    room: Room
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The candidates in the order in which they were looked at, with their verdicts."""
+        asked = self.answers
+        return tuple(
+            score._replace(verdict=asked[worker].words) if worker in asked else score
+            for worker, score in self.candidates.items()
+        )
 
 
 class _Hold(NamedTuple):
@@ -154,23 +183,44 @@ class Router:
         self._named: tuple[str, ...] = ()
 
     def choose(
-        self, job: Job, workload: Workload, index: PrefixIndex, breakers: Breakers, now_ms: int
+        self,
+        job: Job,
+        workload: Workload,
+        index: PrefixIndex,
+        breakers: Breakers,
+        now_ms: int,
+        shared: Fetching | None = None,
     ) -> Route:
-        """Where `job` goes at wall-clock `now_ms`; no worker when none has room."""
+        """Where `job` goes at wall-clock `now_ms`; no worker when none has room.
+
+        `shared`: what the cache services hold and how fast it is fetched.
+        """
         names = workload.open_workers
         if not names:
             return Route("", "no worker is ready")
         if names is not self._named:
             self._rendezvous.set_names(names)
             self._named = names
-        demand = workload.demand(job)
+        demand = workload.demand(job, now_ms)
         if workload.is_hopeless(demand):
             return Route("", "no worker has room")
+
+        def may(worker: str) -> bool:
+            return breakers.allows(worker, now_ms)
+
+        free = workload.free_ones(demand, may)
+        if free is not None and not free and workload.find(demand, demand.level, may) is None:
+            return Route("", "no worker has room")
         index.expire(now_ms)
-        choice = _Choice(self._config, workload, index, breakers, job, demand, now_ms)
+        choice = _Choice(self._config, workload, index, may, job, demand, now_ms)
+        if shared is not None:
+            choice.spare(shared)
         preferred = self._preferred(job, choice.known_blocks)
-        for worker in self._worth_a_look(choice, preferred):
-            choice.consider(worker)
+        if free is None or not free:
+            choice.consider(self._worth_a_look(choice, preferred))
+        else:
+            choice.consider((*free, *choice.holders()))
+            choice.alone = free[0] if len(free) == 1 else ""
         return choice.best(preferred) or choice.anywhere()
 
     def _preferred(self, job: Job, known_blocks: int) -> tuple[str, ...]:
@@ -191,20 +241,21 @@ class _Choice:
     """One decision in the making."""
 
     __slots__ = (
-        "_allows",
+        "_answers",
+        "_beside_all",
+        "_bits",
         "_blocks",
-        "_candidates",
         "_config",
         "_demand",
         "_holds",
         "_index",
+        "_may",
         "_most",
         "_new",
-        "_now_ms",
-        "_patient",
         "_scores",
-        "_seen",
         "_share",
+        "_spared",
+        "alone",
         "workload",
     )
 
@@ -213,28 +264,37 @@ class _Choice:
         config: RoutingConfig,
         workload: Workload,
         index: PrefixIndex,
-        breakers: Breakers,
+        may: Callable[[str], bool],
         job: Job,
         demand: Demand,
         now_ms: int,
     ) -> None:
+        """`may`: whether a worker's breaker lets a job through."""
         self._config = config
         self.workload = workload
         self._index = index
-        self._allows = breakers.allows
+        self._bits = index.bits
+        self._may = may
         self._blocks = job.blocks
-        self._now_ms = now_ms
         self._demand = demand
+        self._beside_all = demand if demand.level == ALL else demand._replace(level=ALL)
         self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
         self._most = self._holds[0] if self._holds else _NOTHING
-        self._new = max(1, demand.held - self._most.blocks * BLOCK_TOKENS)
-        """Tokens that nobody holds."""
-        self._seen: dict[str, None] = {}
-        self._scores: list[Score] = []
-        self._candidates: list[_Candidate] = []
-        self._patient: list[_Candidate] = []
-        """Holders that have prompts enough: worth waiting for, if the others are not worth it."""
-        self._share = workload.share(self._demand, now_ms)
+        new = max(1, demand.held - self._most.blocks * BLOCK_TOKENS)
+        self._new = config.balance_weight * new
+        """Tokens that nobody holds, as they count where more than the mean was given."""
+        self._scores: dict[str, Score] = {}
+        self._answers: dict[str, Answer] = {}
+        """Of those that were asked for room: whoever costs more than who has it needs not be."""
+        self._share = workload.share(demand, now_ms)
+        self._spared = NOTHING_SPARED
+        self.alone = ""
+        """The only worker with free room, where that is known."""
+
+    def spare(self, shared: Fetching) -> None:
+        """What no worker holds and the cache services do is fetched, by whoever gets the job."""
+        speed = self.workload.prefill_per_s
+        self._spared = shared.spares(self._blocks, self._most.blocks, speed)
 
     @property
     def known_blocks(self) -> int:
@@ -247,53 +307,43 @@ class _Choice:
         for found in self._holds:
             if wanted <= 0:
                 return
-            names = self._index.names(found.slots, wanted)
+            names = self._index.names(found.slots, NAMED_MAX)
             if names is None:
-                least = self.workload.least_loaded(SEARCHED_MAX)
+                least = self.workload.by_load(SEARCHED_MAX)
                 names = self._index.among(least, found.slots, wanted)
+            elif len(names) > wanted:
+                names = self.workload.lightest(names, wanted)
             wanted -= len(names)
             yield from names
 
-    def consider(self, worker: str) -> None:
-        """Score `worker`, once."""
-        if worker in self._seen:
-            return
-        config, workload, demand = self._config, self.workload, self._demand
-        standing = workload.standing(worker, demand)
-        if standing is None:
-            return  # it drains
-        order = len(self._seen)
-        self._seen[worker] = None
-        bit, hold = self._index.bits.get(worker, 0), _NOTHING
-        for each in self._holds:
-            if each.slots & bit:
-                hold = each
-                break
-        uncached = max(1, demand.held - hold.blocks * BLOCK_TOKENS)
-        slowness = standing.slowness
-        cost = (standing.work + uncached + self._most.saves - hold.saves) * slowness
-        share = standing.given * slowness / self._share
-        words = standing.verdict.reason
-        room, candidates = standing.verdict.room, self._candidates
-        if standing.verdict is NO_TURN and hold.blocks:
-            room, candidates = workload.room_for(worker, demand, patient=True).room, self._patient
-        if room is not Room.NONE:
-            if self._allows(worker, self._now_ms):
-                over = share > config.load_bound
-                # what is new there pushes older blocks out: that is to happen everywhere alike
-                price = cost + config.balance_weight * self._new * (min(share, SHARE_MAX) - 1)
-                if share > config.comfort and hold.blocks:
-                    price += slowness * self._excess(worker, share, standing.work, hold)
-                if over:
-                    words = "over its share"
-                candidates.append(
-                    _Candidate(room is not Room.FREE, price, order, worker, hold.blocks, over, room)
-                )
-            else:
-                words = "its breaker is open"
-        self._scores.append(
-            Score(worker, uncached, standing.work, cost, share, standing.jobs, words)
-        )
+    def consider(self, workers: Iterable[str]) -> None:
+        """Score `workers`, each once; those that drain are left out."""
+        scores, bits, holds = self._scores, self._bits, self._holds
+        tokens, band = self._demand.held - self._spared.tokens, self._demand.band
+        saved, mean, new = self._most.saves, self._share, self._new
+        comfort = self._config.comfort
+        fresh = [worker for worker in dict.fromkeys(workers) if worker not in scores]
+        for worker, work, given, jobs, slowness in self.workload.standings(fresh, band):
+            hold = _NOTHING
+            if holds and worker in bits:
+                bit = bits[worker]
+                for each in holds:
+                    if each.slots & bit:
+                        hold = each
+                        break
+            _, blocks, saves = hold
+            uncached = tokens - blocks * BLOCK_TOKENS
+            if uncached < 1:
+                uncached = 1
+            cost = (work + uncached + saved - saves) * slowness
+            share = given * slowness / mean
+            # what is new there pushes older blocks out: that is to happen everywhere alike
+            price = cost + new * ((share if share < SHARE_MAX else SHARE_MAX) - 1)
+            if blocks and share > comfort:
+                price += slowness * self._excess(worker, share, work, hold)
+            scores[worker] = Score(
+                price, len(scores), worker, blocks, uncached, work, cost, share, jobs
+            )
 
     def _excess(self, worker: str, share: float, work: float, hold: _Hold) -> float:
         """What being given more than others adds to the price: at most what holding saves."""
@@ -307,49 +357,100 @@ class _Choice:
         return busy * part * (hold.blocks * BLOCK_TOKENS + hold.saves)
 
     def best(self, preferred: tuple[str, ...]) -> Route | None:
-        """The best candidate with free room; None if none has any."""
-        free = [candidate for candidate in self._candidates if not candidate.gives_way]
-        if not free:
-            return None
-        free.extend(each for each in self._patient if not each.gives_way)
+        """The best candidate with free room; None if none has any.
+
+        A holder that has prompts enough is worth waiting for, if the others are not worth it.
+        """
         unknown = self.known_blocks * BLOCK_TOKENS < self._config.known_part * self._demand.held
+        ranked = sorted(self._scores.values())
         if unknown:
-            free = [candidate for candidate in free if not candidate.over] or free
-        best = min(free)
-        uncached = self._demand.held - best.blocks * BLOCK_TOKENS
-        most = best.price + self._config.neighbour_part * uncached
-        by_worker = {candidate.worker: candidate for candidate in free}
-        for worker in preferred:
-            neighbour = by_worker.get(worker)
-            if neighbour is not None and neighbour.price <= most:
-                best = neighbour
-                break
+            bound = self._config.load_bound
+            within = [score for score in ranked if score.share <= bound]
+            if len(within) < len(ranked):
+                ranked = within + [score for score in ranked if score.share > bound]
+        best: Score | None = None
+        for score in ranked:
+            answer = self._ask(score)
+            if answer.room is Room.FREE:
+                best = best or score
+                if not answer.patient:
+                    break
+        else:
+            return None
+        assert best is not None, "at least the last one asked has room"
+        best = self._neighbour(best, preferred, unknown)
         return self._route(best, self._why(best, preferred, unknown))
 
-    def _why(self, best: _Candidate, preferred: tuple[str, ...], unknown: bool) -> str:
+    def _neighbour(self, best: Score, preferred: tuple[str, ...], unknown: bool) -> Score:
+        """The first of `preferred` that costs about the same as `best`."""
+        uncached = self._demand.held - best.blocks * BLOCK_TOKENS - self._spared.tokens
+        most = best.price + self._config.neighbour_part * uncached
+        for worker in preferred:
+            near = self._scores.get(worker)
+            if near is best:
+                break
+            if near is None or near.price > most:
+                continue
+            if unknown and self._is_over(near) and not self._is_over(best):
+                continue
+            if self._ask(near).room is Room.FREE:
+                return near
+        return best
+
+    def _is_over(self, score: Score) -> bool:
+        return score.share > self._config.load_bound
+
+    def _ask(self, score: Score) -> Answer:
+        """Whether the worker has free room for the job, and its breaker lets it through."""
+        answer = self._answers.get(score.worker)
+        if answer is None:
+            # nobody's room is asked for before it is known that there is no free one
+            verdict = self.workload.room_for(score.worker, self._beside_all)
+            if verdict is NO_TURN:
+                verdict = self.workload.room_for(score.worker, self._demand)
+            room, words = verdict
+            patient = verdict is NO_TURN and score.blocks > 0
+            if patient:
+                room = self.workload.room_for(score.worker, self._demand, patient=True).room
+            if room is not Room.NONE and not self._may(score.worker):
+                room, words = Room.NONE, "its breaker is open"
+            elif room is not Room.NONE and self._is_over(score):
+                words = "over its share"
+            answer = self._answers[score.worker] = Answer(room, patient, words)
+        return answer
+
+    def _why(self, best: Score, preferred: tuple[str, ...], unknown: bool) -> str:
+        if best.worker == self.alone:
+            return "the only free room"
         if not unknown and best.blocks == self.known_blocks:
             return "holds most of the prompt"
         if not unknown:
             return "its holders have more to do than it saves"
         if best.worker not in preferred:
-            return "all are over their share" if best.over else "least to do"
+            return "all are over their share" if self._is_over(best) else "least to do"
         return "affinity" if best.worker == preferred[0] else "spill-over"
 
     def anywhere(self) -> Route:
         """Whoever has room, free room first, when no candidate has free room."""
         found = self.workload.find(self._demand, ALL, self._may)
         if found is not None:
-            self.consider(found)
-            return self._route(min(self._candidates), "the only free room")
-        if not self._candidates:
-            found = self.workload.find(self._demand, self._demand.band, self._may)
-            if found is None:
-                return Route("", "no worker has room", tuple(self._scores))
-            self.consider(found)
-        return self._route(min(self._candidates), "lower bands give way")
+            self.consider((found,))
+            return self._route(self._scores[found], "the only free room")
+        if self._demand.level != ALL:
+            for score in sorted(self._scores.values()):
+                room, words = self.workload.room_for(score.worker, self._demand)
+                if room is Room.PREEMPTING and self._may(score.worker):
+                    self._answers[score.worker] = Answer(room, False, words)
+                    return self._route(score, words)
+            found = self.workload.find(self._demand, self._demand.level, self._may)
+        if found is None:
+            return Route("", "no worker has room", 0, Room.NONE, self._scores, self._answers)
+        self.consider((found,))
+        room, words = self.workload.room_for(found, self._demand)
+        self._answers[found] = Answer(room, False, words)
+        return self._route(self._scores[found], words)
 
-    def _may(self, worker: str) -> bool:
-        return self._allows(worker, self._now_ms)
-
-    def _route(self, chosen: _Candidate, reason: str) -> Route:
-        return Route(chosen.worker, reason, tuple(self._scores), chosen.blocks, chosen.room)
+    def _route(self, chosen: Score, reason: str) -> Route:
+        room = self._ask(chosen).room
+        scores, answers = self._scores, self._answers
+        return Route(chosen.worker, reason, chosen.blocks, room, scores, answers, self._spared)

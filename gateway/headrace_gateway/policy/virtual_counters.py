@@ -34,8 +34,8 @@ def virtual_tokens(weight: float, input_tokens: int, output_tokens: int) -> floa
     return (INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens) / weight
 
 
-@dataclass(slots=True)
-class _Counter:
+@dataclass(slots=True, eq=False)
+class Counter:
     """`floor` is its value when its tenant last came back from idle."""
 
     value: float
@@ -48,7 +48,7 @@ class VirtualCounters:
 
     def __init__(self, tenants_max: int = TENANTS_MAX) -> None:
         self._tenants_max = tenants_max
-        self._counters: tuple[dict[str, _Counter], ...] = tuple({} for _ in Band)
+        self._counters: tuple[dict[str, Counter], ...] = tuple({} for _ in Band)
         self._last_left: list[str | None] = [None for _ in Band]
         self._base = [0.0 for _ in Band]
         self._idle = [0 for _ in Band]
@@ -62,14 +62,14 @@ class VirtualCounters:
         self, tenant: str, weight: float, band: int, input_tokens: int = 0, output_tokens: int = 0
     ) -> None:
         """Add tokens that `tenant` has been served; negative ones correct an earlier charge."""
-        counter = self._counter(tenant, band)
+        counter = self._counters[band].get(tenant) or self._counter(tenant, band)
         value = counter.value + virtual_tokens(weight, input_tokens, output_tokens)
-        counter.value = max(counter.floor, value)
+        counter.value = value if value > counter.floor else counter.floor
 
-    def lift(self, tenant: str, band: int, least: float | None) -> None:
+    def lift(self, tenant: str, band: int, least: float | None) -> Counter:
         """`tenant` begins to wait in `band`, where the least counter of those that wait is `least`.
 
-        None: nobody waits there.
+        None: nobody waits there. The counter answered is the tenant's until it leaves.
         """
         if least is None:
             last = self._last_left[band]
@@ -77,10 +77,13 @@ class VirtualCounters:
         counter = self._counter(tenant, band)
         counter.value = counter.floor = max(counter.value, least)
         self._set_waits(counter, band, True)
+        return counter
 
-    def keep(self, tenant: str, band: int) -> None:
-        """`tenant` waits in `band` as if it had never left: what it was given was taken back."""
-        self._set_waits(self._counter(tenant, band), band, True)
+    def keep(self, tenant: str, band: int) -> Counter:
+        """As `lift`, as if it had never left: what it was given was taken back."""
+        counter = self._counter(tenant, band)
+        self._set_waits(counter, band, True)
+        return counter
 
     def leave(self, tenant: str, band: int) -> None:
         """`tenant` waits in `band` no more."""
@@ -130,21 +133,21 @@ class VirtualCounters:
             assert idle == self._idle[band] <= self._tenants_max, f"band {band}: {idle} are idle"
 
     @staticmethod
-    def _raise(counter: _Counter, value: float) -> None:
+    def _raise(counter: Counter, value: float) -> None:
         if counter.value < value:
             counter.value = counter.floor = value
 
-    def _counter(self, tenant: str, band: int) -> _Counter:
+    def _counter(self, tenant: str, band: int) -> Counter:
         counters = self._counters[band]
         counter = counters.get(tenant)
         if counter is None:
             if self._idle[band] >= self._tenants_max:
                 self._forget_some(band)
-            counter = counters[tenant] = _Counter(self._base[band], self._base[band])
+            counter = counters[tenant] = Counter(self._base[band], self._base[band])
             self._idle[band] += 1
         return counter
 
-    def _set_waits(self, counter: _Counter, band: int, waits: bool) -> None:
+    def _set_waits(self, counter: Counter, band: int, waits: bool) -> None:
         self._idle[band] += counter.waits - waits
         counter.waits = waits
 

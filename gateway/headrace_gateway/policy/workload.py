@@ -4,9 +4,10 @@ Invariant: a job is booked when it is dispatched or found on a worker, moves wit
 reports and goes when it is done; loads and their order are those of the bookings. Nothing here
 decides whether a job exists: where it is wrong, the hand-off says so and the worker is read again.
 
-Room is asked by band. A job sees those of its own and better bands: if they and it fit, it has at
-least PREEMPTING room, since the engine takes lower bands' jobs out for it; FREE if all fit. An idle
-worker takes any job.
+Room is FREE where a job fits beside all that run. It is PREEMPTING where it fits beside those of
+its own and better bands, since the engine takes lower bands' jobs out for it. That costs what they
+have computed, so only interactive jobs take it at once, others when half of their time until the
+first token is over. An idle worker takes any job.
 
 Load is prefill-equivalent tokens: prefill that waits, and `decode_weight` of the KV tokens of every
 job there, which each of its steps reads. Source: NVIDIA Dynamo's router, which sums the same two.
@@ -17,14 +18,17 @@ jobs, of which one may be a thousand times another.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
+from headrace.policy import priority
 from headrace.types import Band, Job, JobDone, Progress
 from headrace_gateway.policy.bookings import (
     ALL,
     CLOSED,
+    NO_TOKENS,
     Bookings,
     Charge,
     Demand,
@@ -35,6 +39,7 @@ from headrace_gateway.policy.bookings import (
     booking_of,
 )
 from headrace_gateway.policy.given import HALF_LIFE_MS, Given
+from headrace_gateway.policy.refusals import Maybe, Refusals
 
 __all__ = ["Charge", "Demand", "Room", "Verdict", "WorkerFacts", "Workload", "WorkloadConfig"]
 
@@ -42,9 +47,8 @@ KV_SHARE = 0.95
 DECODE_WEIGHT = 0.05
 OUTPUT_WEIGHT = 2.0
 """An output token, as work given, in prefill tokens; as tenants are charged for it."""
-CHANGED_MAX = 32
-"""Workers that have changed since a size was refused everywhere, before it is looked for again."""
-_UNLIMITED = 1 << 60
+FREE_MAX = 8
+"""Workers that are asked at once; where more may have room, some of them are likely to have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +62,17 @@ class WorkloadConfig:
 
 
 class Standing(NamedTuple):
-    """How a worker stands for one demand.
+    """How a worker stands for a job of one band.
 
     `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
     the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
     """
 
-    verdict: Verdict
+    worker: str
     work: int
     given: float
     jobs: int
     slowness: float
-
-
-@dataclass(slots=True)
-class _Refused:
-    """Of one level: all workers that take jobs refuse what is as large as (held, remaining) in
-    both, but those that have changed since."""
-
-    held: int = _UNLIMITED
-    remaining: int = _UNLIMITED
-    changed: dict[str, None] = field(default_factory=dict)
 
 
 class Workload:
@@ -90,7 +84,7 @@ class Workload:
         self._workers: dict[str, Bookings] = {}
         self._order: list[tuple[int, str]] = []
         self._open: tuple[str, ...] = ()
-        self._refused = [_Refused() for _ in Band]
+        self._refusals = Refusals(len(Band))
         self._given = Given(self._config.half_life_ms)
         self._speed = 0.0
         self._measured = 0
@@ -145,9 +139,10 @@ class Workload:
 
         `found`: it was there already, so its first report only says what has been charged before.
         """
-        self.cancel(worker, job.id)
+        if self.booked(worker, job.id):
+            self.cancel(worker, job.id)
         known = self._at(worker)
-        demand = self.demand(job)
+        demand = self.demand(job, now_ms)
         known.put(booking_of(job, demand, uncached_tokens, found=found))
         self._reorder(worker, known)
         self._given.add(worker, self._cost(uncached_tokens, demand), now_ms)
@@ -172,13 +167,7 @@ class Workload:
         before = known.speeds.prefill_per_s
         known.speeds.note(report.busy_ms, report.prefill_tokens, report.output_tokens)
         self._note_speed(before, known.speeds.prefill_per_s)
-        charges = []
-        for told in report.jobs:
-            booking = known.jobs.get(told.job)
-            if booking is not None:
-                correction, made = known.advance(booking, told, self._expect)
-                if correction or made:
-                    charges.append(booking.charge(correction, made))
+        charges = known.follow(report.jobs, self._expect)
         self._reorder(report.worker, known)
         self._changed(report.worker, known)
         return charges
@@ -194,19 +183,20 @@ class Workload:
 
     # what fits
 
-    def demand(self, job: Job) -> Demand:
-        """What `job` asks of any worker."""
+    def demand(self, job: Job, now_ms: int) -> Demand:
+        """What `job` asks of any worker at wall-clock `now_ms`."""
         remaining = job.expected_output - len(job.logged)
         if remaining <= 0:
             longer = self._expect(
                 job.tenant, max_tokens=job.sampling.max_tokens, longer_than=len(job.logged)
             )
             remaining = max(1, longer - len(job.logged))
-        return Demand(int(job.band), len(job.prompt) + len(job.logged), remaining)
+        level = int(job.band) if priority.is_pressing(job, now_ms) else ALL
+        return Demand(int(job.band), len(job.prompt) + len(job.logged), remaining, level)
 
-    def room(self, worker: str, job: Job) -> Verdict:
+    def room(self, worker: str, job: Job, now_ms: int) -> Verdict:
         """Whether `job` may go to `worker` now."""
-        return self.room_for(worker, self.demand(job))
+        return self.room_for(worker, self.demand(job, now_ms))
 
     def room_for(self, worker: str, demand: Demand, *, patient: bool = False) -> Verdict:
         """As `room`, for who asks of many workers; who is `patient` waits for its turn there."""
@@ -217,12 +207,8 @@ class Workload:
 
     def is_hopeless(self, demand: Demand) -> bool:
         """Whether it is known already that no worker has room for `demand`."""
-        refused = self._refused[demand.band]
-        return (
-            demand.held >= refused.held
-            and demand.remaining >= refused.remaining
-            and not refused.changed
-        )
+        maybe = self._refusals.maybe(demand.level, demand.held, demand.remaining)
+        return maybe is not None and not maybe.workers
 
     def find(self, demand: Demand, level: int, allows: Callable[[str], bool]) -> str | None:
         """The least loaded worker that `allows` and that `demand` fits beside bands to `level`.
@@ -230,23 +216,51 @@ class Workload:
         Whoever refuses is not asked again for as much until something there changes, so that a
         fleet that is full is looked through in the time of what has changed.
         """
-        refused = self._refused[level]
-        again = demand.held >= refused.held and demand.remaining >= refused.remaining
-        workers: Iterable[str] = (worker for _, worker in self._order)
-        if again:
-            workers = sorted(refused.changed, key=self._by_load)
-        not_allowed = []
-        for worker in workers:
-            known = self._workers[worker]
-            if known.fits(level, demand, self._config.kv_share).room is Room.FREE:
-                if allows(worker):
-                    return worker
+        maybe = self._refusals.maybe(level, demand.held, demand.remaining)
+        if maybe is None:
+            maybe = Maybe(0, 0, [worker for _, worker in self._order])
+        elif len(maybe.workers) > 1:
+            maybe = maybe._replace(workers=self.lightest(maybe.workers))
+        found = self._ask(demand, level, maybe, allows, 1)
+        return found[0] if found else None
+
+    def free_ones(self, demand: Demand, allows: Callable[[str], bool]) -> list[str] | None:
+        """All workers that `demand` fits on beside everything there, where these are few and that
+        is known; None where any may have room."""
+        maybe = self._refusals.maybe(ALL, demand.held, demand.remaining)
+        if maybe is None or len(maybe.workers) > FREE_MAX:
+            return None
+        return self._ask(demand, ALL, maybe, allows, FREE_MAX)
+
+    def _ask(
+        self,
+        demand: Demand,
+        level: int,
+        maybe: Maybe,
+        allows: Callable[[str], bool],
+        wanted: int,
+    ) -> list[str]:
+        """The first `wanted` that have room, of all that may. Those that refuse are remembered: as
+        refusing what all refuse, unless it was the size that did not fit."""
+        found, not_allowed, asked, sized = [], [], 0, False
+        for worker in maybe.workers:
+            asked += 1
+            verdict = self._workers[worker].fits(level, demand, self._config.kv_share)
+            if verdict.room is not Room.FREE:
+                sized = sized or verdict is NO_TOKENS
+            elif allows(worker):
+                found.append(worker)
+                if len(found) == wanted:
+                    break
+            else:
                 not_allowed.append(worker)
-        smaller = demand.held <= refused.held and demand.remaining <= refused.remaining
-        if not again or smaller or len(refused.changed) > CHANGED_MAX:
-            refused.held, refused.remaining = demand.held, demand.remaining
-            refused.changed = dict.fromkeys(not_allowed)
-        return None
+        unsure = [*found, *not_allowed, *maybe.workers[asked:]]
+        refused = len(maybe.workers) - len(unsure)
+        # so that keeping the others' names costs no more than asking did
+        if 2 * refused >= len(unsure):
+            size = demand if sized else maybe
+            self._refusals.refused(level, size.held, size.remaining, unsure)
+        return found
 
     # figures
 
@@ -291,6 +305,17 @@ class Workload:
         """The first `limit` workers that take jobs, least load first, then by name."""
         return [worker for _, worker in self._order[:limit]]
 
+    def by_load(self, limit: int) -> Iterator[str]:
+        """As `least_loaded`, for who may not want them all; valid until something changes."""
+        return (worker for _, worker in islice(self._order, limit))
+
+    def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
+        """The first `limit` of `workers` that take jobs, least load first, then by name."""
+        known = self._workers
+        loads = [(known[w].load, w) for w in workers if w in known and known[w].is_open]
+        loads.sort()
+        return [worker for _, worker in loads[:limit]]
+
     @property
     def least_given(self) -> str:
         """The worker that was given least lately; '' if none takes jobs."""
@@ -302,18 +327,21 @@ class Workload:
         own = self._given.unit(now_ms) * self._cost(demand.held, demand)
         return (self._given.total + own) / len(self._open)
 
-    def standing(self, worker: str, demand: Demand) -> Standing | None:
-        """How `worker` stands for `demand`; None if it takes no jobs."""
-        known = self._workers.get(worker)
-        if known is None or not known.is_open:
-            return None
-        band, work, slowness = demand.band, known.load, 1.0
-        if band != ALL:
-            work -= sum(known.waiting[band + 1 :])
-        if known.speeds.prefill_per_s:
-            slowness = known.speeds.slowness(self.prefill_per_s)
-        verdict = known.room(demand, self._config.kv_share)
-        return Standing(verdict, work, self._given.of(worker), len(known.jobs), slowness)
+    def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
+        """How `workers` stand for a job of `band`, without those that take no jobs."""
+        workloads, given, mean = self._workers, self._given, self.prefill_per_s
+        found = []
+        for worker in workers:
+            known = workloads.get(worker)
+            if known is None or not known.is_open:
+                continue
+            work, slowness = known.load, 1.0
+            if band != ALL:
+                work -= sum(known.waiting[band + 1 :])
+            if known.speeds.prefill_per_s:
+                slowness = known.speeds.slowness(mean)
+            found.append(Standing(worker, work, given.of(worker), len(known.jobs), slowness))
+        return found
 
     def sharers(self, worker: str, key: int) -> int:
         """Jobs on `worker` whose prompts begin alike, up to the block of `key` (shared_key)."""
@@ -331,12 +359,14 @@ class Workload:
         assert sorted(self._order) == self._order
         assert {w: load for load, w in self._order} == {w: e.load for w, e in opened.items()}
         assert tuple(sorted(opened)) == self._open
-        for level, refused in enumerate(self._refused):
-            assert refused.changed.keys() <= opened.keys()
-            demand = Demand(level, refused.held, refused.remaining)
-            for name, each in opened.items():
-                fits = each.fits(level, demand, self._config.kv_share).room is Room.FREE
-                assert name in refused.changed or not fits, "it was refused everywhere else"
+        self._refusals.check_integrity()
+        for level in Band:
+            for held, remaining, maybe in self._refusals.known(level):
+                assert set(maybe) <= opened.keys()
+                demand = Demand(level, held, remaining, level)
+                for name, each in opened.items():
+                    fits = each.fits(level, demand, self._config.kv_share).room is Room.FREE
+                    assert name in maybe or not fits, "it was refused everywhere else"
         for each in self._workers.values():
             assert each.load == self._load_of(each), "a load is that of the bookings"
             assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
@@ -369,19 +399,14 @@ class Workload:
     def _close(self, worker: str, known: Bookings) -> None:
         if known.is_open:
             known.is_open = False
-            for refused in self._refused:
-                refused.changed.pop(worker, None)
+            self._refusals.forget(worker)
             del self._order[bisect_left(self._order, (known.load, worker))]
 
     def _changed(self, worker: str, known: Bookings) -> None:
         """What did not fit on `worker` may fit now."""
         known.changed()
         if known.is_open:
-            for refused in self._refused:
-                refused.changed[worker] = None
-
-    def _by_load(self, worker: str) -> tuple[int, str]:
-        return self._workers[worker].load, worker
+            self._refusals.changed(worker)
 
     def _settle(self, worker: str, known: Bookings) -> None:
         """A job has left."""

@@ -46,6 +46,14 @@ def aged_band(band: int, age_ms: int, promote_ms: int) -> int:
     return max(int(Band.INTERACTIVE), band - age_ms // promote_ms)
 
 
+def is_pressing(job: Job, now_ms: int) -> bool:
+    """Whether work of lower bands shall give way to `job` at wall-clock `now_ms`: to interactive
+    jobs always, to others when half of the time until they are due is over."""
+    if job.band is Band.INTERACTIVE:
+        return True
+    return 2 * now_ms >= job.arrived_ms + due_ms(job)
+
+
 def effective(job: Job, age_ms: int, promote_ms: int) -> Rank:
     """The Rank of `job` after `age_ms` in the place that asks."""
     band = aged_band(job.band, age_ms, promote_ms)

@@ -1,0 +1,105 @@
+"""Which sizes fit nowhere, so that a full fleet is looked through in the time of what has changed.
+
+Invariant: a refusal says that at one moment no worker had room for a size; since a peak grows with
+both of its parts, what is as large in both finds room only where something has changed since, or
+where a breaker alone stood in the way. A level keeps SIZES_MAX refusals, none of which says less
+than another. Rejected: one size a level, which says nothing of a longer prompt with a shorter
+output, so that in a mixed load each second look went through the whole fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+SIZES_MAX = 8
+"""Refusals of a level; the one that was found out first goes."""
+
+
+class _Refusal(NamedTuple):
+    """At `moment` nobody had room for (held, remaining) but, perhaps, the `unsure`."""
+
+    held: int
+    remaining: int
+    moment: int
+    unsure: tuple[str, ...]
+
+    def covers(self, held: int, remaining: int) -> bool:
+        return self.held <= held and self.remaining <= remaining
+
+
+class Maybe(NamedTuple):
+    """All others refused (held, remaining)."""
+
+    held: int
+    remaining: int
+    workers: list[str]
+
+
+class Refusals:
+    """What was refused by all workers, by level, and who has changed since."""
+
+    def __init__(self, levels: int) -> None:
+        self._levels: list[list[_Refusal]] = [[] for _ in range(levels)]
+        self._changed: dict[str, int] = {}
+        """The moment of each worker's last change, the latest last."""
+        self._moment = 0
+
+    def changed(self, worker: str) -> None:
+        """What did not fit on `worker` may fit now."""
+        self._moment += 1
+        self._changed.pop(worker, None)
+        self._changed[worker] = self._moment
+
+    def forget(self, worker: str) -> None:
+        """`worker` takes no jobs any more."""
+        if self._changed.pop(worker, None) is not None:
+            for level, refusals in enumerate(self._levels):
+                self._levels[level] = [
+                    each._replace(unsure=tuple(w for w in each.unsure if w != worker))
+                    for each in refusals
+                ]
+
+    def maybe(self, level: int, held: int, remaining: int) -> Maybe | None:
+        """The only workers that may have room for a size; None where nothing is known of it."""
+        newest: _Refusal | None = None
+        for each in self._levels[level]:
+            covers = each.held <= held and each.remaining <= remaining
+            if covers and (newest is None or each.moment > newest.moment):
+                newest = each
+        if newest is None:
+            return None
+        found = list(newest.unsure)
+        for worker, moment in reversed(self._changed.items()):
+            if moment <= newest.moment:
+                break
+            if worker not in newest.unsure:
+                found.append(worker)
+        return Maybe(newest.held, newest.remaining, found)
+
+    def refused(self, level: int, held: int, remaining: int, unsure: Collection[str]) -> None:
+        """All workers have been asked for a size and have no room, except perhaps the `unsure`."""
+        new = _Refusal(held, remaining, self._moment, tuple(unsure))
+        kept = [each for each in self._levels[level] if not new.covers(each.held, each.remaining)]
+        kept.append(new)
+        self._levels[level] = kept[-SIZES_MAX:]
+
+    def known(self, level: int) -> list[Maybe]:
+        """Each size that is refused, with the workers that may have room for it after all."""
+        return [
+            Maybe(each.held, each.remaining, [*each.unsure, *self._since(each.moment)])
+            for each in self._levels[level]
+        ]
+
+    def check_integrity(self) -> None:
+        """Moments are in order and refusals bounded. Raises AssertionError."""
+        moments = list(self._changed.values())
+        assert moments == sorted(set(moments)) and max(moments, default=0) <= self._moment
+        for refusals in self._levels:
+            assert len(refusals) <= SIZES_MAX, "a level keeps few refusals"
+            for at, each in enumerate(refusals):
+                later = refusals[at + 1 :]
+                assert not any(one.covers(each.held, each.remaining) for one in later)
+
+    def _since(self, moment: int) -> list[str]:
+        return [worker for worker, at in self._changed.items() if at > moment]
