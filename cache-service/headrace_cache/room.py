@@ -66,7 +66,7 @@ class Room:
             for _ in range(TRIES_MAX):
                 if place is not None:
                     break
-                if not self._evict(self._quotas.in_pieces(charge), now_ms, slot):
+                if not self._evict(self._quotas.in_pieces(tenant, charge), now_ms, slot):
                     break
                 if self._outranked == slot:
                     break

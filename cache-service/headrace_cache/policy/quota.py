@@ -143,18 +143,36 @@ class Quotas:
         reason = f"{missing} bytes above the watermark"
         if not any(share.min_bytes for share in self._shares.values()):
             return Call(missing, None, reason)
-        above = {}
-        for who in {tenant: 0} | self._used:
-            kept = self.used_by(who) + (size_bytes if who == tenant else 0)
-            if kept > self.share_of(who).min_bytes:
-                above[who] = kept - self.share_of(who).min_bytes
-        return Call(missing, above, f"{reason}, these above their minimum")
+        spare = self._spare_beside(tenant, size_bytes)
+        return Call(missing, spare, f"{reason}, these above their minimum")
 
     def _own_entries(self, tenant: int, size_bytes: int) -> Call | None:
         missing = self.used_bytes + size_bytes - self.high_bytes
         if missing <= 0:
             return None
         return Call(missing, {tenant: missing}, "nobody else has anything that may leave")
+
+    def in_pieces(self, tenant: int, size_bytes: int) -> Call:
+        """Whose entries leave where there is room for an entry of `tenant`, but in pieces."""
+        promised = any(share.min_bytes for share in self._shares.values())
+        spare = self._spare_beside(tenant, size_bytes) if promised else None
+        return Call(size_bytes, spare, "what is free is in pieces, some of them lent")
+
+    def _spare_beside(self, tenant: int, size_bytes: int) -> dict[int, int]:
+        """`spare` while room is made for an entry of `tenant`.
+
+        That one does not count above a minimum: it may be turned away in the end, and what left
+        for it would be missing. Where nothing is promised it does, or it could not be outranked.
+        """
+        spare = self.spare()
+        if not self.share_of(tenant).min_bytes:
+            spare[tenant] = self.used_by(tenant) + size_bytes
+        return spare
+
+    def spare(self) -> dict[int, int]:
+        """What each tenant has above its minimum."""
+        over = {who: used - self.share_of(who).min_bytes for who, used in self._used.items()}
+        return {who: excess for who, excess in over.items() if excess > 0}
 
     def excess(self, tenant: int) -> int:
         """Bytes that `tenant` has above its quota, which was lowered."""
