@@ -11,6 +11,7 @@ from headrace.frames import KINDS, KV, PROMPT, EntryKey
 from headrace.types import Band
 from headrace_cache.index import OTHER_TENANTS, TENANTS_MAX
 from headrace_cache.policy.names import POLICIES
+from headrace_cache.policy.quota import Share
 from headrace_cache.room import charged_bytes
 from headrace_cache.store import NOWHERE, OURSELVES, Loan, Outcome, Store
 
@@ -231,6 +232,24 @@ def test_pieces_are_put_together_where_the_sum_is_enough() -> None:
     assert len(store) == 5, "nobody had to leave"
     for name in range(1, 8, 2):
         assert read(store, keys_of(name))[1] == [data_of(name, 1024)]
+
+
+def test_a_minimum_is_not_broken_to_put_pieces_together() -> None:
+    """What is free lies between lent entries: who has no more than its minimum keeps it."""
+    size = 64 * 1024
+    store = make_store(room_for(8, size))
+    assert not store.set_quota("acme", Share(min_bytes=room_for(4, size)), 0)
+    for name in range(8):
+        put(store, name, size, tenant="acme" if name % 2 else "other")
+    lent = store.lend(1, keys_of(2), 0, NO_LIMIT), store.lend(1, keys_of(6), 0, NO_LIMIT)
+    for name in (0, 4):
+        store.drop(store.index.find(keys_of(name)[0]))
+    store.drop(store.index.find(keys_of(2)[0]))
+    assert put(store, "large", 2 * size, tenant="third", band=Band.INTERACTIVE) is Outcome.OUTRANKED
+    assert [key in store for key in keys_of(1, 3, 5, 7)] == [True] * 4
+    for loan in lent:
+        store.end(1, loan.lease)
+    assert put(store, "large", 2 * size, tenant="third", band=Band.INTERACTIVE) is Outcome.KEPT
 
 
 def test_verify_drops_what_is_corrupt_and_nothing_else() -> None:
