@@ -112,27 +112,42 @@ class Fleet:
         self._spawn("valkey", embedded.server_argv(embedded.server_binary(), self.folder, data), {})
         self._until(lambda: embedded.socket_path(self.folder).exists())
         if self._cache:
-            self._service("cache", "headrace_cache", {})
+            self.start_cache()
         workers, _ = self._counts
         for index in range(workers):
-            self._worker(f"w{index}")
+            self.start_worker(f"w{index}")
         for index, url in enumerate(self.urls):
             port = url.rpartition(":")[2]
             own = {"HEADRACE_PORT": port, "HEADRACE_GATEWAY_ID": f"gw{index}"}
             self._service(f"gw{index}", "headrace_gateway", own)
         self._until(lambda: all(self._ready(url) for url in self.urls))
         if workers:
-            self._until(lambda: self._ready_workers() == workers)
+            self.wait_workers(workers)
 
-    def _worker(self, name: str) -> None:
-        own = {
+    def start_cache(self, own: Mapping[str, str] | None = None) -> None:
+        """`own` are settings of it alone."""
+        self._service("cache", "headrace_cache", own or {})
+
+    def wait_workers(self, count: int) -> None:
+        """Until `count` workers take jobs."""
+        self._until(lambda: self._ready_workers() == count)
+
+    def stop(self, name: str) -> None:
+        """Ask a service to end, and wait until it has."""
+        process = self.processes.pop(name)
+        process.terminate()
+        process.wait(STOP_S_MAX)
+
+    def start_worker(self, name: str, own: Mapping[str, str] | None = None) -> None:
+        """`own` are settings of it alone."""
+        settings = {
             "HEADRACE_WORKER_ID": name,
             "HEADRACE_MODEL": self.source,
             "HEADRACE_MODEL_NAME": self.model,
             "HEADRACE_THREADS": str(self._threads),
             "OMP_NUM_THREADS": str(self._threads),
         }
-        self._service(name, "headrace_worker", own)
+        self._service(name, "headrace_worker", settings | dict(own or {}))
         if self._nice:
             pid = self.processes[name].pid
             os.setpriority(os.PRIO_PROCESS, pid, self._nice)  # its threads are not there yet

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import signal
+import socket
 import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import structlog
 
@@ -13,7 +17,10 @@ from headrace import logs, telemetry
 from headrace.config import load_or_exit
 from headrace.errors import SettingsError
 from headrace.frames import Address, parse_address
-from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.arena import Arena
+from headrace_cache.disk import DiskTier
+from headrace_cache.fleet_link import FleetLink
+from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer
 from headrace_cache.settings import CacheSettings
 from headrace_cache.store import Store
@@ -42,19 +49,73 @@ async def serve(settings: CacheSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = Store(settings.cache_bytes, POLICIES[settings.cache_policy]())
-    server = CacheServer(store)
-    address = await server.start(parse_address(settings.cache_listen))
+    folder = Path(settings.cache_arena_dir) if settings.cache_arena_dir else None
     try:
+        arena = Arena(settings.cache_bytes, folder)
+    except OSError as error:
+        raise SettingsError(f"HEADRACE_CACHE_BYTES: {settings.cache_bytes}: {error}") from error
+    disk = None
+    if settings.cache_disk_path:
+        disk = DiskTier(Path(settings.cache_disk_path), settings.cache_disk_bytes)
+    server = CacheServer(_store(settings, arena), disk=disk)
+    try:
+        address = await server.start(parse_address(settings.cache_listen))
         if settings.metrics_port:
             _listen_metrics(server, address, settings.metrics_port)
-        log.info("listening", address=str(address), budget_bytes=settings.cache_bytes)
+        log.info(
+            "listening",
+            address=str(address),
+            budget_bytes=settings.cache_bytes,
+            shared=bool(arena.path),
+            huge_pages=arena.huge_pages,
+        )
         if address.host and not _is_loopback(address.host):
             log.warning("whoever reaches this address can read and write the cache")
-        await stop.wait()
-        log.info("stopping", entries=len(store))
+        async with _telling(settings, address, server):
+            await stop.wait()
+        log.info("stopping", entries=len(server.store))
     finally:
         await server.stop()
+        arena.close()
+
+
+@contextlib.asynccontextmanager
+async def _telling(
+    settings: CacheSettings, address: Address, server: CacheServer
+) -> AsyncIterator[None]:
+    """The fleet is told of this service meanwhile, if there is a Redis to tell it."""
+    if not settings.redis_url:
+        yield
+        return
+    told = settings.cache_address or _reached_at(address)
+    link = FleetLink(settings.redis_url, told, server.tiers, server.clock)
+    task = asyncio.get_running_loop().create_task(link.run())
+    task.add_done_callback(_note_end)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        await link.close()
+
+
+def _note_end(task: asyncio.Task[None]) -> None:
+    """Telling ended by itself is our bug, and no reason to serve no more."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the fleet is not told any more", error=repr(error), exc_info=error)
+
+
+def _reached_at(address: Address) -> str:
+    if address.host in ("0.0.0.0", "::"):  # compared, not bound
+        address = address._replace(host=socket.gethostname())
+    return str(address)
+
+
+def _store(settings: CacheSettings, arena: Arena) -> Store:
+    pinned_bytes_max = int(settings.cache_bytes * settings.cache_pinned_share)
+    policy = POLICIES[settings.cache_policy](pinned_bytes_max)
+    watermarks = (settings.cache_high_watermark, settings.cache_low_watermark)
+    return Store(settings.cache_bytes, policy, arena, watermarks=watermarks)
 
 
 def _loop_factory() -> asyncio.AbstractEventLoop:

@@ -21,6 +21,8 @@ SECONDS_BUCKETS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _GAUGES = {"entries": "entries resident", "bytes": "bytes of entries resident"}
 _COUNTERS = {
     "hits": "keys asked for and given",
+    "hit_bytes": "bytes of keys asked for and given",
+    "saved_us": "microseconds that computing what was given would have taken",
     "misses": "keys asked for and not given",
     "kept": "entries taken in",
     "present": "entries offered that were there already",
@@ -85,6 +87,9 @@ def _families(stats: dict[str, Any]) -> Iterable[Metric]:
     for name, help_text in (
         ("budget_bytes", "budget for all entries"),
         ("used_bytes", "charged to the budget now"),
+        ("reserved_bytes", "charged for what is being written"),
+        ("pinned_bytes", "charged for what is pinned, and what stands before it"),
+        ("leases", "runs that are being read"),
         ("connections", "clients connected"),
     ):
         yield GaugeMetricFamily(f"headrace_cache_{name}", help_text, value=stats[name])

@@ -1,9 +1,8 @@
 """The cache service's sockets: frames in, store, frames out.
 
 Invariants: one thread owns the store, so a request is answered in one go and no lock is needed;
-whatever a connection sends costs at most that connection; each has a bounded amount of unsent
-answers (beyond it, nothing more is read from it) and of time to read them; and all puts in
-flight together hold at most `receiving_bytes_max`, beyond which their bytes are skipped.
+whatever a connection sends costs at most that connection. What a connection held of the arena is
+free when it ends, but not before its client has it mapped no more.
 Rejected: a task for each request (a get takes microseconds; only sending waits).
 """
 
@@ -11,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import stat
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,184 +22,75 @@ import structlog
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 
-from headrace import telemetry
+from headrace import cache_admin, telemetry
 from headrace.clock import Clock, SystemClock
 from headrace.errors import SettingsError, WireError
-from headrace.frame_protocol import FrameProtocol
+from headrace.frame_protocol import Place
 from headrace.frames import (
+    DISK,
     PAYLOAD_BYTES_MAX,
     Address,
-    Answer,
     Ask,
-    Buffer,
+    Commit,
     Counted,
     Found,
     Get,
     Has,
+    Hello,
     Known,
+    Lend,
+    Lent,
+    Manage,
     Put,
+    Release,
     Request,
+    Reserve,
+    Reserved,
     Stats,
     Verify,
-    decode_request,
-    encode,
+    Welcome,
 )
+from headrace_cache.admin import manage
+from headrace_cache.connection import Connection, Limits, Reply
+from headrace_cache.disk import DiskTier
+from headrace_cache.management import Management
 from headrace_cache.metrics import Metrics
-from headrace_cache.store import Outcome, Store
+from headrace_cache.store import NOWHERE, Loan, Outcome, Store
+from headrace_cache.tiers import Tiers, Wanted
+
+__all__ = ["CacheServer", "Limits"]
 
 SWEEP_EVERY_S = 1.0
-SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
-"""Asked for; the kernel gives what its own limits allow."""
-
 PROBE_S = 1.0
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What clients together and each of them may take."""
-
-    connections_max: int = 256
-    unsent_frames_max: int = 16
-    unsent_bytes_max: int = PAYLOAD_BYTES_MAX
-    receiving_bytes_max: int = 256 * 1024 * 1024
-    idle_ms_max: int = 600_000
-    stall_ms_max: int = 10_000
-    drain_s_max: float = 5.0
-
-
-@dataclass(slots=True)
-class _Reply:
-    """An answer on its way out, and what is measured when it has left."""
-
-    op: str
-    buffers: list[Buffer]
-    size_bytes: int
-    span: Span
-    began_s: float
-
-
-class _Connection(FrameProtocol[Request]):
-    """One client."""
-
-    def __init__(self, server: CacheServer) -> None:
-        super().__init__(decode_request, self._choose)
-        self._server = server
-        self._unsent: deque[_Reply] = deque()
-        self._unsent_bytes = 0
-        self._receiving_bytes = 0
-        self._writer: asyncio.Task[None] | None = None
-        self._paused = False
-        self._began_ns = 0
-        self._began_s = 0.0
-        self._heard_ms = server.clock.now_ms()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        _widen(transport)
-        if not self._server.join(self):
-            self.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._release()
-        self._server.leave(self)
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._heard_ms = self._server.clock.now_ms()
-        super().buffer_updated(nbytes)
-
-    def _choose(self, request: Request) -> Sequence[bool]:
-        self._began_ns = self._server.clock.wall_ns()
-        self._began_s = asyncio.get_running_loop().time()
-        wanted, self._receiving_bytes = self._server.choose(request)
-        return wanted
-
-    def _release(self) -> None:
-        self._server.receiving_bytes -= self._receiving_bytes
-        self._receiving_bytes = 0
-
-    def frame_received(self, message: Request, parts: list[memoryview | None]) -> None:
-        self._release()
-        reply = self._server.answer(message, parts, self._began_ns, self._began_s)
-        self._unsent.append(reply)
-        self._unsent_bytes += reply.size_bytes
-        self._set_paused()
-        if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write_unsent())
-
-    def malformed(self, error: WireError) -> None:
-        log.warning("malformed frame, connection closed", error=error.message)
-
-    def _set_paused(self) -> None:
-        limits = self._server.limits
-        full = (
-            len(self._unsent) >= limits.unsent_frames_max
-            or self._unsent_bytes >= limits.unsent_bytes_max
-            or self._server.stopping
-        )
-        if full != self._paused and not self.closed and not self.transport.is_closing():
-            self._paused = full
-            if full:
-                self.transport.pause_reading()
-            else:
-                self.transport.resume_reading()
-                self._heard_ms = self._server.clock.now_ms()
-
-    async def _write_unsent(self) -> None:
-        try:
-            while self._unsent:
-                reply = self._unsent[0]
-                await self.send(reply.buffers, self._server.limits.stall_ms_max / 1000)
-                self._unsent.popleft()
-                self._unsent_bytes -= reply.size_bytes
-                self._server.sent(reply)
-                self._set_paused()
-        except ConnectionError as error:
-            log.debug("client gone before its answer", reason=str(error))
-        finally:
-            self._writer = None
-            for reply in self._unsent:
-                self._server.lost(reply)
-            self._unsent.clear()
-
-    def sweep(self, now_ms: int) -> None:
-        """End the connection if it has been silent for too long."""
-        silent_ms = now_ms - self._heard_ms
-        if self._paused or self._writer is not None:
-            return
-        if not self._reader.idle and silent_ms > self._server.limits.stall_ms_max:
-            log.warning("client stalled within a frame", silent_ms=silent_ms)
-            self.abort()
-        elif silent_ms > self._server.limits.idle_ms_max:
-            self.transport.close()
-
-    async def finish(self) -> None:
-        """Read no more, send what is unsent, close."""
-        self._set_paused()
-        if self._writer is not None:
-            await asyncio.wait({self._writer})
-        if not self.closed:
-            self.transport.close()
 
 
 class CacheServer:
     """Serves one store on one address."""
 
     def __init__(
-        self, store: Store, clock: Clock | None = None, limits: Limits | None = None
+        self,
+        store: Store,
+        clock: Clock | None = None,
+        limits: Limits | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         self.store = store
         self.clock: Clock = clock or SystemClock()
+        self.tiers = Tiers(store, disk, self.clock)
         self.limits = limits or Limits()
         self.metrics = Metrics(self.snapshot)
-        self.receiving_bytes = 0
+        self.management = Management(self.tiers)
         self.stopping = False
-        self._connections: set[_Connection] = set()
+        self._seats = itertools.count(1)
+        self._connections: dict[int, Connection] = {}  # by seat
+        self._gone: set[int] = set()
+        """Seats of ended connections whose clients still have the arena mapped."""
         self._empty = asyncio.Event()
         self._listener: asyncio.AbstractServer | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._trimmer: asyncio.Handle | None = None
         self._path = ""
 
     async def start(self, address: Address) -> Address:
@@ -210,6 +99,7 @@ class CacheServer:
         Raises SettingsError when the address cannot be had.
         """
         loop = asyncio.get_running_loop()
+        await self.tiers.start()
         try:
             if address.path:
                 unix = _unix_socket(address.path)
@@ -236,33 +126,45 @@ class CacheServer:
             self._sweeper.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.limits.drain_s_max):
-                await asyncio.gather(*(each.finish() for each in list(self._connections)))
+                await asyncio.gather(*(each.finish() for each in list(self._connections.values())))
                 await self._wait_empty()
-        for connection in list(self._connections):
+        for connection in list(self._connections.values()):
             connection.abort()
         await self._wait_empty()
         await self.metrics.close()
+        await self.tiers.close()
 
     async def _wait_empty(self) -> None:
         while self._connections:
             self._empty.clear()
             await self._empty.wait()
 
-    def _accept(self) -> _Connection:
-        return _Connection(self)
+    def _accept(self) -> Connection:
+        return Connection(self, next(self._seats))
 
-    def join(self, connection: _Connection) -> bool:
+    def join(self, connection: Connection) -> bool:
         """Whether there is room for one more connection; it is counted then."""
         if self.stopping or len(self._connections) >= self.limits.connections_max:
             log.warning("connection refused", connections=len(self._connections))
             return False
-        self._connections.add(connection)
+        self._connections[connection.seat] = connection
         return True
 
-    def leave(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
+    def leave(self, connection: Connection) -> None:
+        """Forget an ended connection, and end what it held if its client cannot touch it."""
+        self._connections.pop(connection.seat, None)
+        if connection.has_arena:
+            self._gone.add(connection.seat)
+            self._end_gone()
+        else:
+            self.store.end_all(connection.seat)
         if not self._connections:
             self._empty.set()
+
+    def _end_gone(self) -> None:
+        for seat in [seat for seat in self._gone if not self.store.arena.is_mapped_by(seat)]:
+            self._gone.remove(seat)
+            self.store.end_all(seat)
 
     async def _sweep_for_ever(self) -> None:
         while True:
@@ -270,120 +172,198 @@ class CacheServer:
             self.sweep()
 
     def sweep(self) -> None:
-        """End connections that stalled or have long been idle."""
+        """End connections that stalled, have long been idle or keep what they were lent."""
         now_ms = self.clock.now_ms()
-        for connection in list(self._connections):
+        for connection in list(self._connections.values()):
             connection.sweep(now_ms)
+        for seat in self.store.leases.overdue(now_ms - self.limits.lease_ms_max):
+            if seat in self._connections:
+                log.warning("client keeps what it was lent, connection closed")
+                self._connections[seat].abort()
+        self._end_gone()
 
-    def choose(self, request: Request) -> tuple[Sequence[bool], int]:
-        """Which entries of a put are worth receiving, and the bytes counted as being received."""
-        if not isinstance(request, Put):
-            return (), 0
-        store = self.store
-        wanted = [facts.key not in store and store.can_hold(facts) for facts in request.entries]
-        size_bytes = sum(
-            facts.size_bytes for facts, want in zip(request.entries, wanted, strict=True) if want
-        )
-        if self.receiving_bytes + size_bytes > self.limits.receiving_bytes_max:
-            return [False] * len(wanted), 0
-        self.receiving_bytes += size_bytes
-        return wanted, size_bytes
+    def _trim_soon(self) -> None:
+        """Once the answer is on its way, and its client has something to copy."""
+        if self._trimmer is None:
+            self._trimmer = asyncio.get_running_loop().call_soon(self._trim)
+
+    def _trim(self) -> None:
+        self._trimmer = None
+        if self.store.trim(self.clock.now_ms()):
+            self._trim_soon()
+
+    def places(self, connection: Connection, put: Put) -> Sequence[Place]:
+        """Where the entries of a put are received: in the arena, or nowhere."""
+        reservation = self.store.reserve(connection.seat, put.entries, self.clock.now_ms())
+        self._trim_soon()
+        connection.receiving = reservation.ticket
+        connection.outcomes = reservation.outcomes
+        return [
+            place != NOWHERE and self.store.arena.view(place, facts.size_bytes)
+            for place, facts in zip(reservation.places, put.entries, strict=True)
+        ]
 
     def answer(
-        self,
-        request: Request,
-        parts: list[memoryview | None],
-        began_ns: int,
-        began_s: float,
-    ) -> _Reply:
-        """Do what `request` asks. Never waits."""
+        self, connection: Connection, request: Request, began_ns: int, began_s: float
+    ) -> Reply | Awaitable[Reply] | None:
+        """Do what `request` asks. Never waits. Raises WireError, which ends the connection."""
         match request:
             case Get():
-                return self._get(request, began_ns, began_s)
+                return self._get(connection, request, began_ns, began_s)
             case Put():
-                return self._put(request, parts, began_ns, began_s)
+                return self._put(connection, request, began_ns, began_s)
+            case Release():
+                self.store.end(connection.seat, request.lease)
+                return None
+            case Reserve():
+                return self._reserve(connection, request, began_ns, began_s)
+            case Commit():
+                seat, now_ms = connection.seat, self.clock.now_ms()
+                kept = self.store.commit(seat, request.ticket, request.crcs, now_ms)
+                return Reply("commit", Counted(request.id, kept), began_s)
+            case Hello():
+                return Reply("hello", self._welcome(connection, request), began_s)
             case Has():
-                known = Known(request.id, tuple(key in self.store for key in request.keys))
-                return _reply("has", known, began_s)
+                known = Known(request.id, tuple(key in self.tiers for key in request.keys))
+                return Reply("has", known, began_s)
             case Verify():
-                dropped = sum(self.store.verify(key) for key in request.keys)
-                return _reply("verify", Counted(request.id, dropped), began_s)
+                dropped = sum(self.tiers.verify(key) for key in request.keys)
+                return Reply("verify", Counted(request.id, dropped), began_s)
             case Ask(op="ping"):
-                return _reply("ping", Counted(request.id, 0), began_s)
+                return Reply("ping", Counted(request.id, 0), began_s)
             case Ask():
-                return _reply("stats", Stats(request.id, self.snapshot()), began_s)
+                return Reply("stats", Stats(request.id, self.snapshot()), began_s)
+            case Manage():
+                return self._manage(request, began_s)
 
-    def _get(self, request: Get, began_ns: int, began_s: float) -> _Reply:
-        run = self.store.get_run(request.keys, self.clock.now_ms(), PAYLOAD_BYTES_MAX, request.band)
-        facts = [stored.facts for stored in run.entries]
-        found = Found(
-            request.id,
-            tuple(each.size_bytes for each in facts),
-            tuple(each.crc for each in facts),
-            run.more,
+    def _welcome(self, connection: Connection, request: Hello) -> Welcome:
+        arena = self.store.arena
+        return Welcome(request.id, arena.path, arena.nonce, arena.mapped_bytes, connection.seat)
+
+    def _check_arena(self, connection: Connection) -> None:
+        """Raises WireError if the client cannot have the arena mapped."""
+        if not connection.has_arena:
+            if not self.store.arena.is_mapped_by(connection.seat):
+                raise WireError("nothing is lent to who has not mapped the arena")
+            connection.has_arena = True
+
+    def _get(
+        self, connection: Connection, request: Get, began_ns: int, began_s: float
+    ) -> Reply | Awaitable[Reply]:
+        limit_bytes = PAYLOAD_BYTES_MAX
+        if isinstance(request, Lend):
+            self._check_arena(connection)
+            limit_bytes = self.limits.lent_bytes_max - self.store.leases.held_bytes(connection.seat)
+        wanted = Wanted(request.keys, max(0, limit_bytes), request.band, request.layout)
+        loan = self.tiers.lend(connection.seat, wanted)
+        if isinstance(loan, Loan):
+            return self._found(request, loan, began_ns, began_s)
+        return self._found_later(request, loan, began_ns, began_s)
+
+    async def _found_later(
+        self, request: Get, awaited: Awaitable[Loan], began_ns: int, began_s: float
+    ) -> Reply:
+        """The answer once what is on disk was read."""
+        return self._found(request, await awaited, began_ns, began_s)
+
+    def _found(self, request: Get, loan: Loan, began_ns: int, began_s: float) -> Reply:
+        run = (request.id, loan.sizes, loan.crcs, loan.more, loan.tiers)
+        if isinstance(request, Lend):
+            reply = Reply("lend", Lent(*run, loan.lease, loan.places), began_s)
+        else:
+            views = [
+                self.store.arena.view(place, size)
+                for place, size in zip(loan.places, loan.sizes, strict=True)
+            ]
+            reply = Reply("get", Found(*run), began_s, views, lease=loan.lease)
+        reply.span = _server_span(
+            "cache get",
+            request.trace,
+            began_ns,
+            {
+                "headrace.cache.kind": request.keys[0].kind,
+                "headrace.cache.keys": len(request.keys),
+                "headrace.cache.hits": len(loan.places),
+                "headrace.cache.bytes": loan.bytes,
+                "headrace.cache.from_disk": loan.tiers.count(DISK),
+                "headrace.cache.saved_ms": loan.saved_us / 1000,
+            },
         )
-        attributes: dict[str, str | int] = {
-            "headrace.cache.kind": request.keys[0].kind,
-            "headrace.cache.keys": len(request.keys),
-            "headrace.cache.hits": len(facts),
-            "headrace.cache.bytes": run.bytes,
-        }
-        reply = _reply("get", found, began_s)
-        reply.buffers.extend(stored.data for stored in run.entries)
-        reply.size_bytes += run.bytes
-        reply.span = _server_span("cache get", request.trace, began_ns, attributes)
         return reply
 
-    def _put(
-        self, request: Put, parts: list[memoryview | None], began_ns: int, began_s: float
-    ) -> _Reply:
-        now_ms = self.clock.now_ms()
-        outcomes = [
-            self.store.put(facts, part, now_ms)
-            for facts, part in zip(request.entries, parts, strict=True)
+    def _put(self, connection: Connection, request: Put, began_ns: int, began_s: float) -> Reply:
+        outcomes = connection.outcomes
+        crcs = [
+            facts.crc
+            for facts, outcome in zip(request.entries, outcomes, strict=True)
+            if outcome is Outcome.KEPT
         ]
-        present = outcomes.count(Outcome.PRESENT)
+        self.store.commit(connection.seat, connection.receiving, crcs, self.clock.now_ms())
         held = sum(facts.key in self.store for facts in request.entries)
-        attributes: dict[str, str | int] = {
-            "headrace.cache.kind": request.entries[0].key.kind,
-            "headrace.cache.keys": len(outcomes),
-            "headrace.cache.hits": present,
-            "headrace.cache.kept": outcomes.count(Outcome.KEPT),
-            "headrace.cache.bytes": sum(request.sizes),
-        }
-        reply = _reply("put", Counted(request.id, held), began_s)
-        reply.span = _server_span("cache put", request.trace, began_ns, attributes)
+        reply = Reply("put", Counted(request.id, held), began_s)
+        reply.span = _put_span(request, outcomes, began_ns)
         return reply
+
+    def _reserve(
+        self, connection: Connection, request: Reserve, began_ns: int, began_s: float
+    ) -> Reply:
+        self._check_arena(connection)
+        reservation = self.store.reserve(connection.seat, request.entries, self.clock.now_ms())
+        self._trim_soon()
+        held = reservation.outcomes.count(Outcome.PRESENT)
+        reserved = Reserved(request.id, reservation.ticket, reservation.places, held)
+        reply = Reply("reserve", reserved, began_s)
+        reply.span = _put_span(request, reservation.outcomes, began_ns)
+        return reply
+
+    async def _manage(self, request: Manage, began_s: float) -> Reply:
+        """The answer once the disk did its part. Raises WireError."""
+        asked = cache_admin.decode_request(request.values)
+        answer = manage(self.management, asked, self.clock.now_ms())
+        await self.management.settled()
+        return Reply("manage", Stats(request.id, cache_admin.encode(answer)), began_s)
 
     def snapshot(self) -> dict[str, Any]:
         """The store's statistics and the number of connections."""
-        return self.store.stats() | {"connections": len(self._connections)}
+        return self.tiers.stats() | {"connections": len(self._connections)}
 
-    def sent(self, reply: _Reply) -> None:
+    def sent(self, connection: Connection, reply: Reply) -> None:
         """`reply` was handed to the kernel."""
+        self.store.end(connection.seat, reply.lease)
         reply.span.end(self.clock.wall_ns())
         elapsed_s = asyncio.get_running_loop().time() - reply.began_s
         self.metrics.seconds.labels(reply.op).observe(elapsed_s)
 
-    def lost(self, reply: _Reply) -> None:
+    def lost(self, connection: Connection, reply: Reply) -> None:
         """The client of `reply` is gone, or did not read it."""
+        self.store.end(connection.seat, reply.lease)
         reply.span.set_status(trace.StatusCode.ERROR, "the client did not read the answer")
         reply.span.end(self.clock.wall_ns())
 
     def check_integrity(self) -> None:
         """Assert that the store is whole, and when no client is there that nothing is held."""
         self.store.check_integrity()
-        assert self.receiving_bytes >= 0, "what is released was counted"
-        assert self._connections or self.receiving_bytes == 0, "the gone hold no bytes"
+        held = len(self.store.leases) + self.store.reserved_bytes
+        assert self._connections or self._gone or not held, "the gone hold nothing"
 
 
-def _reply(op: str, answer: Answer, began_s: float) -> _Reply:
-    head = encode(answer)
-    return _Reply(op, [head], len(head), trace.INVALID_SPAN, began_s)
+def _put_span(request: Put | Reserve, outcomes: Sequence[Outcome], began_ns: int) -> Span:
+    return _server_span(
+        "cache put",
+        request.trace,
+        began_ns,
+        {
+            "headrace.cache.kind": request.entries[0].key.kind,
+            "headrace.cache.keys": len(outcomes),
+            "headrace.cache.hits": outcomes.count(Outcome.PRESENT),
+            "headrace.cache.kept": outcomes.count(Outcome.KEPT),
+            "headrace.cache.bytes": sum(facts.size_bytes for facts in request.entries),
+        },
+    )
 
 
 def _server_span(
-    name: str, carrier: Mapping[str, str], start_ns: int, attributes: Mapping[str, str | int]
+    name: str, carrier: Mapping[str, str], start_ns: int, attributes: Mapping[str, str | float]
 ) -> Span:
     """A SERVER span under the caller's; none where the caller is not traced."""
     if not carrier or not telemetry.enabled():
@@ -395,14 +375,6 @@ def _server_span(
         attributes=attributes,
         start_time=start_ns,
     )
-
-
-def _widen(transport: asyncio.BaseTransport) -> None:
-    """Larger socket buffers: fewer turns of the event loop for each megabyte."""
-    connection = transport.get_extra_info("socket")
-    if connection is not None:
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            connection.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
 
 
 def _unix_socket(path: str) -> socket.socket:

@@ -68,7 +68,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def main() -> None:
     settings = config.load_or_exit(GatewaySettings)
     try:
-        tenants = load_tenants(settings.api_keys)
+        tenants = load_tenants(settings.api_keys, prompt_entries=settings.prompt_entries)
     except SettingsError as error:
         print(f"headrace: bad setting: {error.message}", file=sys.stderr)
         raise SystemExit(2) from error

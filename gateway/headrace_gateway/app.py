@@ -9,7 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from headrace.clock import Clock
-from headrace_gateway.api import health, models
+from headrace_gateway.api import cache, health, models
 from headrace_gateway.api.chat import chat_completions
 from headrace_gateway.api.completions import completions
 from headrace_gateway.api.context import GATEWAY, FleetSeam, Gateway
@@ -43,6 +43,7 @@ def make_app(
             web.get("/ready", health.ready),
             web.get("/health", health.health),
             web.get("/metrics", health.metrics),
+            *(web.route(method, path, handler) for (method, path), handler in cache.ROUTES.items()),
         ]
     )
     app.on_response_prepare.append(add_reply_headers)
@@ -68,4 +69,7 @@ async def _on_shutdown(app: web.Application) -> None:
 
 
 async def _on_cleanup(app: web.Application) -> None:
-    await app[GATEWAY].grammars.close()
+    gateway = app[GATEWAY]
+    await gateway.grammars.close()
+    if gateway.cache is not None:
+        await gateway.cache.close()

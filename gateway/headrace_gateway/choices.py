@@ -145,6 +145,7 @@ class Choice:
         self.reason = ""
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.cache_write_tokens = 0
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.logprob_sum = 0.0
         self._source = source
@@ -171,6 +172,7 @@ class Choice:
         before = self.completion_tokens
         events = self._take(chunk)
         self.cached_tokens = chunk.cached_tokens
+        self.cache_write_tokens = max(self.cache_write_tokens, chunk.cache_write_tokens)
         self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
         if self._ended:
             self.finish = FinishReason.STOP

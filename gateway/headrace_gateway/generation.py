@@ -44,8 +44,9 @@ class Standing:
 class Chunk:
     """New output tokens, and the finish once the job has ended.
 
-    `cached_tokens`: prompt tokens that came from a cache. `logprobs`: one for each of `tokens`
-    where the job asked for them, else none. `prompt_logprobs` as in Delta, with the first chunk.
+    `cached_tokens`: prompt tokens that came from a cache; `cache_write_tokens`: those written into
+    one. `logprobs`: one for each of `tokens` where the job asked for them, else none.
+    `prompt_logprobs` as in Delta, with the first chunk.
     A chunk with a `standing` tells of the queue and holds nothing else; none comes after tokens.
     """
 
@@ -55,17 +56,21 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     standing: Standing | None = None
+    cache_write_tokens: int = 0
 
 
 class Generation:
-    """What a request handler holds of a job. `accepted_id` is its entry in the intake stream."""
+    """What a request handler holds of a job. `accepted_id` is its entry in the intake stream.
+
+    Tokens that the job has from the start (`Job.logged`) count as read.
+    """
 
     def __init__(self, job: Job, drop: Callable[[Generation], Awaitable[None]]) -> None:
         self.job = job
         self.accepted_id = ""
         self._drop = drop
-        self._log = ReplyLog()
-        self._cursor = 0
+        self._log = ReplyLog(job.attempt, job.logged)
+        self._cursor = len(job.logged)
         self._failure: HeadraceError | None = None
         self._news = asyncio.Event()
         self._told: Standing | None = None
@@ -165,6 +170,7 @@ class Generation:
             log.cached_tokens,
             tuple(logprobs),
             () if first else log.prompt_logprobs,
+            cache_write_tokens=log.cache_write_tokens,
         )
 
     async def cancel(self) -> None:

@@ -11,6 +11,7 @@ from opentelemetry.trace import Span, SpanKind
 from headrace import keys, telemetry
 from headrace.policy.priority import due_ms
 from headrace_gateway.policy.dispatch import Decision
+from headrace_gateway.policy.fetching import Spared
 from headrace_gateway.policy.routing import Route, Score
 
 
@@ -71,12 +72,15 @@ def route_attributes(route: Route) -> dict[str, str | int | list[str]]:
         "headrace.route.worker": route.worker,
         "headrace.route.reason": route.reason,
         "headrace.route.cached_blocks": route.cached_blocks,
-        "headrace.route.scores": [_words(score) for score in route.scores],
+        "headrace.route.shared_blocks": route.spared.blocks,
+        "headrace.route.spared_tokens": route.spared.tokens,
+        "headrace.route.scores": [_words(score, route.spared) for score in route.scores],
     }
 
 
-def _words(score: Score) -> str:
+def _words(score: Score, spared: Spared) -> str:
+    fetched = f" or fetch ({spared.blocks} blocks)" if spared.blocks else ""
     return (
         f"{score.worker}: {score.verdict}, cost {score.cost:.0f}, "
-        f"{score.uncached_tokens} tokens to compute, {score.jobs} jobs"
+        f"{score.uncached_tokens} tokens to compute{fetched}, {score.jobs} jobs"
     )

@@ -82,6 +82,19 @@ class GatewayMetrics:
             ["model", "band", "stage"],
             registry=self.registry,
         )
+        self.prompt_answers = Counter(
+            "headrace_gateway_prompt_answers",
+            "Deterministic jobs of tenants that opted in; way is entry (kept from before), "
+            "followed (the same request was being computed) or computed",
+            ["model", "way"],
+            registry=self.registry,
+        )
+        self.prompt_saved = Counter(
+            "headrace_gateway_prompt_saved_seconds",
+            "What kept outputs took when they were computed, summed up each time one was told",
+            ["model"],
+            registry=self.registry,
+        )
         self.duration = Histogram(
             "headrace_gateway_request_duration_seconds",
             "From the arrival of a generation request to its end",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import secrets
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from headrace.cache_directory import AUTO
 from headrace.config import ServiceSettings
+from headrace.errors import SettingsError
+from headrace.frames import parse_address
 from headrace_gateway.policy.admission import AdmissionLimits
 
 
@@ -34,7 +37,23 @@ class GatewaySettings(ServiceSettings):
         description="`key`, `key:tenant` or `key:tenant:band+band`, comma separated, or `@file` "
         "with one a line; empty lets everyone in as tenant `default`. Behind an entry, after "
         "spaces: `weight=` (the tenant's share), `requests_per_minute=`, `tokens_per_minute=` and "
-        "`concurrency=` of the key, over all gateways",
+        "`concurrency=` of the key, over all gateways; `prompt_entries=` and `sharing_group=` of "
+        "the tenant; `admin=true` for a key that administers the cache",
+    )
+
+    prompt_entries: bool = Field(
+        default=False,
+        description="tenants that do not say (`prompt_entries=`) get deterministic requests "
+        "answered with what was answered before, and share what is being computed",
+    )
+    cache_url: str = Field(
+        default="",
+        description="the cache service, tcp://host:port or unix:///path, several with commas, or "
+        "`auto` for those that Redis knows; empty: none, so that nothing is kept between requests "
+        "and nothing can be administered",
+    )
+    cache_timeout_ms: int = Field(
+        default=200, ge=1, description="a lookup that takes longer is a miss"
     )
 
     queue_jobs_max: int = Field(
@@ -73,6 +92,17 @@ class GatewaySettings(ServiceSettings):
     ws_lanes_max: int = Field(default=16, ge=1, description="busy lanes of one connection")
     ws_queue_max: int = Field(default=64, ge=1, description="turns waiting in one connection")
     ws_heartbeat_ms: int = Field(default=20_000, ge=100)
+
+    @field_validator("cache_url")
+    @classmethod
+    def _check_addresses(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        try:
+            for name in [] if names == [AUTO] else names:
+                parse_address(name)
+        except SettingsError as error:
+            raise ValueError(error.message) from error
+        return ",".join(names)
 
     @property
     def admission(self) -> AdmissionLimits:

@@ -1,6 +1,7 @@
 """Who calls: API key → Tenant, with its share and what the key may use.
 
-An entry is `key`, `key:tenant` or `key:tenant:band+band`, then, after spaces, any of OPTIONS.
+An entry is `key`, `key:tenant` or `key:tenant:band+band`, then, after spaces, any of OPTIONS. Of
+these `weight`, `prompt_entries` and `sharing_group` are the tenant's, the others the key's.
 
 Invariant: keys are kept as SHA-256 digests and compared in constant time, and no message shows any
 part of an entry, which may be a key where it is misspelt. Rejected: a dict lookup by key, whose
@@ -12,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from headrace.errors import AuthError, SettingsError
 from headrace.types import Band
@@ -26,12 +28,15 @@ KEYS_MAX = 4_096
 WEIGHT_MIN, WEIGHT_MAX = 0.01, 1_000.0
 LIMIT_MAX = 10**9
 LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency")
-OPTIONS = ("weight", *LIMITS)
+FLAGS = ("prompt_entries", "admin")
+OPTIONS = ("weight", *LIMITS, *FLAGS, "sharing_group")
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WEIGHT = re.compile(r"[0-9]{1,4}(\.[0-9]{1,6})?")
 _LIMIT = re.compile(r"[0-9]{1,10}")
+_FLAG = re.compile(r"true|false")
 _SALT_DOMAIN = b"headrace-tenant\0"
+_GROUP_DOMAIN = b"headrace-sharing-group\0"
 _LIMIT_DOMAIN = b"headrace-limit\0"
 
 
@@ -52,7 +57,10 @@ class KeyLimits:
 class Tenant:
     """Who pays. `salt` separates this tenant's entries in every cache.
 
-    `weight` is its share beside other tenants. `limits` are those of the key that was used.
+    Tenants of one sharing group have one salt: they see each other's entries, and can tell by
+    timing what the others asked. `weight` is its share beside other tenants. `prompt_entries`: its
+    deterministic requests may be answered with what the same request was answered before. `limits`
+    and `admin` are those of the key that was used; an admin sees and changes everybody's entries.
     """
 
     name: str
@@ -60,6 +68,8 @@ class Tenant:
     bands: frozenset[Band] = ALL_BANDS
     weight: float = 1.0
     limits: KeyLimits | None = None
+    prompt_entries: bool = False
+    admin: bool = False
 
     def grant(self, asked: Band) -> Band:
         """The Band this tenant gets when it asks for `asked`.
@@ -73,27 +83,32 @@ class Tenant:
         return min(below) if below else max(self.bands)
 
 
-def make_tenant(
-    name: str,
-    bands: frozenset[Band] = ALL_BANDS,
-    weight: float = 1.0,
-    limits: KeyLimits | None = None,
-) -> Tenant:
-    """A Tenant whose salt follows from its name, so that every gateway has the same."""
-    salt = hashlib.sha256(_SALT_DOMAIN + name.encode()).digest()[:16]
-    return Tenant(name, salt, bands, weight, limits)
+def salt_of(name: str, group: str = "") -> bytes:
+    """The salt of a tenant, or of its group: it follows from the name, at every gateway."""
+    domain, named = (_GROUP_DOMAIN, group) if group else (_SALT_DOMAIN, name)
+    return hashlib.sha256(domain + named.encode()).digest()[:16]
 
 
 class Tenants:
     """The known keys; without any, everyone is the tenant `default`."""
 
-    def __init__(self, keys: Sequence[tuple[bytes, Tenant]] = ()) -> None:
+    def __init__(
+        self, keys: Sequence[tuple[bytes, Tenant]] = (), *, prompt_entries: bool = False
+    ) -> None:
         self._keys = tuple(keys)
-        self._open = make_tenant(DEFAULT_TENANT)
+        self._open = Tenant(
+            DEFAULT_TENANT, salt_of(DEFAULT_TENANT), prompt_entries=prompt_entries, admin=True
+        )
 
     @property
     def open_to_all(self) -> bool:
         return not self._keys
+
+    @property
+    def salts(self) -> dict[str, bytes]:
+        """Each tenant's salt, by its name."""
+        known = {tenant.name: tenant.salt for _, tenant in self._keys}
+        return known or {self._open.name: self._open.salt}
 
     def identify(self, authorization: str | None) -> Tenant:
         """The Tenant that an `Authorization` header names. Raises AuthError (401)."""
@@ -119,8 +134,11 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def load_tenants(setting: str) -> Tenants:
-    """`Tenants` from the value of HEADRACE_API_KEYS. Raises SettingsError without naming a key."""
+def load_tenants(setting: str, *, prompt_entries: bool = False) -> Tenants:
+    """`Tenants` from the value of HEADRACE_API_KEYS. Raises SettingsError without naming a key.
+
+    `prompt_entries` is for the tenants whose entries do not say.
+    """
     text = setting.strip()
     if text.startswith("@"):
         lines = _read_lines(Path(text[1:]).expanduser())
@@ -135,13 +153,25 @@ def load_tenants(setting: str) -> Tenants:
     entries = [_parse(part.strip(), f"{where} {at}") for at, part in lines]
     if len({entry.digest for entry in entries}) != len(entries):
         raise SettingsError(f"{VARIABLE}: a key stands there twice")
-    weights = _weights(entries)
-    return Tenants(
-        [
-            (e.digest, make_tenant(e.tenant, e.bands, weights.get(e.tenant, 1.0), e.limits))
-            for e in entries
-        ]
-    )
+    weights = _settled(entries, lambda entry: entry.weight, "weight")
+    groups = _settled(entries, lambda entry: entry.group, "sharing_group")
+    sharing = _settled(entries, lambda entry: entry.prompt_entries, "prompt_entries")
+    keys = [
+        (
+            entry.digest,
+            Tenant(
+                entry.tenant,
+                salt_of(entry.tenant, groups.get(entry.tenant, "")),
+                entry.bands,
+                weights.get(entry.tenant, 1.0),
+                entry.limits,
+                sharing.get(entry.tenant, prompt_entries),
+                entry.admin,
+            ),
+        )
+        for entry in entries
+    ]
+    return Tenants(keys, prompt_entries=prompt_entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +180,11 @@ class _Entry:
     digest: bytes
     tenant: str
     bands: frozenset[Band]
-    weight: float | None
     limits: KeyLimits | None
+    weight: float | None = None
+    group: str | None = None
+    prompt_entries: bool | None = None
+    admin: bool = False
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:
@@ -175,15 +208,17 @@ def _parse(entry: str, where: str) -> _Entry:
             f"{VARIABLE}: {where}: a tenant's name is letters, digits and . _ - only"
         )
     given = _parse_options(options, where)
-    weight = given.pop("weight", None)
-    limits = {option: int(value) for option, value in given.items()}
+    limits = {option: given[option] for option in LIMITS if option in given}
     return _Entry(
         where,
         _digest(key),
         name,
         _parse_bands(band_names, where),
-        weight,
         KeyLimits(_limit_id(key), **limits) if limits else None,
+        given.get("weight"),
+        given.get("sharing_group"),
+        given.get("prompt_entries"),
+        given.get("admin", False),
     )
 
 
@@ -191,34 +226,60 @@ def _limit_id(key: str) -> str:
     return hashlib.sha256(_LIMIT_DOMAIN + key.encode()).hexdigest()[:32]
 
 
-def _parse_options(options: Sequence[str], where: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _parse_options(options: Sequence[str], where: str) -> dict[str, Any]:
+    """Each option's value, of its own type."""
+    found: dict[str, Any] = {}
     for option in options:
         name, _, text = option.partition("=")
         if name not in OPTIONS or name in found:
             raise SettingsError(
                 f"{VARIABLE}: {where}: after a space come {'=, '.join(OPTIONS)}=, each once at most"
             )
-        is_weight = name == "weight"
-        low, high = (WEIGHT_MIN, WEIGHT_MAX) if is_weight else (1, LIMIT_MAX)
-        if not (_WEIGHT if is_weight else _LIMIT).fullmatch(text) or not low <= float(text) <= high:
-            kind = "a number" if is_weight else "a whole number"
-            raise SettingsError(
-                f"{VARIABLE}: {where}: {name} is {kind} between {low:g} and {high:g}"
-            )
-        found[name] = float(text)
+        read, kind = _KINDS[name]
+        value = read(text)
+        if value is None:
+            raise SettingsError(f"{VARIABLE}: {where}: {name} is {kind}")
+        found[name] = value
     return found
 
 
-def _weights(entries: Sequence[_Entry]) -> dict[str, float]:
-    """Each tenant's weight; the entries that give none take it from those that do."""
-    found: dict[str, float] = {}
+def _read_weight(text: str) -> float | None:
+    found = bool(_WEIGHT.fullmatch(text)) and WEIGHT_MIN <= float(text) <= WEIGHT_MAX
+    return float(text) if found else None
+
+
+def _read_limit(text: str) -> int | None:
+    return int(text) if _LIMIT.fullmatch(text) and 1 <= int(text) <= LIMIT_MAX else None
+
+
+def _read_flag(text: str) -> bool | None:
+    return text == "true" if _FLAG.fullmatch(text) else None
+
+
+def _read_name(text: str) -> str | None:
+    return text if _TENANT.fullmatch(text) else None
+
+
+_KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "weight": (_read_weight, f"a number between {WEIGHT_MIN:g} and {WEIGHT_MAX:g}"),
+    **dict.fromkeys(LIMITS, (_read_limit, f"a whole number between 1 and {LIMIT_MAX:g}")),
+    **dict.fromkeys(FLAGS, (_read_flag, "true or false")),
+    "sharing_group": (_read_name, "letters, digits and . _ - only"),
+}
+
+V = TypeVar("V", float, str, bool)
+
+
+def _settled(
+    entries: Sequence[_Entry], value_of: Callable[[_Entry], V | None], name: str
+) -> dict[str, V]:
+    """A tenant's own option: the entries that do not give it take it from those that do."""
+    found: dict[str, V] = {}
     for entry in entries:
-        if entry.weight is None:
-            continue
-        if found.setdefault(entry.tenant, entry.weight) != entry.weight:
+        value = value_of(entry)
+        if value is not None and found.setdefault(entry.tenant, value) != value:
             raise SettingsError(
-                f"{VARIABLE}: {entry.where}: this tenant has another weight in an earlier entry"
+                f"{VARIABLE}: {entry.where}: this tenant has another {name} in an earlier entry"
             )
     return found
 

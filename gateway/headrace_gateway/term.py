@@ -29,6 +29,7 @@ from headrace_gateway.policy.dispatch import Decision, DispatchPolicy, reason_of
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.rescue import Rescuer
 from headrace_gateway.roster import Roster
+from headrace_gateway.shared_watch import SharedWatch
 
 log = structlog.get_logger()
 
@@ -58,6 +59,7 @@ class Term:
         self.policy = DispatchPolicy()
         self.roster = Roster(redis, model)
         self._watch = FleetWatch(redis, model, self.policy, self.roster, clock)
+        self._shared = SharedWatch(url, redis, model, self.policy.shared.index)
         self._rescuer = Rescuer(redis, lua, model, token)
         self._intake = Tail(url, keys.intake(model))
         self._events = Tail(url, keys.events(model), after="$")
@@ -80,6 +82,7 @@ class Term:
             self._read_events(),
             self._refresh_loop(),
             self._dispatch_loop(),
+            self._shared.run(),
         ]
 
     async def close(self) -> None:

@@ -10,82 +10,64 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
+from headrace.arena_view import ArenaView
+from headrace.cache_entries import (
+    BATCH_ENTRIES_MAX,
+    Entry,
+    PutEntry,
+    WriteEntry,
+    check_entry,
+    check_layout,
+    keys_of,
+)
 from headrace.cache_lane import ClientCounts, Lane
+from headrace.cache_reads import ReadRun, Wish, read_run
+from headrace.cache_writes import write_entries
 from headrace.clock import Clock, SystemClock
 from headrace.frames import (
-    COST_MAX,
-    DEPTH_MAX,
-    ENTRY_BYTES_MAX,
-    KINDS,
     KV,
-    TENANT_CHARS_MAX,
     Ask,
-    Buffer,
     Counted,
-    EntryFacts,
     EntryKey,
-    Found,
-    Get,
     Has,
     Known,
-    Put,
+    Manage,
     Stats,
     Verify,
     parse_address,
 )
-from headrace.policy.hashing import HASH_BYTES
 from headrace.types import Band
+
+__all__ = ["CacheClient", "Entry", "PutEntry", "ReadRun", "WriteEntry"]
 
 GET_TIMEOUT_S = 0.5
 PUT_TIMEOUT_S = 5.0
 
-KEYS_PER_ROUND = 64
-"""Keys in one get: what came before a time limit struck is returned, round by round."""
-
-PUT_FRAME_BYTES_MAX = 16 * 1024 * 1024
-PUT_FRAME_ENTRIES_MAX = 256
 PUT_QUEUE_BYTES_MAX = 256 * 1024 * 1024
 PUT_QUEUE_ENTRIES_MAX = 4096
 
 log = structlog.get_logger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class PutEntry:
-    """An entry to put. `data` must stay as it is until the put is over.
-
-    The other fields are EntryFacts', where they are explained.
-    """
-
-    hash: bytes
-    data: Buffer
-    parent: bytes = b""
-    depth: int = 0
-    band: Band = Band.STANDARD
-    tenant: str = ""
-    cost_tokens: int = 0
-    cost_ms: float = 0.0
-    kind: str = KV
+K = TypeVar("K", Has, Verify)
 
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    entries: tuple[PutEntry, ...]
+    entries: tuple[Entry, ...]
     trace: Mapping[str, str]
     done: asyncio.Future[bool]
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(entry.data) for entry in self.entries)
+        return sum(entry.size_bytes for entry in self.entries)
 
 
 class CacheClient:
@@ -98,20 +80,54 @@ class CacheClient:
         timeout_s: float = GET_TIMEOUT_S,
         put_timeout_s: float = PUT_TIMEOUT_S,
         clock: Clock | None = None,
+        arena: bool = True,
     ) -> None:
-        """`url` is `tcp://host:port` or `unix:///path`. Raises SettingsError if it is neither."""
+        """`url` is `tcp://host:port` or `unix:///path`. Raises SettingsError if it is neither.
+
+        `arena`: read and write the service's memory in place, where it runs on this host.
+        """
         address = parse_address(url)
         self.counts = ClientCounts()
         self._timeout_s = timeout_s
         self._put_timeout_s = put_timeout_s
         clock = clock or SystemClock()
-        self._gets = Lane(address, clock, self.counts)
-        self._puts = Lane(address, clock, self.counts)
+        self._gets = Lane(address, clock, self.counts, arena=arena)
+        self._puts = Lane(address, clock, self.counts, arena=arena)
         self._queue: deque[_Offer] = deque()
         self._queued_bytes = 0
         self._queued_entries = 0
         self._sender: asyncio.Task[None] | None = None
         self._closed = False
+
+    @contextlib.asynccontextmanager
+    async def read(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        band: Band | None = None,
+        tenant: str = "",
+        layout: bytes = b"",
+        trace: Mapping[str, str] | None = None,
+        kind: str = KV,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[ReadRun]:
+        """The leading run of `hashes` that the service holds, to be used within the block.
+
+        `band` is the class of the request they are read for: it raises theirs. `layout` (8 bytes)
+        is the only one accepted; empty: any. `trace` are the W3C headers of the caller's span.
+        `timeout_s`: instead of the client's own limit.
+        """
+        check_layout(layout)
+        keys = keys_of(hashes, kind)
+        run = ReadRun()
+        if keys:
+            wish = Wish(keys, band, tenant, layout, trace or {})
+            left_s = _countdown(self._timeout_s if timeout_s is None else timeout_s)
+            run = await read_run(self._gets, wish, self.counts, left_s)
+        try:
+            yield run
+        finally:
+            run.close()
 
     async def get_run(
         self,
@@ -120,64 +136,55 @@ class CacheClient:
         *,
         kind: str = KV,
         band: Band | None = None,
+        layout: bytes = b"",
+        tenant: str = "",
     ) -> list[tuple[bytes, memoryview]]:
-        """The leading run of `hashes` that the service holds, each with its bytes.
+        """What `read` reads, copied: each memoryview is the caller's own, and writable."""
+        options: dict[str, Any] = {"band": band, "layout": layout, "tenant": tenant, "kind": kind}
+        async with self.read(hashes, trace=trace, **options) as run:
+            copies = [memoryview(bytearray(block)) for block in run.blocks]
+        return list(zip(run.hashes, copies, strict=True))
 
-        `band` is the class of the request they are read for: it raises theirs. `trace` are the
-        W3C headers of the caller's span. Each memoryview is the caller's own, and writable.
-        """
-        keys = _keys(hashes, kind)
-        found: list[tuple[bytes, memoryview]] = []
+    async def verify(self, hashes: Sequence[bytes], *, kind: str = KV) -> int:
+        """Have the service check the CRC of `hashes`; how many it dropped."""
+        dropped = 0
         left_s = _countdown(self._timeout_s)
-        more = True
-        while more and len(found) < len(keys) and left_s() > 0:
-            asked = keys[len(found) : len(found) + KEYS_PER_ROUND]
-            run, more = await self._get_round(asked, trace or {}, band, left_s)
-            found += run
-        self.counts.hits += len(found)
-        self.counts.misses += len(keys) - len(found)
-        return found
+        for keys in _cut(keys_of(hashes, kind)):
+            answered = await self._gets.ask(partial(_of_keys, Verify, keys), Counted, left_s())
+            dropped += answered.answer.count if answered is not None else 0
+        return dropped
 
-    async def _get_round(
-        self,
-        keys: tuple[EntryKey, ...],
-        trace: Mapping[str, str],
-        band: Band | None,
-        left_s: Callable[[], float],
-    ) -> tuple[list[tuple[bytes, memoryview]], bool]:
-        """What one get of `keys` brings, and whether it is worth asking for those behind."""
-        answered = await self._gets.ask(
-            partial(Get, keys=keys, band=band, trace=trace), Found, left_s()
-        )
-        if answered is None:
-            return [], False
-        answer, parts = answered
-        run: list[tuple[bytes, memoryview]] = []
-        for key, part, crc in zip(keys, parts, answer.crcs, strict=False):
-            if part is None or zlib.crc32(part) != crc:
-                self.counts.corrupt += 1
-                log.warning("corrupt cache entry dropped", hash=key.hash.hex())
-                await self._gets.ask(partial(Verify, keys=(key,)), Counted, left_s())
-                return run, False
-            run.append((key.hash, part))
-        return run, bool(run) and (answer.more or len(run) == len(keys))
-
-    async def has(self, hashes: Sequence[bytes], *, kind: str = KV) -> list[bool]:
+    async def has(
+        self, hashes: Sequence[bytes], *, kind: str = KV, timeout_s: float | None = None
+    ) -> list[bool]:
         """Which of `hashes` the service holds; it counts as no use of them."""
-        keys = _keys(hashes, kind)
         flags: list[bool] = []
-        left_s = _countdown(self._timeout_s)
-        for start in range(0, len(keys), PUT_FRAME_ENTRIES_MAX):
-            asked = keys[start : start + PUT_FRAME_ENTRIES_MAX]
-            answered = await self._gets.ask(partial(Has, keys=asked), Known, left_s())
-            if answered is None or len(answered[0].flags) != len(asked):
+        left_s = _countdown(self._timeout_s if timeout_s is None else timeout_s)
+        for keys in _cut(keys_of(hashes, kind)):
+            answered = await self._gets.ask(partial(_of_keys, Has, keys), Known, left_s())
+            if answered is None or len(answered.answer.flags) != len(keys):
                 break
-            flags += answered[0].flags
-        return flags + [False] * (len(keys) - len(flags))
+            flags += answered.answer.flags
+        return flags + [False] * (len(hashes) - len(flags))
 
-    async def put(
-        self, entries: Sequence[PutEntry], trace: Mapping[str, str] | None = None
+    async def write(self, entries: Sequence[Entry], trace: Mapping[str, str] | None = None) -> bool:
+        """Store `entries` now, parents first; whether the service holds all of them then.
+
+        Each entry's `fill` is called once, if at all. Raises what a `fill` raises.
+        """
+        for entry in entries:
+            check_entry(entry)
+        return await self._write(entries, trace or {}, self._put_timeout_s)
+
+    async def _write(
+        self, entries: Sequence[Entry], trace: Mapping[str, str], timeout_s: float
     ) -> bool:
+        written = await write_entries(self._puts, entries, trace, timeout_s)
+        self.counts.puts_failed += written.failed
+        self.counts.puts_sent += len(entries) - written.failed
+        return written.held == len(entries)
+
+    async def put(self, entries: Sequence[Entry], trace: Mapping[str, str] | None = None) -> bool:
         """Store `entries`; whether the service holds all of them now. See `offer`."""
         offer = self._enqueue(entries, trace or {})
         if offer is None:
@@ -185,7 +192,7 @@ class CacheClient:
         await asyncio.wait({offer.done}, timeout=self._put_timeout_s)
         return offer.done.done() and not offer.done.cancelled() and offer.done.result()
 
-    def offer(self, entries: Sequence[PutEntry], trace: Mapping[str, str] | None = None) -> bool:
+    def offer(self, entries: Sequence[Entry], trace: Mapping[str, str] | None = None) -> bool:
         """Queue `entries` to be stored in the background; False when the queue has no room.
 
         A chain's parents come before their children. What does not fit is dropped and counted:
@@ -193,10 +200,10 @@ class CacheClient:
         """
         return self._enqueue(entries, trace or {}) is not None
 
-    def _enqueue(self, entries: Sequence[PutEntry], trace: Mapping[str, str]) -> _Offer | None:
+    def _enqueue(self, entries: Sequence[Entry], trace: Mapping[str, str]) -> _Offer | None:
         assert not self._closed, "a closed client takes nothing"
         for entry in entries:
-            _check_entry(entry)
+            check_entry(entry)
         offer = _Offer(tuple(entries), trace, asyncio.get_running_loop().create_future())
         size_bytes = offer.size_bytes
         if (
@@ -216,7 +223,7 @@ class CacheClient:
         try:
             while self._queue:
                 offer = self._queue[0]
-                held = await self._send(offer)
+                held = await self._write(offer.entries, offer.trace, self._put_timeout_s)
                 self._queue.popleft()
                 self._queued_bytes -= offer.size_bytes
                 self._queued_entries -= len(offer.entries)
@@ -225,39 +232,37 @@ class CacheClient:
         finally:
             self._sender = None
 
-    async def _send(self, offer: _Offer) -> bool:
-        """Send `offer` in frames; whether the service holds all of it now."""
-        held = True
-        for batch in _batches(offer.entries):
-            facts = tuple(_facts(entry) for entry in batch)
-            answered = await self._puts.ask(
-                partial(Put, entries=facts, trace=offer.trace),
-                Counted,
-                self._put_timeout_s,
-                [entry.data for entry in batch],
-            )
-            if answered is None:
-                self.counts.puts_failed += len(batch)
-            else:
-                self.counts.puts_sent += len(batch)
-            held = held and answered is not None and answered[0].count == len(batch)
-        return held
-
     async def flush(self, timeout_s: float) -> bool:
         """Wait until what was offered is sent or given up; whether that was so in time."""
         if self._sender is not None:
             await asyncio.wait({self._sender}, timeout=timeout_s)
         return self._sender is None
 
+    @property
+    def resting(self) -> bool:
+        """Whether calls are skipped just now, because the service failed."""
+        return self._gets.resting or self._puts.resting
+
     async def stats(self) -> dict[str, Any] | None:
         """The service's counters, or None."""
-        answered = await self._gets.ask(partial(Ask, op="stats"), Stats, self._timeout_s)
-        return answered[0].values if answered is not None else None
+        answered = await self._gets.ask(
+            lambda message_id, _: Ask(message_id, "stats"), Stats, self._timeout_s
+        )
+        return answered.answer.values if answered is not None else None
+
+    async def manage(self, values: dict[str, Any]) -> dict[str, Any] | None:
+        """The answer to a request of the administration (`cache_admin.py`), or None."""
+        answered = await self._gets.ask(
+            lambda message_id, _: Manage(message_id, values), Stats, self._put_timeout_s
+        )
+        return answered.answer.values if answered is not None else None
 
     async def ping(self) -> bool:
         """Whether the service answers."""
-        asked = await self._gets.ask(partial(Ask, op="ping"), Counted, self._timeout_s)
-        return asked is not None
+        answered = await self._gets.ask(
+            lambda message_id, _: Ask(message_id, "ping"), Counted, self._timeout_s
+        )
+        return answered is not None
 
     async def close(self) -> None:
         """Give up what is queued, hang up. `flush` first to have it sent."""
@@ -289,47 +294,10 @@ def _countdown(timeout_s: float) -> Callable[[], float]:
     return lambda: max(0.0, end_s - now_s())
 
 
-def _keys(hashes: Sequence[bytes], kind: str) -> tuple[EntryKey, ...]:
-    assert kind in KINDS, f"kind is one of {KINDS}"
-    assert all(len(each) == HASH_BYTES for each in hashes), f"a hash has {HASH_BYTES} bytes"
-    return tuple(EntryKey(kind, each) for each in hashes)
+def _of_keys(build: type[K], keys: tuple[EntryKey, ...], message_id: int, _: ArenaView | None) -> K:
+    return build(message_id, keys)
 
 
-def _check_entry(entry: PutEntry) -> None:
-    _keys((entry.hash,), entry.kind)
-    assert len(entry.parent) in (0, HASH_BYTES), f"a parent is empty or {HASH_BYTES} bytes"
-    assert memoryview(entry.data).format == "B", "entries are bytes: cast other memoryviews"
-    assert 1 <= len(entry.data) <= ENTRY_BYTES_MAX, f"an entry has 1 to {ENTRY_BYTES_MAX} bytes"
-    assert 0 <= entry.depth <= DEPTH_MAX, f"depths go up to {DEPTH_MAX}"
-    assert 0 <= entry.cost_tokens <= COST_MAX and 0 <= entry.cost_ms <= COST_MAX
-    assert len(entry.tenant) <= TENANT_CHARS_MAX, (
-        f"tenants have up to {TENANT_CHARS_MAX} characters"
-    )
-
-
-def _facts(entry: PutEntry) -> EntryFacts:
-    return EntryFacts(
-        key=EntryKey(entry.kind, entry.hash),
-        parent=entry.parent,
-        depth=entry.depth,
-        size_bytes=len(entry.data),
-        crc=zlib.crc32(entry.data),
-        band=entry.band,
-        tenant=entry.tenant,
-        cost_tokens=entry.cost_tokens,
-        cost_ms=entry.cost_ms,
-    )
-
-
-def _batches(entries: Sequence[PutEntry]) -> list[list[PutEntry]]:
-    """`entries` in order, cut where a frame would grow too large."""
-    batches: list[list[PutEntry]] = []
-    size_bytes = 0
-    for entry in entries:
-        size_bytes += len(entry.data)
-        full = bool(batches) and len(batches[-1]) >= PUT_FRAME_ENTRIES_MAX
-        if not batches or full or size_bytes > PUT_FRAME_BYTES_MAX:
-            batches.append([])
-            size_bytes = len(entry.data)
-        batches[-1].append(entry)
-    return batches
+def _cut(keys: tuple[EntryKey, ...]) -> list[tuple[EntryKey, ...]]:
+    """`keys` in pieces that a frame holds."""
+    return [keys[at : at + BATCH_ENTRIES_MAX] for at in range(0, len(keys), BATCH_ENTRIES_MAX)]

@@ -1,48 +1,54 @@
 """One connection of a cache client: made when needed, multiplexed, behind a breaker.
 
 Invariant: a call ends within its time limit with an answer or with None, whatever the service
-does; an answer that comes too late is skipped by its request id and never taken for another.
+does; an answer that comes too late is skipped by its request id and never taken for another, and
+what it lends is given back.
 Rejected: retries inside a call. The caller's fallback, computing the block, costs about as much.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import structlog
 
+from headrace.arena_view import ArenaView
 from headrace.clock import Clock
 from headrace.errors import WireError
+from headrace.frame_codec import decode_answer, encode
 from headrace.frame_protocol import FrameProtocol
 from headrace.frames import (
     Address,
     Answer,
     Buffer,
-    Counted,
-    Found,
-    Known,
+    Hello,
+    Lent,
+    Message,
+    Release,
     Request,
-    Stats,
-    decode_answer,
-    encode,
+    Reserved,
+    Welcome,
 )
 
 FAILURES_MAX = 3
 BREAK_MS_MIN = 250
 BREAK_MS_MAX = 5_000
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
+RELEASE_STALL_S = 5.0
+HELLO_STALL_S = 5.0
 
 TROUBLE = (OSError, TimeoutError, WireError)
 """What the service's absence, slowness or nonsense raises; everything else is our bug."""
 
 log = structlog.get_logger(__name__)
 
-A = TypeVar("A", Found, Counted, Known, Stats)
+A = TypeVar("A", bound=Message)
 
 
 @dataclass(slots=True)
@@ -109,13 +115,25 @@ class Breaker:
     def closed(self) -> bool:
         return self._open_until_ms is None
 
+    def rests(self, now_ms: int) -> bool:
+        """Whether a call would be skipped now; unlike `allows`, this uses up no trial."""
+        return self._open_until_ms is not None and now_ms < self._open_until_ms
 
-class _Connection(FrameProtocol[Answer]):
-    """One connection to the service, its requests told apart by their ids."""
+
+Parts = list[memoryview | None]
+
+
+class Connection(FrameProtocol[Answer]):
+    """One connection to the service, its requests told apart by their ids.
+
+    `arena` is the service's, if it could be mapped.
+    """
 
     def __init__(self) -> None:
         super().__init__(decode_answer, self._choose)
-        self._pending: dict[int, asyncio.Future[tuple[Answer, list[memoryview | None]]]] = {}
+        self.arena: ArenaView | None = None
+        self._pending: dict[int, asyncio.Future[tuple[Answer, Parts]]] = {}
+        self._returning: set[asyncio.Task[None]] = set()
 
     def _choose(self, answer: Answer) -> Sequence[bool]:
         # a late answer's entries are skipped, not stored
@@ -127,32 +145,49 @@ class _Connection(FrameProtocol[Answer]):
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
 
-    def frame_received(self, message: Answer, parts: list[memoryview | None]) -> None:
+    def frame_received(self, message: Answer, parts: Parts) -> None:
         future = self._pending.get(message.id)
         if future is not None and not future.done():
             future.set_result((message, parts))
+        elif isinstance(message, Lent):
+            self.give_back(message.lease)
+        elif isinstance(message, Reserved):
+            self.give_back(message.ticket)
+
+    def give_back(self, lease: int) -> None:
+        """Tell the service that what it lent or reserved is not used any more. Never waits."""
+        if lease and not self.closed:
+            task = asyncio.get_running_loop().create_task(self._send_release(lease))
+            self._returning.add(task)
+            task.add_done_callback(self._returning.discard)
+
+    async def _send_release(self, lease: int) -> None:
+        # a connection that is gone gives back everything at once
+        with contextlib.suppress(ConnectionError):
+            await self.send([encode(Release(0, lease))], RELEASE_STALL_S)
 
     def malformed(self, error: WireError) -> None:
         log.warning("the cache service sent a malformed frame", error=error.message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._fail_pending()
+        self._end()
 
     def abort(self) -> None:
         super().abort()
-        self._fail_pending()
+        self._end()
 
-    def _fail_pending(self) -> None:
+    def _end(self) -> None:
+        self.arena = None
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(ConnectionResetError("the cache service hung up"))
 
     async def ask(
         self, request: Request, payload: Sequence[Buffer], stall_s: float
-    ) -> tuple[Answer, list[memoryview | None]]:
+    ) -> tuple[Answer, Parts]:
         """Send `request` and wait for its answer. Raises ConnectionError."""
-        future: asyncio.Future[tuple[Answer, list[memoryview | None]]]
+        future: asyncio.Future[tuple[Answer, Parts]]
         future = asyncio.get_running_loop().create_future()
         self._pending[request.id] = future
         try:
@@ -165,33 +200,52 @@ class _Connection(FrameProtocol[Answer]):
                 future.exception()
 
 
+@dataclass(frozen=True, slots=True)
+class Answered(Generic[A]):
+    """An answer, the bytes that came with it, and the connection that it came by."""
+
+    answer: A
+    parts: Parts
+    connection: Connection
+
+
 class Lane:
     """A connection that is made when needed, behind a breaker."""
 
-    def __init__(self, address: Address, clock: Clock, counts: ClientCounts) -> None:
+    def __init__(
+        self, address: Address, clock: Clock, counts: ClientCounts, *, arena: bool = True
+    ) -> None:
+        """`arena`: map the service's, where that is possible."""
         self._address = address
         self._clock = clock
         self._counts = counts
+        self._wants_arena = arena
         self._ids = itertools.count(1)
         self._breaker = Breaker()
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
     async def ask(
         self,
-        build: Callable[[int], Request],
+        build: Callable[[int, ArenaView | None], Request],
         expected: type[A],
         timeout_s: float,
         payload: Sequence[Buffer] = (),
-    ) -> tuple[A, list[memoryview | None]] | None:
-        """The answer to the request that `build` makes of an id, or None within `timeout_s`."""
-        if not self._breaker.allows(self._clock.now_ms()):
+        on: Connection | None = None,
+    ) -> Answered[A] | None:
+        """The answer to the request that `build` makes, or None within `timeout_s`.
+
+        `build` gets an id, and the arena if it is mapped. `on` is the connection to ask by, had
+        from `reach`, if another would not do.
+        """
+        if on is None and not self._breaker.allows(self._clock.now_ms()):
             self._counts.skipped += 1
             return None
         try:
             async with asyncio.timeout(timeout_s):
-                connection = await self._connected()
-                answer, parts = await connection.ask(build(next(self._ids)), payload, timeout_s)
+                connection = on or await self._connected()
+                request = build(next(self._ids), connection.arena)
+                answer, parts = await connection.ask(request, payload, timeout_s)
             if not isinstance(answer, expected):
                 connection.abort()
                 raise WireError(f"answer of another kind: {type(answer).__name__}")
@@ -199,7 +253,24 @@ class Lane:
             self._failed(error)
             return None
         self._breaker.succeeded()
-        return answer, parts
+        return Answered(answer, parts, connection)
+
+    @property
+    def resting(self) -> bool:
+        """Whether calls are skipped just now."""
+        return self._breaker.rests(self._clock.now_ms())
+
+    async def reach(self, timeout_s: float) -> Connection | None:
+        """The connection, made if needed; None where it cannot be had, or not in `timeout_s`."""
+        if not self._breaker.allows(self._clock.now_ms()):
+            self._counts.skipped += 1
+            return None
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._connected()
+        except TROUBLE as error:
+            self._failed(error)
+            return None
 
     def _failed(self, error: BaseException) -> None:
         self._counts.failures += 1
@@ -212,20 +283,28 @@ class Lane:
         # what still waits unread in this connection is worth nothing after the pause
         self.drop()
 
-    async def _connected(self) -> _Connection:
+    async def _connected(self) -> Connection:
         async with self._connecting:
             if self._connection is None or self._connection.closed:
                 self._connection = None
                 self._connection = await self._connect()
             return self._connection
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
         address = self._address
         if address.path:
-            _, connection = await loop.create_unix_connection(_Connection, address.path)
+            _, connection = await loop.create_unix_connection(Connection, address.path)
         else:
-            _, connection = await loop.create_connection(_Connection, address.host, address.port)
+            _, connection = await loop.create_connection(Connection, address.host, address.port)
+        if self._wants_arena:
+            try:
+                welcome, _ = await connection.ask(Hello(next(self._ids)), (), HELLO_STALL_S)
+            except BaseException:
+                connection.abort()
+                raise
+            if isinstance(welcome, Welcome):
+                connection.arena = ArenaView.open(welcome)
         return connection
 
     def drop(self) -> None:

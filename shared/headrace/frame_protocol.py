@@ -1,6 +1,6 @@
 """Frames over an asyncio connection: received without a copy, sent under flow control.
 
-Invariants: each entry is received straight into the buffer it will stay in, or skipped without
+Invariants: each entry is received straight into the place it will stay in, or skipped without
 one; memory is taken for it only when its bytes are due; frames never interleave, and a frame whose
 sending was given up midway takes its connection with it, as its receiver could no longer tell where
 the next one starts.
@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar, cast
 
 from headrace.errors import WireError
-from headrace.frames import HEADER_BYTES_MAX, MAGIC, PAYLOAD_BYTES_MAX, PREFIX, Buffer
+from headrace.frame_codec import HEADER_BYTES_MAX, MAGIC, PREFIX
+from headrace.frames import PAYLOAD_BYTES_MAX, Buffer
 
 SKIP_BYTES = 64 * 1024
 
@@ -33,16 +34,21 @@ class Sized(Protocol):
 
 S = TypeVar("S", bound=Sized)
 
+Place = bool | memoryview
+"""Where an entry's bytes go: memory of their own (True), memory that is given, nowhere (False)."""
+
 
 class FrameReader(Generic[S]):
     """Turns a stream of bytes into frames, received where they will stay.
 
     Ask `buffer()` where the next bytes belong, write some there, tell `advance()` how many. As a
     buffer never reaches past its section, one `advance()` completes at most one frame.
-    `decode` reads a header; `choose` then says for each entry whether its bytes are wanted.
+    `decode` reads a header; `choose` then says for each entry where its bytes go, if anywhere.
     """
 
-    def __init__(self, decode: Callable[[bytes], S], choose: Callable[[S], Sequence[bool]]) -> None:
+    def __init__(
+        self, decode: Callable[[bytes], S], choose: Callable[[S], Sequence[Place]]
+    ) -> None:
         self._decode = decode
         self._choose = choose
         self._skipping = memoryview(bytearray(SKIP_BYTES))
@@ -51,7 +57,7 @@ class FrameReader(Generic[S]):
     def _next_frame(self) -> None:
         self._message: S | None = None
         self._payload_bytes = 0
-        self._wanted: Sequence[bool] = ()
+        self._wanted: Sequence[Place] = ()
         self._parts: list[memoryview | None] = []
         self._prefix_done = False
         self._target: memoryview | None = memoryview(bytearray(PREFIX.size))
@@ -98,7 +104,7 @@ class FrameReader(Generic[S]):
             raise WireError(f"payload of {payload_bytes} bytes exceeds {PAYLOAD_BYTES_MAX}")
         self._payload_bytes = payload_bytes
         self._prefix_done = True
-        self._start_section(header_bytes, keep=True)
+        self._start_section(header_bytes, True)
 
     def _open_payload(self) -> None:
         assert self._target is not None, "a header is never skipped"
@@ -114,14 +120,18 @@ class FrameReader(Generic[S]):
         assert self._message is not None, "entries follow their header"
         index, sizes = len(self._parts), self._message.sizes
         if index < len(sizes):
-            self._start_section(sizes[index], keep=self._wanted[index])
+            self._start_section(sizes[index], self._wanted[index])
             return None
         frame = (self._message, self._parts)
         self._next_frame()
         return frame
 
-    def _start_section(self, size: int, *, keep: bool) -> None:
-        self._target = memoryview(bytearray(size)) if keep else None
+    def _start_section(self, size: int, place: Place) -> None:
+        if isinstance(place, memoryview):
+            assert len(place) == size, "an entry's place has its size"
+            self._target = place
+        else:
+            self._target = memoryview(bytearray(size)) if place else None
         self._size = size
         self._filled = 0
 
@@ -132,7 +142,9 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
     `decode` and `choose` are FrameReader's.
     """
 
-    def __init__(self, decode: Callable[[bytes], S], choose: Callable[[S], Sequence[bool]]) -> None:
+    def __init__(
+        self, decode: Callable[[bytes], S], choose: Callable[[S], Sequence[Place]]
+    ) -> None:
         self._reader = FrameReader(decode, choose)
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
@@ -204,6 +216,15 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
                 if started:
                     self.abort()
                 raise
+
+    async def flushed(self, stall_s: float) -> None:
+        """Wait until the kernel has all that was sent. Raises ConnectionError as `send` does."""
+        self.transport.set_write_buffer_limits(high=0)
+        try:
+            await self._wait_writable(stall_s)
+        finally:
+            if not self.closed:
+                self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
 
     async def _wait_writable(self, stall_s: float) -> None:
         if not self._writable.is_set():

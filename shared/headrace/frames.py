@@ -1,37 +1,33 @@
-"""The frames between the cache service and its clients: format and messages, no socket anywhere.
+"""The frames between the cache service and its clients: the messages, no bytes and no socket.
 
-A frame is a fixed prefix (magic with version, header length, payload length), a msgpack header,
-and a payload: the raw bytes of its entries, one after the other, whose sizes stand in the header.
+A frame is a message and a payload: the raw bytes of entries, one after the other, whose sizes stand
+in the message. `frame_codec.py` writes and reads them. A client of the same host may map the
+service's arena instead (Hello, Welcome): then Lend and Reserve answer with places, and no payload
+travels.
 
-Invariants: all that a receiver must know of the entries stands before them, so that it can choose
-where each goes, or skip it; every length and number is checked against a named limit; malformed
-input raises WireError and costs its connection, nothing else.
+Invariant: all that a receiver must know of the entries stands before them, so that it can choose
+where each goes, or skip it.
 Rejected: entries inside the msgpack header (two copies of each).
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from headrace.errors import SettingsError, WireError
-from headrace.policy.hashing import HASH_BYTES
+from headrace.errors import SettingsError
 from headrace.types import Band
-from headrace.wire import Fields, pack
 
-MAGIC = b"HRC\x01"
-"""The last byte is the format's version."""
-
-HEADER_BYTES_MAX = 1024 * 1024
 ENTRY_BYTES_MAX = 32 * 1024 * 1024
 PAYLOAD_BYTES_MAX = 64 * 1024 * 1024
 KEYS_MAX = 1024
 DEPTH_MAX = 1 << 20
 COST_MAX = 1e9
 TENANT_CHARS_MAX = 200
+LAYOUT_BYTES = 8
+PIN_MS_MAX = 30 * 24 * 3600 * 1000
 TRACE_HEADERS_MAX = 8
 UNIX_PATH_BYTES_MAX = 107
 
@@ -39,10 +35,10 @@ KV = "kv"
 PROMPT = "prompt"
 KINDS = (KV, PROMPT)
 
-Buffer = bytes | bytearray | memoryview
+RAM = 0
+DISK = 1
 
-PREFIX = struct.Struct(">4sIQ")
-"""MAGIC, the header's length, the payload's length."""
+Buffer = bytes | bytearray | memoryview
 
 
 class Address(NamedTuple):
@@ -89,7 +85,9 @@ class EntryFacts:
 
     `parent` is the hash of the block before it (empty: none) and `depth` its place in the chain,
     one more than its parent's. `cost_tokens` and `cost_ms` are what computing it again would take
-    (0 ms: not measured). `crc` is the CRC-32 of the bytes, carried back to the reader.
+    (0 ms: not measured). `crc` is the CRC-32C of the bytes, carried back to the reader; 0 in a
+    Reserve, whose bytes are not there yet. `layout` (8 bytes or none) names how the bytes are
+    arranged: a reader that names another does not get them. `pin_ms` keeps the entry that long.
     """
 
     key: EntryKey
@@ -101,27 +99,52 @@ class EntryFacts:
     tenant: str
     cost_tokens: int
     cost_ms: float
+    layout: bytes = b""
+    pin_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Get:
-    """Asks for the leading run of `keys`; `band` (if any) is the class of whoever reads them."""
+class Message:
+    """What all messages have: an id, by which an answer finds its request."""
 
     id: int
-    keys: tuple[EntryKey, ...]
-    band: Band | None = None
-    trace: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Sequence[int]:
+        """Sizes of the entries that follow as payload."""
         return ()
 
 
 @dataclass(frozen=True, slots=True)
-class Put:
+class Get(Message):
+    """Asks for the leading run of `keys`.
+
+    `band` (if any) is the class of whoever reads them; `layout` (if any) the only one it accepts.
+    """
+
+    keys: tuple[EntryKey, ...]
+    band: Band | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)
+    layout: bytes = b""
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lend(Get):
+    """A Get that is answered with places in the arena, lent until Release or the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release(Message):
+    """Gives `lease` back. Has no answer."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class Put(Message):
     """Offers entries; their bytes are the payload, in the same order."""
 
-    id: int
     entries: tuple[EntryFacts, ...]
     trace: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,264 +154,135 @@ class Put:
 
 
 @dataclass(frozen=True, slots=True)
-class Has:
+class Reserve(Message):
+    """Asks for places in the arena to write `entries` to; Commit follows."""
+
+    entries: tuple[EntryFacts, ...]
+    trace: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit(Message):
+    """The places of `ticket` are written: a CRC for each that was given, or -1 to give it up."""
+
+    ticket: int
+    crcs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Has(Message):
     """Asks which of `keys` are held; counts as no use."""
 
-    id: int
     keys: tuple[EntryKey, ...]
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        return ()
 
 
 @dataclass(frozen=True, slots=True)
-class Verify:
+class Verify(Message):
     """Asks the service to check the CRC of `keys` and to drop what fails."""
 
-    id: int
     keys: tuple[EntryKey, ...]
 
-    @property
-    def sizes(self) -> Sequence[int]:
-        return ()
-
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Message):
     """A question without arguments: `stats` or `ping`."""
 
-    id: int
     op: str
 
-    @property
-    def sizes(self) -> Sequence[int]:
-        return ()
 
-
-Request = Get | Put | Has | Verify | Ask
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """Asks how to map the arena."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Answers Get: sizes and CRCs of the run. `more`: it was cut short by PAYLOAD_BYTES_MAX."""
+class Manage(Message):
+    """A request of the administration, `cache_admin.py`'s business."""
 
-    id: int
-    sizes: tuple[int, ...]
-    crcs: tuple[int, ...]
-    more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """Answers Put (entries now held), Verify (entries dropped) and ping (0)."""
-
-    id: int
-    count: int
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        return ()
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Answers Has, one flag a key."""
-
-    id: int
-    flags: tuple[bool, ...]
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        return ()
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Answers `stats`: nested maps of numbers."""
-
-    id: int
     values: dict[str, Any]
 
+
+Request = Get | Lend | Release | Put | Reserve | Commit | Has | Verify | Ask | Hello | Manage
+
+
+@dataclass(frozen=True, slots=True)
+class RunOf(Message):
+    """What Found and Lent tell of a run: sizes, CRCs and tiers (RAM or DISK) of its entries.
+
+    `more`: it was cut short by what one answer, or one client, may have.
+    """
+
+    found: tuple[int, ...]
+    crcs: tuple[int, ...]
+    more: bool
+    tiers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Found(RunOf):
+    """Answers Get: the run is the payload."""
+
     @property
     def sizes(self) -> Sequence[int]:
-        return ()
+        return self.found
 
 
-Answer = Found | Counted | Known | Stats
+@dataclass(frozen=True, slots=True)
+class Lent(RunOf):
+    """Answers Lend: where in the arena the run stands, in bytes from its start.
+
+    `lease` is to be released; 0 where nothing was lent.
+    """
+
+    lease: int = 0
+    places: tuple[int, ...] = ()
 
 
-def encode(message: Request | Answer) -> bytes:
-    """Prefix and header of `message`; its payload, if any, is sent right behind."""
-    header = pack({"op": _OP_OF[type(message)], "id": message.id} | _body(message))
-    assert len(header) <= HEADER_BYTES_MAX, "KEYS_MAX keeps every header below its limit"
-    payload_bytes = sum(message.sizes)
-    assert payload_bytes <= PAYLOAD_BYTES_MAX, "senders cut their batches by PAYLOAD_BYTES_MAX"
-    return PREFIX.pack(MAGIC, len(header), payload_bytes) + header
+@dataclass(frozen=True, slots=True)
+class Reserved(Message):
+    """Answers Reserve: a place for each entry, -1 for those that are not to be written.
+
+    `ticket` is 0 where no place was given; `held` counts the entries that are there already.
+    """
+
+    ticket: int
+    places: tuple[int, ...]
+    held: int
 
 
-def _body(message: Request | Answer) -> dict[str, Any]:
-    match message:
-        case Get():
-            band = -1 if message.band is None else int(message.band)
-            return _encode_keys(message.keys) | {"band": band, "trace": dict(message.trace)}
-        case Put():
-            rows = [_encode_facts(facts) for facts in message.entries]
-            return {"entries": rows, "trace": dict(message.trace)}
-        case Has() | Verify():
-            return _encode_keys(message.keys)
-        case Ask():
-            return {"what": message.op}
-        case Found():
-            return {"sizes": message.sizes, "crcs": message.crcs, "more": message.more}
-        case Counted():
-            return {"count": message.count}
-        case Known():
-            return {"flags": [int(flag) for flag in message.flags]}
-        case Stats():
-            return {"values": message.values}
+@dataclass(frozen=True, slots=True)
+class Counted(Message):
+    """Answers Put and Commit (entries now held), Verify (entries dropped) and ping (0)."""
+
+    count: int
 
 
-def _encode_keys(keys: Sequence[EntryKey]) -> dict[str, Any]:
-    assert 1 <= len(keys) <= KEYS_MAX, f"1 to {KEYS_MAX} keys a frame"
-    assert all(key.kind == keys[0].kind for key in keys), "one kind a frame"
-    return {"kind": keys[0].kind, "hashes": b"".join(key.hash for key in keys)}
+@dataclass(frozen=True, slots=True)
+class Known(Message):
+    """Answers Has, one flag a key."""
+
+    flags: tuple[bool, ...]
 
 
-def _encode_facts(facts: EntryFacts) -> list[Any]:
-    return [
-        facts.key.kind,
-        facts.key.hash,
-        facts.parent,
-        facts.depth,
-        facts.size_bytes,
-        facts.crc,
-        int(facts.band),
-        facts.tenant,
-        facts.cost_tokens,
-        float(facts.cost_ms),
-    ]
+@dataclass(frozen=True, slots=True)
+class Stats(Message):
+    """Answers `stats`: nested maps of numbers; and Manage: what `cache_admin.py` says."""
+
+    values: dict[str, Any]
 
 
-def decode_request(header: bytes) -> Request:
-    """The request in `header`. Raises WireError."""
-    f = Fields("request", header)
-    return _decode(f, _REQUESTS)
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """Answers Hello: the arena's file (empty: none to map), and what proves that it is the one.
+
+    The file starts with `nonce`; the client locks the byte number `seat` of it for as long as it
+    has it mapped.
+    """
+
+    path: str
+    nonce: bytes
+    size_bytes: int
+    seat: int
 
 
-def decode_answer(header: bytes) -> Answer:
-    """The answer in `header`. Raises WireError."""
-    f = Fields("answer", header)
-    return _decode(f, _ANSWERS)
-
-
-M = TypeVar("M")
-
-
-def _decode(f: Fields, table: Mapping[str, Callable[[Fields, int], M]]) -> M:
-    op, message_id = f.get("op", str), f.get("id", int)
-    if op not in table:
-        raise WireError(f"operation {op[:40]!r} is not known")
-    return table[op](f, message_id)
-
-
-def _decode_keys(f: Fields) -> tuple[EntryKey, ...]:
-    kind, joined = _kind(f.get("kind", str)), f.get("hashes", bytes)
-    if not joined or len(joined) % HASH_BYTES or len(joined) > KEYS_MAX * HASH_BYTES:
-        raise WireError(f"hashes: {len(joined)} bytes are not 1 to {KEYS_MAX} hashes")
-    starts = range(0, len(joined), HASH_BYTES)
-    return tuple(EntryKey(kind, joined[at : at + HASH_BYTES]) for at in starts)
-
-
-def _kind(kind: str) -> str:
-    if kind not in KINDS:
-        raise WireError(f"kind: {kind[:40]!r} is not one of {', '.join(KINDS)}")
-    return kind
-
-
-def _trace(f: Fields) -> dict[str, str]:
-    trace = f.texts("trace")
-    if len(trace) > TRACE_HEADERS_MAX:
-        raise WireError(f"trace: {len(trace)} headers exceed {TRACE_HEADERS_MAX}")
-    return trace
-
-
-def _decode_get(f: Fields, message_id: int) -> Get:
-    band = f.get("band", int)
-    reader = None if band == -1 else f.one_of("band", Band)
-    return Get(message_id, _decode_keys(f), reader, _trace(f))
-
-
-def _decode_put(f: Fields, message_id: int) -> Put:
-    rows = f.get("entries", list)
-    if not 1 <= len(rows) <= KEYS_MAX:
-        raise WireError(f"entries: {len(rows)} are not 1 to {KEYS_MAX}")
-    return Put(message_id, tuple(_decode_facts(row) for row in rows), _trace(f))
-
-
-_FACTS_TYPES = (str, bytes, bytes, int, int, int, int, str, int, float)
-
-
-def _decode_facts(row: Any) -> EntryFacts:
-    if not isinstance(row, list) or tuple(map(type, row)) != _FACTS_TYPES:
-        raise WireError("entry: its fields are not of the agreed types")
-    kind, key_hash, parent, depth, size, crc, band, tenant, tokens, ms = row
-    if len(key_hash) != HASH_BYTES or len(parent) not in (0, HASH_BYTES):
-        raise WireError(f"entry: a hash has {HASH_BYTES} bytes")
-    if not 1 <= size <= ENTRY_BYTES_MAX:
-        raise WireError(f"entry: size {size} is not 1 to {ENTRY_BYTES_MAX} bytes")
-    if not (0 <= depth <= DEPTH_MAX and 0 <= crc < 1 << 32 and 0 <= band < len(Band)):
-        raise WireError("entry: depth, crc or band is out of range")
-    # a NaN, which would disorder the eviction heap, fails every comparison
-    if not (0 <= tokens <= COST_MAX and 0 <= ms <= COST_MAX):
-        raise WireError("entry: the cost is out of range")
-    if len(tenant) > TENANT_CHARS_MAX:
-        raise WireError(f"entry: the tenant's name exceeds {TENANT_CHARS_MAX} characters")
-    key = EntryKey(_kind(kind), key_hash)
-    return EntryFacts(key, parent, depth, size, crc, Band(band), tenant, tokens, ms)
-
-
-def _decode_ask(f: Fields, message_id: int) -> Ask:
-    what = f.get("what", str)
-    if what not in ("stats", "ping"):
-        raise WireError(f"question {what[:40]!r} is not known")
-    return Ask(message_id, what)
-
-
-def _decode_found(f: Fields, message_id: int) -> Found:
-    sizes, crcs = f.integers("sizes"), f.integers("crcs")
-    if len(sizes) != len(crcs) or len(sizes) > KEYS_MAX:
-        raise WireError(f"found: {len(sizes)} sizes for {len(crcs)} CRCs")
-    if not all(1 <= size <= ENTRY_BYTES_MAX for size in sizes):
-        raise WireError("found: a size is out of range")
-    return Found(message_id, sizes, crcs, f.get("more", bool))
-
-
-def _decode_known(f: Fields, message_id: int) -> Known:
-    return Known(message_id, tuple(flag == 1 for flag in f.integers("flags")))
-
-
-_REQUESTS: dict[str, Callable[[Fields, int], Request]] = {
-    "get": _decode_get,
-    "put": _decode_put,
-    "has": lambda f, message_id: Has(message_id, _decode_keys(f)),
-    "verify": lambda f, message_id: Verify(message_id, _decode_keys(f)),
-    "ask": _decode_ask,
-}
-_ANSWERS: dict[str, Callable[[Fields, int], Answer]] = {
-    "found": _decode_found,
-    "counted": lambda f, message_id: Counted(message_id, f.get("count", int)),
-    "known": _decode_known,
-    "stats": lambda f, message_id: Stats(message_id, f.get("values", dict)),
-}
-_OP_OF: dict[type, str] = {
-    Get: "get",
-    Put: "put",
-    Has: "has",
-    Verify: "verify",
-    Ask: "ask",
-    Found: "found",
-    Counted: "counted",
-    Known: "known",
-    Stats: "stats",
-}
+Answer = Found | Lent | Reserved | Counted | Known | Stats | Welcome

@@ -22,6 +22,13 @@ Keys of one model share the hash tag `{model}`, so that each Lua script stays on
 | `headrace:{m}:places:<gateway>` | msgpack Positions | dispatcher | `PLACES_TTL_MS`, renewed |
 | `headrace:limit:{<key>}:…` | see `limits.py` | gateways | until its window is over |
 | `headrace:{m}:events` | stream | the Lua scripts, workers | about `EVENTS_MAX` entries (hints) |
+| `headrace:{:cache}:nodes` | set of addresses | cache services | for ever; one drops the dead |
+| `headrace:{:cache}:node:<a>` | msgpack CacheNode | that service | `NODE_LEASE_MS`, renewed |
+| `headrace:{:cache}:events:<t>` | stream of BlockNews | cache services | about `CACHE_EVENTS_MAX` |
+| `headrace:{:cache}:blocks:<t>:<a>` | BlockNews, all | that service | `BLOCKS_TTL_MS`, renewed |
+
+`<a>` is a cache service's address, `<t>` a model's tag (`policy/hashing.py`) in hex. No model's
+name begins with a colon, so `{:cache}` is nobody else's.
 """
 
 from __future__ import annotations
@@ -42,6 +49,9 @@ EVENTS_MAX = 10_000
 SERVICE_TTL_MS = 24 * 3_600_000
 BLOCKS_TTL_MS = 60_000
 PLACES_TTL_MS = 3_000
+NODE_LEASE_MS = 3_000
+CACHE_EVENTS_MAX = 1_000
+CACHE_NODES = "headrace:{:cache}:nodes"
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}")
 
@@ -128,3 +138,15 @@ def limit_used(key_id: str) -> str:
 
 def limit_running(key_id: str) -> str:
     return f"headrace:limit:{{{key_id}}}:running"
+
+
+def cache_node(address: str) -> str:
+    return f"headrace:{{:cache}}:node:{address}"
+
+
+def cache_events(tag: bytes) -> str:
+    return f"headrace:{{:cache}}:events:{tag.hex()}"
+
+
+def cache_blocks(tag: bytes, address: str) -> str:
+    return f"headrace:{{:cache}}:blocks:{tag.hex()}:{address}"

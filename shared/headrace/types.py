@@ -39,6 +39,17 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class CacheMode(StrEnum):
+    """Which of a job's blocks are worth writing into the cache service.
+
+    IMPLICIT: whatever its worker thinks worth it. EXPLICIT: those of `Job.cache_until_tokens`, no
+    other.
+    """
+
+    IMPLICIT = "implicit"
+    EXPLICIT = "explicit"
+
+
 class WorkerRole(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
@@ -109,6 +120,10 @@ class Job:
     which the first and the last token have to be there; 0: no deadline). `expected_tokens` of
     output are predicted, `cached_tokens` of the prompt are expected in a cache. `blocks` names the
     prompt's full blocks for the prefix index, BLOCK_KEY_BYTES of each one's hash.
+
+    What it wants of the cache service: the full blocks among its first `cache_until_tokens` prompt
+    tokens are written, and kept for `cache_ttl_ms` from then on (0: no longer than they earn);
+    `cache_mode` says what becomes of the others.
     """
 
     id: str
@@ -132,6 +147,9 @@ class Job:
     expected_tokens: int = 0
     cached_tokens: int = 0
     blocks: bytes = b""
+    cache_until_tokens: int = 0
+    cache_ttl_ms: int = 0
+    cache_mode: CacheMode = CacheMode.IMPLICIT
 
     @property
     def expected_output(self) -> int:
@@ -176,10 +194,11 @@ class Delta:
     """New tokens of one job in one engine step, as they stand in a reply stream.
 
     `first` is the output position of `tokens[0]`. `cached_tokens` are the prompt tokens that this
-    attempt took from a cache instead of computing them. `logprobs`: one for each of `tokens`, or
-    none. `prompt_logprobs`: one for each prompt token but the first; they come with output position
-    0. A Delta without tokens and finish is a fence: it raises the attempt, and what an older
-    attempt writes after it does not count.
+    attempt took from a cache instead of computing them, `cache_write_tokens` those that it has
+    written into one so far. `logprobs`: one for each of `tokens`, or none. `prompt_logprobs`: one
+    for each prompt token but the first; they come with output position 0. A Delta without tokens
+    and finish is a fence: it raises the attempt, and what an older attempt writes after it does not
+    count.
     """
 
     job: str
@@ -190,6 +209,7 @@ class Delta:
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    cache_write_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +312,8 @@ class Progress:
     `sequence` counts this incarnation's reports from 1: a gap means that some were lost. `jobs`:
     those running that moved since the last report. `stored` and `removed` are blocks that its KV
     pool gained and lost on balance, BLOCK_KEY_BYTES each: none is in both. `busy_ms` of engine
-    steps since the last report computed `prefill_tokens` of prompts and made `output_tokens`.
+    steps since the last report computed `prefill_tokens` of prompts and made `output_tokens`;
+    KV of `fetched_tokens` came from the cache service in `fetch_ms`.
     """
 
     worker: str
@@ -303,6 +324,8 @@ class Progress:
     busy_ms: int = 0
     prefill_tokens: int = 0
     output_tokens: int = 0
+    fetched_tokens: int = 0
+    fetch_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +343,32 @@ class BlockSnapshot:
 
     sequence: int
     blocks: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheNode:
+    """A cache service that lives. `boot` names this incarnation; bytes are those of its memory."""
+
+    address: str
+    boot: str
+    budget_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNews:
+    """Blocks of one model that a cache service gained and lost, BLOCK_KEY_BYTES each, on balance.
+
+    `sequence` counts an incarnation's news of that model from 1: a gap means that some were lost.
+    A snapshot is news in which `stored` are all blocks that were there when news number `sequence`
+    was sent, or a little later.
+    """
+
+    address: str
+    boot: str
+    sequence: int
+    stored: bytes = b""
+    removed: bytes = b""
 
 
 Positions = dict[str, tuple[int, int]]

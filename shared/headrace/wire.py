@@ -20,6 +20,7 @@ import msgpack
 from headrace.errors import WireError
 from headrace.types import (
     Band,
+    CacheMode,
     Delta,
     Finish,
     FinishReason,
@@ -192,6 +193,9 @@ def encode_job(
             "expected": job.expected_tokens,
             "cached": job.cached_tokens,
             "blocks": job.blocks,
+            "cache_until": job.cache_until_tokens,
+            "cache_ttl": job.cache_ttl_ms,
+            "cache_mode": job.cache_mode.value,
             "max": s.max_tokens,
             "temp": s.temperature,
             "top_p": s.top_p,
@@ -216,23 +220,11 @@ def encode_job(
 
 
 _JOB_KINDS: dict[str, type] = {
-    "id": str,
-    "model": str,
-    "tenant": str,
-    "arrived": int,
-    "gateway": str,
-    "salt": bytes,
-    "affinity": bytes,
-    "attempt": int,
-    "priority": int,
-    "weight": float,
-    "virtual": float,
-    "ttft_by": int,
-    "done_by": int,
-    "expected": int,
-    "cached": int,
-    "blocks": bytes,
-}
+    "id": str, "model": str, "tenant": str, "arrived": int, "gateway": str, "salt": bytes,
+    "affinity": bytes, "attempt": int, "priority": int, "weight": float, "virtual": float,
+    "ttft_by": int, "done_by": int, "expected": int, "cached": int, "blocks": bytes,
+    "cache_until": int, "cache_ttl": int,
+}  # fmt: skip
 _SAMPLING_KINDS: dict[str, type] = {
     "max": int,
     "temp": float,
@@ -257,6 +249,7 @@ def decode_job(data: bytes) -> Job:
     (
         job_id, model, tenant, arrived, gateway, salt, affinity, attempt,
         priority, weight, virtual, ttft_by, done_by, expected, cached, blocks,
+        cache_until, cache_ttl,
     ) = f.all_of(_JOB_KINDS)  # fmt: skip
     return Job(
         job_id,
@@ -280,6 +273,9 @@ def decode_job(data: bytes) -> Job:
         expected_tokens=expected,
         cached_tokens=cached,
         blocks=blocks,
+        cache_until_tokens=cache_until,
+        cache_ttl_ms=cache_ttl,
+        cache_mode=f.one_of("cache_mode", CacheMode),
     )
 
 
@@ -319,10 +315,13 @@ def encode_deltas(deltas: Iterable[Delta]) -> bytes:
     for d in deltas:
         finish = None if d.finish is None else [d.finish.reason.value, d.finish.error]
         row: list[Any] = [d.job, d.attempt, d.first, tokens_to_bytes(d.tokens), d.cached_tokens]
-        if finish is not None or d.logprobs or d.prompt_logprobs:
+        scored = bool(d.logprobs or d.prompt_logprobs or d.cache_write_tokens)
+        if finish is not None or scored:
             row.append(finish)
-        if d.logprobs or d.prompt_logprobs:
+        if scored:
             row += [_pack_logprobs(d.logprobs), _pack_logprobs(d.prompt_logprobs)]
+        if d.cache_write_tokens:
+            row.append(d.cache_write_tokens)
         rows.append(row)
     return pack(rows)
 
@@ -338,7 +337,10 @@ def _decode_delta(row: Any) -> Delta:
     try:
         job, attempt, first, tokens, cached, *rest = row
         ending = rest[0] if rest else None
-        logprobs, prompt_logprobs = rest[1:] if len(rest) > 1 else (b"", b"")
+        logprobs, prompt_logprobs = rest[1:3] if len(rest) > 1 else (b"", b"")
+        written = 0
+        if len(rest) > 3:
+            (written,) = rest[3:]
         finish = None
         if ending is not None:
             reason, error = ending
@@ -354,6 +356,7 @@ def _decode_delta(row: Any) -> Delta:
             int(cached),
             _unpack_logprobs(logprobs),
             _unpack_logprobs(prompt_logprobs),
+            int(written),
         )
         if delta.logprobs and len(delta.logprobs) != len(delta.tokens):
             raise ValueError(f"{len(delta.logprobs)} logprobs for {len(delta.tokens)} tokens")

@@ -87,6 +87,8 @@ def encode_progress(report: Progress) -> bytes:
             report.busy_ms,
             report.prefill_tokens,
             report.output_tokens,
+            report.fetched_tokens,
+            report.fetch_ms,
         ]
     )
 
@@ -105,11 +107,12 @@ def decode_event(data: bytes) -> Event:
     """Raises WireError."""
     match unpack(data):
         case ["progress", str(worker), int(sequence), list(jobs), bytes(stored), bytes(removed),
-              int(busy), int(prefill), int(output)]:  # fmt: skip
+              int(busy), int(prefill), int(output), int(fetched), int(fetching)]:  # fmt: skip
             _check_keys(stored, removed)
             return Progress(
-                worker, sequence, tuple(map(_job, jobs)), stored, removed, busy, prefill, output
-            )
+                worker, sequence, tuple(map(_job, jobs)), stored, removed, busy, prefill, output,
+                fetched, fetching,
+            )  # fmt: skip
         case ["done", str(worker), *facts, str(reason)] if reason in set(FinishReason):
             return JobDone(worker, _job(facts), FinishReason(reason))
         case [str(kind), str(_)]:

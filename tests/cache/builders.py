@@ -6,16 +6,18 @@ import asyncio
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from pathlib import Path
 
 from headrace.cache_client import CacheClient, PutEntry
+from headrace.checksum import checksum
 from headrace.clock import Clock
 from headrace.frames import KV, EntryFacts, EntryKey, parse_address
 from headrace.types import Band
-from headrace_cache.policy.eviction import POLICIES
+from headrace_cache.arena import Arena
+from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer, Limits
 from headrace_cache.store import Store
 
@@ -44,17 +46,21 @@ def facts_of(
     tenant: str = "t",
     cost_ms: float = 1.0,
     kind: str = KV,
+    layout: bytes = b"",
+    pin_ms: int = 0,
 ) -> EntryFacts:
     return EntryFacts(
         key=EntryKey(kind, hash_of(name)),
         parent=parent,
         depth=depth,
         size_bytes=len(data),
-        crc=zlib.crc32(data),
+        crc=checksum(data),
         band=band,
         tenant=tenant,
         cost_tokens=16,
         cost_ms=cost_ms,
+        layout=layout,
+        pin_ms=pin_ms,
     )
 
 
@@ -70,8 +76,22 @@ def chain(name: str, length: int, size_bytes: int = 1000, **fields: object) -> l
     return entries
 
 
-def make_store(budget_bytes: int = BUDGET_BYTES, policy: str = "keep-score") -> Store:
-    return Store(budget_bytes, POLICIES[policy]())
+def make_store(
+    budget_bytes: int = BUDGET_BYTES,
+    policy: str = "keep-score",
+    *,
+    folder: Path | None = None,
+    reserved_bytes_max: int | None = None,
+) -> Store:
+    """A store in private memory, or in a file in `folder` that clients can map."""
+    arena = Arena(budget_bytes, folder)
+    return Store(budget_bytes, POLICIES[policy](None), arena, reserved_bytes_max)
+
+
+def folder_of(url: str) -> Path | None:
+    """Where the arena of a service at `url` is: beside its socket, if that folder is so called."""
+    path = parse_address(url).path
+    return Path(path).parent if path and Path(path).parent.name == "arena" else None
 
 
 @asynccontextmanager
@@ -83,13 +103,16 @@ async def serving(
     limits: Limits | None = None,
 ) -> AsyncIterator[tuple[CacheServer, str]]:
     """A server in this event loop, and the URL it is reached at; whole when it stops."""
-    server = CacheServer(make_store() if store is None else store, clock, limits)
+    server = CacheServer(
+        make_store(folder=folder_of(url)) if store is None else store, clock, limits
+    )
     address = await server.start(parse_address(url))
     try:
         yield server, str(address)
     finally:
         await server.stop()
         server.check_integrity()
+        server.store.arena.close()
 
 
 @asynccontextmanager

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-ONE_LOOP = ("test_kill.py",)
-"""Their service is a process with a loop of its own, and it is the service that is tested."""
+ONE_LOOP = ("test_kill.py", "test_cache_cluster.py", "test_fleet_link.py")
+"""What they test is who asks whom, or a process with a loop of its own."""
 
 
 @pytest.hookimpl(optionalhook=True)  # older pytest-asyncio: the standard loop only

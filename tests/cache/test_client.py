@@ -13,24 +13,32 @@ from cache.builders import (
     chain,
     client_of,
     data_of,
+    folder_of,
     hash_of,
     make_store,
     serving,
 )
 from headrace import cache_client
-from headrace.cache_client import KEYS_PER_ROUND, CacheClient, PutEntry
+from headrace.cache_client import CacheClient, PutEntry
 from headrace.cache_lane import BREAK_MS_MAX, BREAK_MS_MIN, FAILURES_MAX, Breaker
+from headrace.cache_reads import KEYS_PER_ROUND
+from headrace.checksum import checksum
 from headrace.clock import ManualClock
-from headrace.frames import PREFIX, PROMPT, Counted, Found, Get, decode_request, encode
+from headrace.frame_codec import PREFIX, decode_request, encode
+from headrace.frames import KV, PROMPT, Counted, EntryKey, Found, Get, Hello, Welcome
 from headrace.types import Band
 
 LOCAL = "tcp://127.0.0.1:0"
 PATIENCE_S = 10.0
 
 
-@pytest.fixture(params=["tcp", "unix"])
+@pytest.fixture(params=["tcp", "unix", "arena"])
 def listen(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return LOCAL if request.param == "tcp" else f"unix://{tmp_path / 'cache.sock'}"
+    """Entries sent over either kind of socket, or read and written in place."""
+    if request.param == "tcp":
+        return LOCAL
+    (tmp_path / request.param).mkdir()
+    return f"unix://{tmp_path / request.param / 'cache.sock'}"
 
 
 def hashes(entries: list[PutEntry]) -> list[bytes]:
@@ -40,7 +48,7 @@ def hashes(entries: list[PutEntry]) -> list[bytes]:
 async def test_batches_go_there_and_back(listen: str) -> None:
     """A chain of 200 entries, 70 MB: several frames, one call each way."""
     entries = chain("a", 200, 350_000)
-    store = make_store(1 << 28)
+    store = make_store(1 << 28, folder=folder_of(listen))
     async with (
         serving(listen, store=store) as (_, url),
         client_of(url) as client,
@@ -89,22 +97,22 @@ async def test_memoryviews_and_bytearrays_are_stored_as_they_are(listen: str) ->
 
 async def test_a_reader_of_a_higher_class_keeps_an_entry_alive() -> None:
     """Two batch entries, one read by an interactive request, then more than fits: it stays."""
-    async with serving(LOCAL, store=make_store(5_000)) as (server, url), client_of(url) as client:
+    store = make_store(5_000, reserved_bytes_max=5_000)
+    async with serving(LOCAL, store=store) as (server, url), client_of(url) as client:
         entries = [PutEntry(hash_of(i), data_of(i, 1000), band=Band.BATCH) for i in range(4)]
         await client.put(entries[:2])
         await client.get_run([entries[1].hash], band=Band.INTERACTIVE)
         for entry in entries[2:]:
             await client.put([entry])
         assert [key == entries[0].hash for key, _ in await client.get_run([hash_of(1)])] == [False]
-        assert server.store.by_kind["kv"].evictions > 0
+        assert server.store.tallies.by_kind["kv"].evictions > 0
 
 
-async def test_a_corrupt_entry_is_dropped_and_counts_as_a_miss() -> None:
+async def test_a_corrupt_entry_is_dropped_and_counts_as_a_miss(listen: str) -> None:
     entries = chain("a", 3)
-    async with serving(LOCAL) as (server, url), client_of(url) as client:
+    async with serving(listen) as (server, url), client_of(url) as client:
         await client.put(entries)
-        (stored,) = [s for s in server.store._entries.values() if s.facts.depth == 1]
-        stored.data[7] ^= 1
+        server.store.data(server.store.index.find(EntryKey(KV, entries[1].hash)))[7] ^= 1
         assert [key for key, _ in await client.get_run(hashes(entries))] == [entries[0].hash]
         assert (client.counts.corrupt, client.counts.misses) == (1, 2)
         assert await client.has(hashes(entries)) == [True, False, True]
@@ -208,6 +216,8 @@ async def impostor(react: Reaction) -> AsyncIterator[str]:
                 _, header_bytes, payload_bytes = PREFIX.unpack(await reader.readexactly(16))
                 request = decode_request(await reader.readexactly(header_bytes))
                 await reader.readexactly(payload_bytes)
+                if isinstance(request, Hello):
+                    writer.write(encode(Welcome(request.id, "", bytes(16), 0, 0)))
                 if isinstance(request, Get):
                     react(request, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -224,9 +234,7 @@ async def impostor(react: Reaction) -> AsyncIterator[str]:
 
 
 def found(request_id: int, data: bytes) -> bytes:
-    from zlib import crc32
-
-    return encode(Found(request_id, (len(data),), (crc32(data),), False)) + data
+    return encode(Found(request_id, (len(data),), (checksum(data),), False)) + data
 
 
 async def test_a_late_answer_is_never_taken_for_a_later_one() -> None:
@@ -256,7 +264,7 @@ async def test_answers_in_another_order_reach_their_askers() -> None:
 
     async with impostor(react) as url, client_of(url) as client:
         runs = await asyncio.gather(*(client.get_run([hash_of(i)]) for i in range(3)))
-        assert [bytes(run[0][1]) for run in runs] == [b"1", b"2", b"3"]
+        assert [bytes(run[0][1]) for run in runs] == [b"%d" % each for each in sorted(waiting)]
 
 
 async def test_three_slow_answers_and_the_client_stops_asking() -> None:
@@ -302,7 +310,7 @@ async def test_what_came_before_the_time_limit_is_kept() -> None:
         rounds.append(len(request.keys))
         if len(rounds) == 1:
             count = len(request.keys)
-            writer.write(encode(Found(request.id, (1,) * count, (0xE8B7BE43,) * count, False)))
+            writer.write(encode(Found(request.id, (1,) * count, (checksum(b"a"),) * count, False)))
             writer.write(b"a" * count)
 
     async with impostor(react) as url, client_of(url, timeout_s=0.5) as client:

@@ -13,30 +13,42 @@ from hypothesis import strategies as st
 
 from cache.builders import data_of, facts_of, hash_of
 from headrace.errors import SettingsError, WireError
+from headrace.frame_codec import (
+    HEADER_BYTES_MAX,
+    MAGIC,
+    PREFIX,
+    decode_answer,
+    decode_request,
+    encode,
+)
 from headrace.frame_protocol import FrameReader
 from headrace.frames import (
     ENTRY_BYTES_MAX,
-    HEADER_BYTES_MAX,
     KEYS_MAX,
     KV,
-    MAGIC,
     PAYLOAD_BYTES_MAX,
-    PREFIX,
+    PIN_MS_MAX,
     Answer,
     Ask,
+    Commit,
     Counted,
     EntryKey,
     Found,
     Get,
     Has,
+    Hello,
     Known,
+    Lend,
+    Lent,
+    Manage,
     Put,
+    Release,
     Request,
+    Reserve,
+    Reserved,
     Stats,
     Verify,
-    decode_answer,
-    decode_request,
-    encode,
+    Welcome,
     parse_address,
 )
 from headrace.types import Band
@@ -56,12 +68,21 @@ REQUESTS: list[Request] = [
     Verify(5, KEYS),
     Ask(6, "stats"),
     Ask(7, "ping"),
+    Lend(8, KEYS, None, TRACE, b"8 bytes.", "acme"),
+    Release(9, 4),
+    Reserve(10, ENTRIES, TRACE),
+    Commit(11, 4, (5, -1)),
+    Hello(12),
+    Manage(13, {"what": "list"}),
 ]
 ANSWERS: list[Answer] = [
     Found(1, (10, 20), (7, 8), True),
     Counted(3, 2),
     Known(4, (True, False)),
     Stats(6, {"by_kind": {"kv": {"entries": 1}}}),
+    Lent(8, (10, 20), (7, 8), False, (0, 1), 4, (4096, 8192)),
+    Reserved(10, 4, (4096, -1), 1),
+    Welcome(12, "/dev/shm/arena", b"n" * 16, 1 << 20, 3),
 ]
 
 
@@ -175,6 +196,9 @@ def test_a_malformed_frame_is_named(stream: bytes, message: str) -> None:
         (9, -1.0),
         (9, 1),
         (4, True),
+        (10, b"short"),
+        (11, -1),
+        (11, PIN_MS_MAX + 1),
     ],
 )
 def test_each_fact_of_an_entry_is_checked(field: int, value: Any) -> None:
@@ -193,6 +217,8 @@ def test_each_fact_of_an_entry_is_checked(field: int, value: Any) -> None:
         {"hashes": b"x" * 32 * (KEYS_MAX + 1)},
         {"kind": "video"},
         {"band": 9},
+        {"layout": b"short"},
+        {"tenant": "x" * 201},
         {"trace": {"a": 1}},
         {"trace": {str(i): "" for i in range(100)}},
         {"id": "one"},
@@ -202,6 +228,31 @@ def test_each_fact_of_an_entry_is_checked(field: int, value: Any) -> None:
 def test_each_field_of_a_get_is_checked(change: dict[str, Any]) -> None:
     with pytest.raises(WireError):
         decode_request(pack(unpack(header_of(REQUESTS[0])) | change))
+
+
+@pytest.mark.parametrize(
+    ("answer", "change"),
+    [
+        (0, {"crcs": [1]}),
+        (0, {"sizes": [1, ENTRY_BYTES_MAX + 1]}),
+        (0, {"tiers": [0]}),
+        (0, {"tiers": [0, 2]}),
+        (4, {"places": [1]}),
+        (4, {"places": [1, -1]}),
+        (5, {"places": [-2]}),
+        (6, {"nonce": b"short"}),
+        (6, {"path": "x" * 2000}),
+    ],
+)
+def test_each_field_of_an_answer_is_checked(answer: int, change: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        decode_answer(pack(unpack(header_of(ANSWERS[answer])) | change))
+
+
+def test_each_crc_of_a_commit_is_checked() -> None:
+    for crcs in ([-2], [1 << 32], ["1"], [1] * (KEYS_MAX + 1)):
+        with pytest.raises(WireError):
+            decode_request(pack({"op": "commit", "id": 1, "ticket": 1, "crcs": crcs}))
 
 
 @given(st.binary(max_size=200))

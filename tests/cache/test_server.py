@@ -31,8 +31,10 @@ from cache.builders import (
 from headrace import config, telemetry
 from headrace.clock import ManualClock
 from headrace.errors import SettingsError
-from headrace.frames import MAGIC, PREFIX, Get, Put, encode, parse_address
+from headrace.frame_codec import MAGIC, PREFIX, encode
+from headrace.frames import Get, Put, parse_address
 from headrace_cache.metrics import Metrics
+from headrace_cache.room import charged_bytes
 from headrace_cache.server import Limits
 from headrace_cache.settings import CacheSettings
 
@@ -111,14 +113,14 @@ async def test_a_frame_that_stops_midway_ends_its_connection() -> None:
         facts = facts_of("big", data_of("big", 1_000_000))
         writer.write(encode(Put(1, (facts,))) + b"only a part")
         await writer.drain()
-        while server.receiving_bytes == 0:
+        while server.store.reserved_bytes == 0:
             await asyncio.sleep(0.001)
         server.sweep()
-        assert server.receiving_bytes == 1_000_000
+        assert server.store.reserved_bytes > 1_000_000
         clock.advance(server.limits.stall_ms_max + 1)
         server.sweep()
         assert await ended(reader)
-        while server.receiving_bytes:
+        while server.store.reserved_bytes:
             await asyncio.sleep(0.001)
         await hang_up(writer)
 
@@ -154,17 +156,17 @@ async def test_a_client_that_does_not_read_is_cut_off_and_others_are_served() ->
             async with asyncio.timeout(PATIENCE_S):
                 while server.snapshot()["connections"] == 3:
                     await asyncio.sleep(0.01)
-        hits = server.store.by_kind["kv"].hits
+        hits = server.store.tallies.by_kind["kv"].hits
         assert hits < 8 * 10, "it stopped reading requests long before the hundredth"
 
 
 async def test_puts_together_hold_a_bounded_amount_of_memory() -> None:
     """Beyond the limit an entry's bytes are skipped: not stored, and no harm to the connection."""
-    limits = Limits(receiving_bytes_max=5_000)
-    async with serving(LOCAL, limits=limits) as (server, url), client_of(url) as client:
+    store = make_store(reserved_bytes_max=5 * charged_bytes(1000))
+    async with serving(LOCAL, store=store) as (_, url), client_of(url) as client:
         assert not await client.put(chain("large", 6))
         assert await client.put(chain("small", 5))
-        assert server.store.by_kind["kv"].refused == 6
+        assert store.tallies.by_kind["kv"].refused == 1
 
 
 async def test_what_is_there_already_is_not_received_again() -> None:
@@ -172,7 +174,10 @@ async def test_what_is_there_already_is_not_received_again() -> None:
         entries = chain("a", 3)
         assert await client.put(entries)
         assert await client.put(entries)
-        assert (server.store.by_kind["kv"].kept, server.store.by_kind["kv"].present) == (3, 3)
+        assert (
+            server.store.tallies.by_kind["kv"].kept,
+            server.store.tallies.by_kind["kv"].present,
+        ) == (3, 3)
 
 
 async def test_spans_of_gets_and_puts_are_children_of_the_callers(
@@ -185,7 +190,7 @@ async def test_spans_of_gets_and_puts_are_children_of_the_callers(
     async with serving(LOCAL) as (_, url), client_of(url) as client:
         caller = telemetry.tracer().start_span("worker")
         context = telemetry.inject(caller)
-        entries = chain("a", 3)
+        entries = chain("a", 3, cost_ms=16.0)
         await client.put(entries, context)
         await client.get_run([entry.hash for entry in (*entries, *chain("b", 1))], context)
         await client.get_run([entries[0].hash])
@@ -202,6 +207,8 @@ async def test_spans_of_gets_and_puts_are_children_of_the_callers(
         "headrace.cache.keys": 4,
         "headrace.cache.hits": 3,
         "headrace.cache.bytes": 3000,
+        "headrace.cache.from_disk": 0,
+        "headrace.cache.saved_ms": 48.0,
     }
     assert put.attributes is not None
     assert put.attributes["headrace.cache.kept"] == 3
@@ -213,7 +220,7 @@ async def test_stopping_answers_what_was_asked() -> None:
         entries = chain("a", 32, 1 << 20)
         assert await client.put(entries)
         asked = asyncio.ensure_future(client.get_run([entry.hash for entry in entries]))
-        while not server.store.by_kind["kv"].hits:
+        while not server.store.tallies.by_kind["kv"].hits:
             await asyncio.sleep(0)
         await server.stop()
         assert len(await asked) == 32

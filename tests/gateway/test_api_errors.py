@@ -13,7 +13,7 @@ from headrace.errors import CallerError
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import BLOCK_TOKENS, Band
 from headrace_gateway.api.bodies import parse_object
-from headrace_gateway.tenants import make_tenant
+from headrace_gateway.tenants import salt_of
 from support.api import MODEL, Running, ScriptedFleet, encode, make_record, running_gateway, say
 
 CHAT = "/v1/chat/completions"
@@ -169,7 +169,7 @@ async def test_keys_guard_the_api_and_nothing_else() -> None:
             model=MODEL, messages=[{"role": "user", "content": "Hi"}], service_tier="priority"
         )
         job = g.fleet.jobs[0]
-        assert (job.tenant, job.salt) == ("blue", make_tenant("blue").salt)
+        assert (job.tenant, job.salt) == ("blue", salt_of("blue"))
         assert job.band is Band.BATCH
         assert answer.service_tier == "flex", "the tier that was used, not the one asked for"
 
@@ -180,7 +180,7 @@ async def test_jobs_say_who_where_and_what() -> None:
         prompt = (encode("hello world ") * 200)[: 20 * BLOCK_TOKENS]
         for tokens in (prompt, prompt[:20], prompt[:5], [*prompt[:5], 9]):
             await g.post("/v1/completions", {"model": MODEL, "prompt": tokens, "max_tokens": 1})
-        salt = make_tenant("default").salt
+        salt = salt_of("default")
         hashes = block_hashes(root_hash("fingerprint-of-tiny", salt), prompt)
         long, one_block, short, other = [job.affinity for job in g.fleet.jobs]
         assert long == hashes[15]

@@ -78,6 +78,11 @@ BAD_COMMON: dict[str, list[Any]] = {
     ],
     "use_beam_search": [True],
     "length_penalty": [2],
+    "prompt_cache_key": [5, [], "x" * 513],
+    "prompt_cache_options": [
+        5, [], "x", {"mode": "x"}, {"mode": 1}, {"ttl": "x"}, {"ttl": "30"}, {"ttl": "0m"},
+        {"ttl": "8d"}, {"ttl": 30}, {"ttl": "999999d"}, {"prewarm": "x"}, {"prewarm": 1},
+    ],
 }  # fmt: skip
 BAD_CHOICES: dict[str, list[Any]] = {
     "n": [0, -1, 9, 1.5, "2", True, 10**30],
@@ -97,6 +102,15 @@ BAD_ITEMS: list[Any] = [
     [{"role": "user", "content": None}], [{"role": "user", "content": []}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": ["x"]}],
+    [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": 5}]}],
+    [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}],
+    [{"role": "user", "content": [
+        {"type": "text", "text": "x", "cache_control": {"type": "ephemeral", "ttl": "9"}}]}],
+    [{"role": "user", "content": [{"type": "text", "text": "x", "prompt_cache_breakpoint": 5}]}],
+    [{"role": "user", "content": [
+        {"type": "text", "text": "x", "prompt_cache_breakpoint": {"ttl": "8d"}}]}],
+    [{"role": "user", "content": [
+        {"type": "text", "text": "x", "prompt_cache_breakpoint": True}] * 5}],
     [{"role": 5, "content": "x"}], [[{"role": "user", "content": "x"}]],
     [{"role": "tool", "content": "x", "tool_call_id": "a"}],
     [{"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function"}]}],
@@ -154,14 +168,16 @@ JSON = st.recursive(
 NEARLY = st.recursive(
     st.sampled_from(
         [None, True, False, -1, 0, 0.5, 1, 2, 5, 20, 300, "a", "x", "5", "[a-z]+", "start: /a/",
-         "object", "string", "text", "json_object", "json_schema", "message.output_text.logprobs"]
+         "object", "string", "text", "json_object", "json_schema", "message.output_text.logprobs",
+         "explicit", "implicit", "30m", "ephemeral"]
     ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
                 ["type", "format", "json_schema", "name", "schema", "strict", "properties", "x",
-                 "json", "regex", "choice", "grammar", "json_object", "items", "enum", "5", "300"]
+                 "json", "regex", "choice", "grammar", "json_object", "items", "enum", "5", "300",
+                 "mode", "ttl", "prewarm", "text", "cache_control", "prompt_cache_breakpoint"]
             ),
             inner,
             max_size=3,

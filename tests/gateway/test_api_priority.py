@@ -29,7 +29,7 @@ from headrace_gateway.api.deadlines import (
 from headrace_gateway.api.sessions import AFFINITY_BLOCKS, SESSION_HEADER
 from headrace_gateway.limits import Limiter
 from headrace_gateway.policy.admission import Admission
-from headrace_gateway.tenants import make_tenant
+from headrace_gateway.tenants import salt_of
 from support.api import MODEL, Running, ScriptedFleet, make_record, running_gateway, say
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -194,7 +194,7 @@ async def test_a_job_names_its_blocks_and_its_session() -> None:
     async with running_gateway(api_keys="k1:red,k2:blue", api_key="k1") as g:
         red = {"Authorization": "Bearer k1"}
         job = await job_of(g, COMPLETIONS, red, prompt=long)
-        salt = make_tenant("red").salt
+        salt = salt_of("red")
         hashes = block_hashes(root_hash("fingerprint-of-tiny", salt), long)
         assert job.blocks == b"".join(each[:BLOCK_KEY_BYTES] for each in hashes)
         assert job.affinity == hashes[AFFINITY_BLOCKS - 1]

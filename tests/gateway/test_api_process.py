@@ -83,6 +83,7 @@ def test_it_serves_until_sigterm(valkey: Valkey) -> None:
         ({"port": "many"}, "HEADRACE_PORT"),
         ({"gateway_id": "a b"}, "HEADRACE_GATEWAY_ID"),
         ({"api_keys": "top-secret:t:nobody"}, "HEADRACE_API_KEYS"),
+        ({"cache_url": "tcp://cache:7700,nowhere"}, "HEADRACE_CACHE_URL"),
     ],
 )
 def test_a_bad_setting_stops_the_start_and_names_itself(

@@ -62,6 +62,7 @@ async def test_a_request_continues_the_clients_trace(spans: InMemorySpanExporter
             "gen_ai.usage.input_tokens": len(g.fleet.jobs[0].prompt),
             "gen_ai.usage.output_tokens": len(encode("ok")) + 1,
             "gen_ai.usage.cache_read.input_tokens": 3,
+            "gen_ai.usage.cache_write.input_tokens": 0,
             "headrace.tenant": "default",
             "headrace.band": "standard",
         }
@@ -118,3 +119,28 @@ async def test_completions_have_their_operation_and_off_means_off(
         async with g.http.post("/v1/completions", json=body) as response:
             assert "x-headrace-trace-id" not in response.headers
         assert len(spans.get_finished_spans()) == 1
+
+
+async def test_what_a_request_wants_of_the_cache_stands_in_its_trace(
+    spans: InMemorySpanExporter,
+) -> None:
+    """Options on the turn's span, and in one of its own where its tokens came from."""
+    keys = "sk-test:red prompt_entries=true"
+    async with running_gateway(ScriptedFleet(script=lambda job: say("ok")), api_keys=keys) as g:
+        asked = BODY | {"temperature": 0, "prompt_cache_options": {"mode": "explicit", "ttl": "1m"}}
+        status, _ = await g.post(CHAT, asked, Authorization="Bearer sk-test")
+        assert status == 200
+        await g.settled()
+        lookup, turn = spans.get_finished_spans()
+        assert lookup.name == "prompt cache"
+        assert lookup.parent is not None
+        assert turn.context is not None
+        assert lookup.parent.span_id == turn.context.span_id
+        assert dict(lookup.attributes or {}) == {
+            "headrace.prompt_cache.way": "computed",
+            "headrace.prompt_cache.saved_ms": 0,
+        }
+        attributes = turn.attributes or {}
+        assert attributes["headrace.cache.mode"] == "explicit"
+        assert attributes["headrace.cache.ttl_ms"] == 60_000
+        assert attributes["headrace.cache.until_tokens"] == 0

@@ -82,6 +82,13 @@ def test_a_tenant_gets_the_best_band_it_may_use() -> None:
         "secret:t concurrency",
         "secret:t concurrency = 5",
         "secret:t weight=4,other:t weight=1",
+        "secret:t prompt_entries=yes",
+        "secret:t prompt_entries",
+        "secret:t admin=1",
+        "secret:t sharing_group=",
+        "secret:t sharing_group=a/b",
+        "secret:t sharing_group=a,other:t sharing_group=b",
+        "secret:t prompt_entries=true,other:t prompt_entries=false",
         "@/no/such/file",
         ",",
     ],
@@ -108,6 +115,23 @@ def test_an_entry_gives_a_share_and_what_its_key_may_use() -> None:
     assert k3.limits is None
 
 
+def test_sharing_is_the_tenants_and_administration_the_keys() -> None:
+    """Groups share one salt that no tenant's name gives; whoever says nothing shares nothing."""
+    tenants = load_tenants(
+        "k1:red sharing_group=warm,k2:red admin=true,k3:blue sharing_group=warm "
+        "prompt_entries=true,k4:warm,k5:green admin=false"
+    )
+    k1, k2, k3, k4, k5 = (tenants.identify(f"Bearer k{at}") for at in range(1, 6))
+    assert k1.salt == k2.salt == k3.salt
+    assert len({k1.salt, k4.salt, k5.salt}) == 3
+    assert [k.admin for k in (k1, k2, k3, k4, k5)] == [False, True, False, False, False]
+    assert [k.prompt_entries for k in (k1, k2, k3, k4, k5)] == [False, False, True, False, False]
+    assert load_tenants("").identify(None).admin, "where nobody is kept out"
+    willing = load_tenants("k1:red,k2:blue prompt_entries=false", prompt_entries=True)
+    assert willing.identify("Bearer k1").prompt_entries
+    assert not willing.identify("Bearer k2").prompt_entries
+
+
 def test_limits_are_a_keys_own_and_the_same_at_every_gateway() -> None:
     """Redis never learns the key, and two gateways with the same settings mean the same."""
     setting = "secret-key:t concurrency=3"
@@ -131,6 +155,11 @@ def test_options_stand_in_files_too(tmp_path: Path) -> None:
 OPTION = st.one_of(
     st.builds("weight={}".format, st.sampled_from(["1", "4", "0.01", "1000", "1001", "0", "x"])),
     st.builds("{}={}".format, st.sampled_from(LIMITS), st.integers(-1, LIMIT_MAX + 1)),
+    st.builds(
+        "{}={}".format,
+        st.sampled_from(["admin", "prompt_entries", "sharing_group"]),
+        st.sampled_from(["true", "false", "1", "", "a/b"]),
+    ),
     st.text(st.characters(codec="utf-8", exclude_characters=",@"), max_size=12),
 )
 

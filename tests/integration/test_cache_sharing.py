@@ -14,6 +14,9 @@ from support.stack import Stack
 PROMPT = [(k * 97) % 5_000 + 100 for k in range(512)]
 
 
+LONG = [(k * 89) % 5_000 + 100 for k in range(1_024)]
+
+
 async def ask(client: openai.AsyncOpenAI, prompt: list[int] = PROMPT) -> tuple[str, int]:
     answer = await client.completions.create(
         model="smollm2", prompt=prompt, max_tokens=8, temperature=0
@@ -44,9 +47,43 @@ async def test_the_second_worker_reads_what_the_first_computed() -> None:
         await eventually(lambda: len(ended("process jobs smollm2")) == 2)
         hits = [s.attributes["headrace.cache.hit_blocks"] for s in ended("cache lookup")]
         assert hits == [0, 31]
+        lookup = ended("cache lookup")[-1]
+        assert lookup.attributes["headrace.cache.tier"] == "arena"
+        assert lookup.attributes["headrace.cache.bytes"] % 31 == 0
+        assert lookup.attributes["headrace.cache.fetch_ms"] > 0
+        assert ended("process jobs smollm2")[0].attributes["headrace.cache.written_tokens"] == 512
         last = ended("process jobs smollm2")[-1]
         assert last.attributes["headrace.worker"] != first.attributes["headrace.worker"]
         assert last.attributes["headrace.cache.imported_tokens"] == 496
+        await client.close()
+
+
+async def test_a_prompt_survives_the_restart_of_everything() -> None:
+    """Worker and cache service are new, the blocks come from the disk, the text is the same."""
+    with Stack(workers=1) as stack:
+        stack.kill("cache")
+        stack.cache_env["HEADRACE_CACHE_DISK_PATH"] = str(stack.valkey.folder / "disk")
+        stack.start_cache()
+        client = openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0)
+        await ask(client, LONG[-64:])  # the worker finds the service again
+        warmed = await client.completions.create(
+            model="smollm2",
+            prompt=LONG,
+            max_tokens=8,
+            temperature=0,
+            extra_body={"prompt_cache_options": {"ttl": "1h"}},
+        )
+        assert warmed.usage is not None
+        details = warmed.usage.prompt_tokens_details
+        assert details is not None
+        assert details.model_dump()["cache_write_tokens"] == 1_024
+        await stack.wait_idle()
+        for service in ("cache", "w1"):
+            await asyncio.to_thread(stack.kill, service, signal.SIGTERM)
+        stack.start_cache()
+        stack.start_worker()
+        await asyncio.to_thread(stack.wait_ready, 1)
+        assert await ask(client, LONG) == (warmed.choices[0].text, 1_008)
         await client.close()
 
 

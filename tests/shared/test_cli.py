@@ -202,6 +202,7 @@ async def test_services_get_what_concerns_them(
     ports = [env[name]["HEADRACE_METRICS_PORT"] for name in ("cache", "worker-0", "worker-1")]
     assert ports == ["9100", "9101", "9102"]
     assert env["worker-0"]["HEADRACE_CACHE_URL"] == env["cache"]["HEADRACE_CACHE_LISTEN"]
+    assert env["gateway"]["HEADRACE_CACHE_URL"] == env["cache"]["HEADRACE_CACHE_LISTEN"]
     assert env["worker-0"]["HEADRACE_WORKER_ID"].startswith("w0-")
     names = ("QUANTIZATION", "KV_DTYPE", "CONTEXT_TOKENS", "SPECULATION")
     worker = env["worker-0"]

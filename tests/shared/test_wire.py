@@ -17,6 +17,7 @@ from headrace.types import (
     Band,
     BlockSnapshot,
     Board,
+    CacheMode,
     Delta,
     Finish,
     FinishReason,
@@ -78,6 +79,9 @@ jobs = st.builds(
     expected_tokens=st.integers(0, 2**31),
     cached_tokens=st.integers(0, 2**31),
     blocks=st.binary(max_size=40),
+    cache_until_tokens=st.integers(0, 2**31),
+    cache_ttl_ms=st.integers(0, 2**31),
+    cache_mode=st.sampled_from(CacheMode),
 )
 block_keys = st.lists(st.binary(min_size=8, max_size=8), max_size=5).map(b"".join)
 counts = st.integers(0, 2**40)
@@ -115,6 +119,7 @@ def made_deltas(draw: st.DrawFn) -> Delta:
         draw(st.none() | finishes),
         logprobs=tuple(item for _, item in made) if draw(st.booleans()) else (),
         prompt_logprobs=tuple(draw(st.lists(token_logprobs, max_size=3))),
+        cache_write_tokens=draw(st.integers(0, 2**31)),
     )
 
 

@@ -53,6 +53,8 @@ class Stack:
         self.logs: Path = self.valkey.folder / "logs"
         self.logs.mkdir()
         self.cache_url = f"unix://{self.valkey.folder}/c"
+        self.cache_env: dict[str, str] = {}
+        """Settings of the cache service alone, from its next start on."""
         self.ports = [free_port() for _ in range(self.gateways)]
         self._spawned = 0
 
@@ -83,7 +85,8 @@ class Stack:
         self.valkey.close()
 
     def start_cache(self) -> None:
-        self._spawn("cache", "headrace_cache", HEADRACE_CACHE_LISTEN=self.cache_url)
+        own = {"HEADRACE_CACHE_LISTEN": self.cache_url} | self.cache_env
+        self._spawn("cache", "headrace_cache", **own)
 
     def start_worker(self) -> str:
         self._spawned += 1

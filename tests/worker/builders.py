@@ -15,12 +15,15 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from headrace.cache_client import CacheClient
 from headrace.clock import ManualClock
 from headrace.policy.hashing import root_hash
 from headrace.types import Band, Delta, Finish, Job, Sampling, pack_tokens
 from headrace_worker.attention.interface import AttentionBatch
 from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.cache_link import CacheLink
 from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.kv.export import Export, ExportFacts
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.sequence import Sequence
@@ -28,6 +31,8 @@ from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import BlockPayload, JobStory
 
 STEPS_MAX = 20_000
+PATIENCE_MS = 10_000
+"""For a cache service on a busy machine."""
 
 
 def make_job(id: str, prompt: Iterable[int], *, max_tokens: int = 8, **changes: Any) -> Job:
@@ -52,6 +57,14 @@ def make_engine(loaded: LoadedModel, kv_tokens: int = 8192, **limits: Any) -> En
     return Engine(loaded, EngineConfig(kv_tokens=kv_tokens, **limits), ManualClock())
 
 
+def make_link(engine: Engine, url: str) -> CacheLink:
+    """An engine's link to the cache service at `url`. Belongs to the running event loop."""
+    client = CacheClient(url, timeout_s=PATIENCE_MS / 1000)
+    return CacheLink(
+        client, layout=engine.layout, block_bytes=engine.block_bytes, limit_ms=PATIENCE_MS
+    )
+
+
 def make_sequence(id: str, prompt: Iterable[int], *, output: int = 4, **fields: Any) -> Sequence:
     tokens = list(prompt)
     return Sequence(id, tokens, root=root_hash("f", b""), tokens_max=len(tokens) + output, **fields)
@@ -71,9 +84,16 @@ class Output:
     cached: dict[str, int] = field(default_factory=dict)
     stories: dict[str, JobStory] = field(default_factory=dict)
     blocks: dict[bytes, BlockPayload] = field(default_factory=dict)
-    offers: list[bytes] = field(default_factory=list)
+    offers: list[ExportFacts] = field(default_factory=list)
     deltas: list[Delta] = field(default_factory=list)
     steps: int = 0
+
+
+def take_export(export: Export) -> BlockPayload:
+    """What the cache service would get of an export."""
+    data = bytearray(export.size_bytes)
+    export.fill(memoryview(data))
+    return BlockPayload(export.facts.hash, export.facts.parent, export.facts.depth, bytes(data))
 
 
 def finish_all(
@@ -97,8 +117,10 @@ def finish_all(
                 out.finishes[delta.job] = delta.finish
         out.deltas += result.deltas
         out.stories.update({story.job: story for story in result.stories})
-        out.blocks |= {payload.hash: payload for payload in result.blocks}
-        out.offers += [payload.hash for payload in result.blocks]
+        for export in result.blocks:
+            facts = export.facts
+            out.blocks[facts.hash] = take_export(export)
+            out.offers.append(facts)
         engine.check_integrity()
         if after_step is not None:
             after_step(out)

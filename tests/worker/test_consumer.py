@@ -41,7 +41,7 @@ from headrace_worker.settings import WorkerSettings
 from support.fleet import eventually
 from support.stack import free_port
 from support.valkey import Valkey
-from worker.builders import make_job, random_tokens
+from worker.builders import make_job, make_link, random_tokens
 
 KV_TOKENS = 4_096
 
@@ -57,15 +57,19 @@ async def fleet(valkey: Valkey) -> AsyncIterator[Fleet]:
 class Running:
     """A consumer and its task."""
 
-    def __init__(self, loaded: LoadedModel, valkey: Valkey, **settings: object) -> None:
+    def __init__(
+        self, loaded: LoadedModel, valkey: Valkey, *, cache_at: str = "", **settings: object
+    ) -> None:
+        """`cache_at`: the address of its cache service, if it has one."""
         self.engine = Engine(loaded, EngineConfig(kv_tokens=KV_TOKENS), SystemClock())
+        self.cache = make_link(self.engine, cache_at) if cache_at else None
         self.consumer = Consumer(
             WorkerSettings(redis_url=valkey.url, **settings),  # type: ignore[arg-type]
             self.engine,
             loaded.record,
             Capacity(KV_TOKENS, 8),
             SystemClock(),
-            cache=None,
+            self.cache,
             threads=1,
         )
         self.task = asyncio.create_task(self.consumer.run())

@@ -15,13 +15,19 @@ from hypothesis import strategies as st
 from headrace.clock import ManualClock
 from headrace.errors import CallerError, ModelError, SettingsError
 from headrace.types import BLOCK_KEY_BYTES, Band, Finish, FinishReason, JobProgress
-from headrace_worker.cache_link import _entry
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.results import BlockPayload, JobStory
 from headrace_worker.runner import Runner
-from worker.builders import finish_all, logits_of, make_engine, make_job, random_tokens
+from worker.builders import (
+    finish_all,
+    logits_of,
+    make_engine,
+    make_job,
+    random_tokens,
+    take_export,
+)
 
 
 def test_a_job_gets_its_tokens_in_order(tiny: LoadedModel) -> None:
@@ -223,12 +229,12 @@ def test_sampling_survives_batch_preemption_and_resumption(tiny: LoadedModel) ->
 
 
 def test_blocks_are_offered_once(tiny: LoadedModel) -> None:
-    """At the end of their sequence, heads first; again only after they were gone."""
+    """As they are computed, heads first; again only after they were gone."""
     engine = make_engine(tiny, 128)
     prompt = random_tokens(64, 1)
     first = finish_all(engine, [make_job("a", prompt, max_tokens=2)])
     assert len(first.offers) == 4
-    assert [first.blocks[block_hash].depth for block_hash in first.offers] == [0, 1, 2, 3]
+    assert [offer.depth for offer in first.offers] == [0, 1, 2, 3]
     assert finish_all(engine, [make_job("a", prompt, max_tokens=2)]).offers == []
     finish_all(engine, [make_job("b", random_tokens(120, 2), max_tokens=2)])
     assert finish_all(engine, [make_job("a", prompt, max_tokens=2)]).offers[0] == first.offers[0]
@@ -237,16 +243,23 @@ def test_blocks_are_offered_once(tiny: LoadedModel) -> None:
 
 
 def test_evicted_blocks_are_offered_with_what_they_held(tiny: LoadedModel) -> None:
-    """A cancelled job's KV was never offered; when it gives way, its bytes still are its own."""
+    """What nobody took in time, and what a job left behind, goes as it was when it gives way."""
     engine = make_engine(tiny, 128)
     prompt = random_tokens(64, 1)
-    wanted = finish_all(make_engine(tiny), [make_job("a", prompt, max_tokens=2)]).blocks
-    engine.add(make_job("a", prompt))
-    engine.step()
+    whole = make_job("a", prompt, max_tokens=40)
+    wanted = finish_all(make_engine(tiny), [whole]).blocks
+    engine.add(whole)
+    offered = engine.step().blocks
+    assert [export.facts.depth for export in offered] == [0, 1, 2, 3], "the prompt, at once"
+    while engine._scheduler.running[0].registered < 6:
+        assert engine.step().blocks == [], "its output comes later"
     engine.cancel("a")
-    out = finish_all(engine, [make_job("b", random_tokens(120, 2), max_tokens=2)])
-    for block_hash, payload in wanted.items():
-        assert out.blocks[block_hash] == payload
+    later = finish_all(engine, [make_job("b", random_tokens(120, 2), max_tokens=2)])
+    for export in offered:
+        assert take_export(export) == wanted[export.facts.hash]
+    output = [offer.hash for offer in later.offers if offer.hash in wanted]
+    assert len(output) == 2
+    assert all(later.blocks[block_hash] == wanted[block_hash] for block_hash in output)
 
 
 def test_imports_that_do_not_fit_are_left_out(tiny: LoadedModel) -> None:
@@ -254,7 +267,9 @@ def test_imports_that_do_not_fit_are_left_out(tiny: LoadedModel) -> None:
     prompt = random_tokens(80, 1)
     job = make_job("a", prompt)
     source = finish_all(make_engine(tiny), [job])
-    good = [source.blocks[block_hash] for block_hash in make_engine(tiny).missing_blocks(job)]
+    good = [
+        source.blocks[block_hash] for block_hash in make_engine(tiny).missing_blocks(job).hashes
+    ]
     bad = np.frombuffer(good[1].data, np.float32).copy()
     bad[3] = np.inf
     for payloads, imported in [
@@ -374,7 +389,7 @@ def test_random_traffic_never_changes_an_answer(
 def test_missing_blocks_counts_earlier_output(tiny: LoadedModel) -> None:
     """A job that moves here with a log asks for the blocks of prompt and log together."""
     job = make_job("a", random_tokens(30, 1), max_tokens=40, logged=random_tokens(20, 2))
-    assert len(make_engine(tiny).missing_blocks(job)) == 3
+    assert len(make_engine(tiny).missing_blocks(job).hashes) == 3
     assert isinstance(job.prompt, array)
 
 
@@ -544,8 +559,4 @@ def test_offered_blocks_name_their_owner(tiny: LoadedModel) -> None:
     """Band and tenant of the job, for what the cache service keeps for whom."""
     job = make_job("a", random_tokens(40, 1), band=Band.INTERACTIVE, tenant="mill")
     out = finish_all(make_engine(tiny), [job])
-    assert {(payload.band, payload.tenant) for payload in out.blocks.values()} == {
-        (Band.INTERACTIVE, "mill")
-    }
-    sent = _entry(next(iter(out.blocks.values())))
-    assert (sent.band, sent.tenant) == (Band.INTERACTIVE, "mill")
+    assert {(offer.band, offer.tenant) for offer in out.offers} == {(Band.INTERACTIVE, "mill")}

@@ -147,9 +147,9 @@ def test_blocks_travel_between_engines(smollm2: LoadedModel, reference: Referenc
     first, second = make_engine(smollm2), make_engine(smollm2)
     longest = make_job("p", reference.prompts[19], max_tokens=NEW_TOKENS)
     sent = finish_all(first, [longest]).blocks
-    missing = second.missing_blocks(longest)
+    missing = second.missing_blocks(longest).hashes
     assert len(missing) == (len(longest.prompt) - 1) // 16
-    assert first.missing_blocks(longest) == []
+    assert first.missing_blocks(longest).hashes == []
     second.add(longest, [sent[block_hash] for block_hash in missing])
     second.check_integrity()
     out = finish_all(second)

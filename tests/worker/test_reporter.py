@@ -56,12 +56,15 @@ def test_a_report_is_what_came_together() -> None:
     work = {"busy_ns": 2_600_000, "prefill_tokens": 5, "output_tokens": 1}
     told.note(a_step(JobProgress("a", 9, 0, 1), came="v", went="yu", **work))
     told.note(a_step(came="u", went="v"))
+    told.note_fetch(64, 1.5)
+    told.note_fetch(16, 0.9)
     report = told.take_report("w")
     assert report is not None
     assert (report.worker, report.sequence) == ("w", 1)
     assert report.jobs == (JobProgress("a", 9, 0, 1),)
     assert (letters(report.stored), letters(report.removed)) == ("xzu", "yv")
     assert (report.busy_ms, report.prefill_tokens, report.output_tokens) == (3, 5, 1)
+    assert (report.fetched_tokens, report.fetch_ms) == (80, 2)
     assert told.take_report("w") is None
     told.note(a_step(busy_ns=1))
     again = told.take_report("w")

@@ -10,7 +10,7 @@ import structlog
 import torch
 
 from headrace import logs, telemetry
-from headrace.cache_client import CacheClient
+from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError
@@ -88,10 +88,6 @@ def build(settings: WorkerSettings) -> Consumer:
         speculation=settings.speculation == "ngram",
         kv_dtype=settings.kv_dtype,
     )
-    cache = None
-    if settings.cache_url:
-        client = CacheClient(settings.cache_url, timeout_s=settings.cache_timeout_ms / 1000)
-        cache = CacheLink(client)
     log.info(
         "model loaded",
         model=name,
@@ -102,7 +98,19 @@ def build(settings: WorkerSettings) -> Consumer:
     )
     capacity = Capacity(kv_tokens, settings.max_jobs)
     engine = Engine(loaded, config, clock)
+    cache = _link(settings, engine) if settings.cache_url else None
     return Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
+
+
+def _link(settings: WorkerSettings, engine: Engine) -> CacheLink:
+    timeout_s = settings.cache_timeout_ms / 1000
+    client = open_cache(settings.cache_url, settings.redis_url, timeout_s=timeout_s)
+    return CacheLink(
+        client,
+        layout=engine.layout,
+        block_bytes=engine.block_bytes,
+        limit_ms=settings.cache_timeout_ms,
+    )
 
 
 async def serve(settings: WorkerSettings) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -20,9 +20,9 @@ from headrace.clock import Clock
 from headrace.errors import CallerError, WireError
 from headrace.grammars import Grammars, Matcher
 from headrace.policy import priority
-from headrace.policy.hashing import block_hashes, root_hash
 from headrace.streams import REDIS_DOWN, Entry, Tail, connect
 from headrace.types import (
+    BLOCK_TOKENS,
     Delta,
     Finish,
     FinishReason,
@@ -39,24 +39,16 @@ from headrace_worker.membership import Capacity, Membership, new_worker_id
 from headrace_worker.metrics import Counts
 from headrace_worker.publisher import Addressed, Delivery, Publisher
 from headrace_worker.reporter import Reporter
-from headrace_worker.results import BlockPayload, StepResult
+from headrace_worker.results import JobStory, MissingRun, StepResult
 from headrace_worker.settings import WorkerSettings
 from headrace_worker.story import close_span, open_span
+from headrace_worker.ticket import Ticket, last_words
 
 log = structlog.get_logger()
 
 JOIN_RETRY_S = 0.5
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A job that this worker has: where its output goes, its span, and how it is being prepared."""
-
-    job: Job
-    to: Delivery
-    span: Span
-    preparing: asyncio.Task[None] | None = None
-    added: bool = False
+WRITE_WAIT_S_MAX = 1.0
+"""For how long the end of a job waits for what it wants written; its tokens do not."""
 
 
 class Consumer:
@@ -229,8 +221,9 @@ class Consumer:
 
     def counts(self) -> Counts:
         """For `/metrics`."""
-        dropped = self._cache.dropped if self._cache is not None else 0
-        return replace(self._counts, unwritten_blocks=dropped)
+        if self._cache is None:
+            return self._counts
+        return replace(self._counts, cache=self._cache.counts)
 
     def status(self) -> WorkerStatus:
         """What the fleet is told of this worker."""
@@ -248,11 +241,15 @@ class Consumer:
     def _drop_tickets(self, why: str) -> None:
         """Jobs that are another worker's from now on: their spans end here, and say why."""
         for ticket in self._tickets.values():
-            if ticket.preparing is not None:
-                ticket.preparing.cancel()
-            ticket.span.set_attribute("headrace.moved_on", why)
-            ticket.span.end()
+            self._leave(ticket, why)
         self._tickets.clear()
+
+    def _leave(self, ticket: Ticket, why: str) -> None:
+        ticket.stop_tasks()
+        if self._cache is not None:
+            self._cache.forget(ticket.job.id)
+        ticket.span.set_attribute("headrace.moved_on", why)
+        ticket.span.end()
 
     async def _forget_everything(self) -> None:
         self._drop_tickets("lease lost")
@@ -298,11 +295,11 @@ class Consumer:
         if priority.is_late(job, self._clock.wall_ms(), len(job.logged)):
             self._end(ticket, Finish(FinishReason.DEADLINE))
             return
-        hashes = self._engine.missing_blocks(job) if self._cache is not None else []
-        if hashes or job.sampling.grammar:
-            ticket.preparing = asyncio.create_task(self._prepare_then_add(ticket, hashes))
+        missing = self._engine.missing_blocks(job) if self._cache is not None else None
+        if (missing and missing.hashes) or job.sampling.grammar:
+            ticket.preparing = asyncio.create_task(self._prepare_then_add(ticket, missing))
         else:
-            self._add(ticket, [], None)
+            self._add(ticket, None)
 
     def _make_way(self, job: Job, to: Delivery) -> bool:
         """Whether `job` has to be started; it may be here, when Redis forgot its last second."""
@@ -313,43 +310,36 @@ class Consumer:
             if ticket.to.attempt == job.attempt:
                 ticket.to = to  # it goes on, and its end is written where it stands now
             return False
-        if ticket.preparing is not None:
-            ticket.preparing.cancel()
         if ticket.added:
             assert self._thread is not None, "jobs are read while the engine runs"
             self._thread.send(partial(_cancel_in_engine, job.id))
-        ticket.span.set_attribute("headrace.moved_on", "a later attempt")
-        ticket.span.end()
+        self._leave(ticket, "a later attempt")
         return True
 
-    async def _prepare_then_add(self, ticket: Ticket, hashes: list[bytes]) -> None:
+    async def _prepare_then_add(self, ticket: Ticket, missing: MissingRun | None) -> None:
         try:
-            async with asyncio.timeout(_left_s(ticket.job, self._clock.wall_ms())):
-                await self._prepare(ticket, hashes)
+            async with asyncio.timeout(ticket.left_s(self._clock.wall_ms())):
+                await self._prepare(ticket, missing)
         except TimeoutError:
             self._end(ticket, Finish(FinishReason.DEADLINE))
+        finally:
+            if ticket.fetched is not None and not ticket.added:
+                ticket.fetched.close()
 
-    async def _prepare(self, ticket: Ticket, hashes: list[bytes]) -> None:
+    async def _prepare(self, ticket: Ticket, missing: MissingRun | None) -> None:
+        """What the engine needs of others, both at a time: the grammar, and KV that is cached."""
         job = ticket.job
-        try:
-            matcher = await self._compile(job, ticket.span)
-        except CallerError as error:
+        compiled, _ = await asyncio.gather(
+            self._compile(job, ticket.span), self._fetch(ticket, missing), return_exceptions=True
+        )
+        if isinstance(compiled, CallerError):
             # gateways have compiled it before, so this is rare; nobody else may notice
-            self._end(ticket, Finish(FinishReason.ERROR, error=error.message))
-            return
-        except Exception as error:
-            log.error("grammar not compiled", job=job.id, error=repr(error), exc_info=error)
+            self._end(ticket, Finish(FinishReason.ERROR, error=compiled.message))
+        elif isinstance(compiled, BaseException):
+            log.error("grammar not compiled", job=job.id, error=repr(compiled), exc_info=compiled)
             self._end(ticket, Finish(FinishReason.ERROR, error="the grammar could not be compiled"))
-            return
-        blocks: list[BlockPayload] = []
-        try:
-            if hashes:
-                blocks = await self._fetch(job, hashes, ticket.span)
-        except Exception as error:
-            # our bug, but not this job's: it is computed as if nothing were cached
-            log.error("cache lookup failed", job=job.id, error=repr(error), exc_info=error)
-        if job.id in self._tickets:
-            self._add(ticket, blocks, matcher)
+        elif self._tickets.get(job.id) is ticket:
+            self._add(ticket, compiled)
 
     async def _compile(self, job: Job, span: Span) -> Matcher | None:
         """The job's grammar, compiled off the event loop and the engine's thread."""
@@ -361,18 +351,35 @@ class Consumer:
         span.add_event("grammar compiled", {"duration_ms": took_ms})
         return matcher
 
-    async def _fetch(self, job: Job, hashes: list[bytes], span: Span) -> list[BlockPayload]:
-        assert self._cache is not None, "only asked for with a cache"
-        root = root_hash(self._record.fingerprint, job.salt)
-        chain = [root, *block_hashes(root, job.prompt + job.logged)]
-        first = chain.index(hashes[0]) - 1
-        return await self._cache.fetch(hashes, chain[first], first, job.band, span)
-
-    def _add(self, ticket: Ticket, blocks: list[BlockPayload], matcher: Matcher | None) -> None:
+    async def _fetch(self, ticket: Ticket, missing: MissingRun | None) -> None:
+        if self._cache is None or missing is None or not missing.hashes:
+            return
         assert self._thread is not None, "jobs are read while the engine runs"
+        job, outlook = ticket.job, self._thread.outlook
+        try:
+            fetched = await self._cache.fetch(job, missing, outlook, ticket.span)
+            ticket.fetched = fetched
+            self._reporter.note_fetch(len(fetched.blocks) * BLOCK_TOKENS, fetched.took_ms)
+        except Exception as error:
+            # our bug, but not this job's: it is computed as if nothing were cached
+            log.error("cache lookup failed", job=job.id, error=repr(error), exc_info=error)
+
+    def _add(self, ticket: Ticket, matcher: Matcher | None) -> None:
+        assert self._thread is not None, "jobs are read while the engine runs"
+        loop = asyncio.get_running_loop()
+        job, fetched = ticket.job, ticket.fetched
         ticket.preparing = None
         ticket.added = True
-        self._thread.send(lambda engine: engine.add(ticket.job, blocks, matcher))
+
+        def add(engine: Engine) -> None:
+            try:
+                engine.add(job, fetched.blocks if fetched is not None else (), matcher)
+            finally:
+                # the engine reads what is lent, so nobody but the engine says that it is done
+                if fetched is not None:
+                    loop.call_soon_threadsafe(fetched.close)
+
+        self._thread.send(add)
 
     def _cancel(self, job_id: str) -> None:
         ticket = self._tickets.get(job_id)
@@ -382,8 +389,7 @@ class Consumer:
             assert self._thread is not None, "jobs are read while the engine runs"
             self._thread.send(partial(_cancel_in_engine, job_id))
             return
-        if ticket.preparing is not None:
-            ticket.preparing.cancel()
+        ticket.stop_tasks()
         self._end(ticket, Finish(FinishReason.CANCELLED))
 
     def _end(self, ticket: Ticket, finish: Finish) -> None:
@@ -407,34 +413,67 @@ class Consumer:
             self._counts.guessed += story.guessed
             self._counts.guessed_right += story.guessed_right
             self._counts.forced += story.forced
+        self._store(result)
         step = []
         for delta in result.deltas:
             ticket = self._tickets.get(delta.job)
             if ticket is None or ticket.to.attempt != delta.attempt:
                 continue
-            told = stories.get(delta.job)
-            step.append(Addressed(delta, ticket.to, told.progress if told else None))
-            if delta.finish is not None:
-                del self._tickets[delta.job]
-                close_span(ticket.span, told, delta.finish, self._clock.wall_ns())
+            step += self._addressed(ticket, delta, stories.get(delta.job))
         if step:
             self._publisher.put(step, steps=1)
         else:
             self._note_sent(1)
-        if self._cache is not None and result.blocks:
-            self._cache.store_later(result.blocks)
+
+    def _store(self, result: StepResult) -> None:
+        """What the engine offers is written; that of jobs which have moved on without a count."""
+        if self._cache is None or not result.blocks:
+            return
+        self._cache.store_later(result.blocks)
+        for job_id in {export.facts.job for export in result.blocks} - self._tickets.keys():
+            self._cache.forget(job_id)
+
+    def _addressed(self, ticket: Ticket, delta: Delta, told: JobStory | None) -> list[Addressed]:
+        """What is sent of `delta` now. The end of a job that wants to be cached may come later."""
+        if self._cache is not None:
+            written = self._cache.written_tokens(delta.job)
+            delta = replace(delta, cache_write_tokens=written) if written else delta
+        finish = delta.finish
+        if finish is None:
+            return [Addressed(delta, ticket.to)]
+        if ticket.job.cache_until_tokens and self._cache and self._cache.is_writing(delta.job):
+            ticket.ending = asyncio.create_task(self._end_written(ticket, delta, told, finish))
+            return [Addressed(replace(delta, finish=None), ticket.to)] if delta.tokens else []
+        self._close(ticket, told, finish)
+        return [Addressed(delta, ticket.to, told.progress if told else None)]
+
+    async def _end_written(
+        self, ticket: Ticket, delta: Delta, told: JobStory | None, finish: Finish
+    ) -> None:
+        """End a job when what it wants cached is written, or when that takes too long."""
+        assert self._cache is not None, "only with a cache is anything written"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WRITE_WAIT_S_MAX):
+                await self._cache.written(ticket.job.id)
+        written = self._cache.written_tokens(ticket.job.id)
+        self._close(ticket, told, finish)
+        progress = told.progress if told else None
+        last = last_words(delta, finish, written)
+        self._publisher.put([Addressed(last, ticket.to, progress)], steps=0)
+
+    def _close(self, ticket: Ticket, told: JobStory | None, finish: Finish) -> None:
+        """The job has ended: nothing of it is left here but its last words."""
+        del self._tickets[ticket.job.id]
+        if self._cache is not None:
+            written = self._cache.written_tokens(ticket.job.id)
+            ticket.span.set_attribute("headrace.cache.written_tokens", written)
+            self._cache.forget(ticket.job.id)
+        close_span(ticket.span, told, finish, self._clock.wall_ns())
 
     def _note_sent(self, steps: int) -> None:
         assert self._thread is not None, "steps come from the engine"
         for _ in range(steps):
             self._thread.result_done()
-
-
-def _left_s(job: Job, now_ms: int) -> float | None:
-    """Seconds from wall-clock `now_ms` to the first deadline of `job`; None without one."""
-    ttft_by_ms = 0 if job.logged else job.ttft_by_ms
-    deadlines = [deadline for deadline in (ttft_by_ms, job.done_by_ms) if deadline]
-    return (min(deadlines) - now_ms) / 1000 if deadlines else None
 
 
 def _cancel_in_engine(job_id: str, engine: Engine) -> None:

@@ -19,27 +19,26 @@ from headrace.clock import Clock
 from headrace.errors import CallerError, SettingsError
 from headrace.grammars import Matcher
 from headrace.policy import priority
-from headrace.policy.hashing import block_hashes, root_hash
-from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Finish, FinishReason, Job
+from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
+from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
 from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.entry import Entry
 from headrace_worker.grammar_link import GrammarFailure
 from headrace_worker.kv.pool import KvPool
+from headrace_worker.kv.traffic import Traffic
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.loading.fingerprint import block_fingerprint
-from headrace_worker.policy.blocks import BlockPool, CachedBlock
+from headrace_worker.policy.blocks import BlockPool
+from headrace_worker.policy.keeping import When, keeping
 from headrace_worker.policy.pace import Pace
 from headrace_worker.policy.plan import Outcome, Plan, PlanItem
 from headrace_worker.policy.scheduler import CALM_MS, Scheduler
 from headrace_worker.policy.sequence import Sequence as TokenSequence
 from headrace_worker.policy.speculation import Economy
-from headrace_worker.results import BlockPayload, StepResult, StepWork
+from headrace_worker.results import BlockPayload, MissingRun, Outlook, StepResult, StepWork
 from headrace_worker.runner import Ask, Mask, Ran, Runner
 from headrace_worker.sampling.limits import refuse as refuse_sampling
-
-OFFERED_BLOCKS_PER_STEP_MAX = 64
-"""Blocks of finished sequences copied out in one step; the rest is offered when evicted."""
 
 _log = structlog.get_logger()
 
@@ -50,8 +49,8 @@ class EngineConfig:
 
     `kv_tokens`: tokens of KV kept in memory. `max_running`: sequences computed at a time.
     `step_tokens_max`: tokens computed in one step; prompts of lower bands take `lower_prefill_ms`
-    of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: copy
-    KV blocks out for a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
+    of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: offer
+    KV blocks to a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
     how keys and values are kept, "auto" as the model computes.
     """
 
@@ -97,6 +96,7 @@ class Engine:
         self._clock = clock
         self._pool = BlockPool(blocks)
         self._kv = KvPool(loaded.config, blocks, loaded.dtype, config.kv_dtype)
+        self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
         self._runner = Runner(loaded.model, SdpaBackend(self._kv, loaded.config))
         self._scheduler = Scheduler(
             self._pool,
@@ -136,18 +136,32 @@ class Engine:
             return f"token id {largest} is outside the vocabulary of {self.record.vocab_size}"
         return refuse_sampling(job.sampling, self.record.vocab_size)
 
-    def missing_blocks(self, job: Job) -> list[bytes]:
-        """Hashes of the job's leading full blocks from the first one that is not in the pool.
+    @property
+    def layout(self) -> bytes:
+        """Names the model, and how the numbers of its KV blocks are arranged."""
+        return model_tag(self.record.fingerprint) + self._kv.layout[MODEL_TAG_BYTES:]
+
+    @property
+    def block_bytes(self) -> int:
+        return self._kv.payload_bytes
+
+    def outlook(self) -> Outlook:
+        ahead = [0] * len(Band)
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            if sequence.lacks_prompt():
+                ahead[sequence.band] += sequence.pending
+        return Outlook(self._pace.token_ms, tuple(ahead))
+
+    def missing_blocks(self, job: Job) -> MissingRun:
+        """The job's leading full blocks from the first one that is not in the pool.
 
         Safe to call from another thread: it only asks a dict what it contains.
         """
         tokens = job.prompt + job.logged
         root = root_hash(self.record.fingerprint, job.salt)
         hashes = block_hashes(root, tokens, (len(tokens) - 1) // BLOCK_TOKENS)
-        for index, block_hash in enumerate(hashes):
-            if not self._pool.contains(block_hash):
-                return hashes[index:]
-        return []
+        first = next((i for i, h in enumerate(hashes) if not self._pool.contains(h)), len(hashes))
+        return MissingRun(hashes[first:], hashes[first - 1] if first else root, first)
 
     def add(
         self, job: Job, imported: Iterable[BlockPayload] = (), matcher: Matcher | None = None
@@ -169,7 +183,7 @@ class Engine:
         if ending is not None and not sequence.scoring:
             self._end(entry, ending)  # an earlier attempt made the last token, its end got lost
             return
-        entry.imported = self._import(sequence, imported)
+        entry.imported = self._traffic.load(sequence, imported, cost_ms=self._block_ms)
         self._scheduler.add(sequence)
         try:
             ending = self._follow_grammar(entry, job.logged)
@@ -229,7 +243,8 @@ class Engine:
         self._end_late(now)
         lower = self._pace.tokens_within(self._config.lower_prefill_ms)
         plan = self._scheduler.schedule(now, self._guesses(), lower_prefill_tokens=lower)
-        self._offer(plan.evicted)  # before the step overwrites them
+        # before the step overwrites them
+        self._traffic.note_evicted(plan.evicted, cost_ms=self._block_ms)
         plan = self._with_masks(plan)
         start_ns = end_ns = self._clock.wall_ns()
         if plan.items:
@@ -239,6 +254,7 @@ class Engine:
                 self._apply(plan, ran, start_ns, end_ns)
         self._masks.clear()
         result, self._result = self._result, StepResult([], [], [])
+        result.blocks.extend(self._traffic.take())
         return replace(result, work=self._work(plan, result, end_ns - start_ns))
 
     def _end_late(self, now: int) -> None:
@@ -260,6 +276,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Blocks are free or owned, once; each sequence has its job and each job its sequence."""
         self._scheduler.check_integrity()
+        self._traffic.check_integrity()
         sequences = {s.id for s in (*self._scheduler.running, *self._scheduler.waiting)}
         assert sequences == self._entries.keys(), "jobs and sequences disagree"
         if not sequences:
@@ -354,7 +371,12 @@ class Engine:
             if (item.samples and not chosen) or len(scored) < len(got.scored):
                 self._fail_choice(entry)
         items = {item.sequence.id: (item, got) for item, got in zip(plan.items, ran, strict=True)}
-        for outcome in self._scheduler.apply(plan, drawn):
+        outcomes = self._scheduler.apply(plan, drawn)
+        for sequence in (item.sequence for item in plan.items):
+            if sequence.registered:
+                entry = self._entries[sequence.id]
+                self._offer(entry, sequence.blocks[: sequence.registered], ended=False)
+        for outcome in outcomes:
             item, got = items[outcome.sequence.id]
             self._note_outcome(outcome, item, got)
             self._report(outcome, end_ns)
@@ -394,10 +416,33 @@ class Engine:
         if ending is None:
             self._result.deltas.append(entry.delta())
             return
-        held = [self._pool.cached(block) for block in blocks]
-        fresh = [c for c in held if c is not None and not c.offered]
-        self._offer(fresh[: max(0, OFFERED_BLOCKS_PER_STEP_MAX - len(self._result.blocks))])
+        self._offer(entry, blocks, ended=True)
         self._end(entry, ending)
+
+    @property
+    def _block_ms(self) -> float:
+        """What computing a block takes; 0 where nothing was measured yet."""
+        return BLOCK_TOKENS * self._pace.token_ms
+
+    def _offer(self, entry: Entry, blocks: Sequence[int], *, ended: bool) -> None:
+        """Offers the cache service what it has not been of a sequence's full `blocks`."""
+        theirs = len(entry.sequence.cached_blocks or ())  # found, so others' to offer
+        for index in range(entry.offered, len(blocks)):
+            keep = keeping(entry.job, index, ended=ended)
+            if keep.when is When.LATER:
+                return
+            entry.offered = index + 1
+            # another block may hold the same, and then that one can be found
+            found = self._pool.match_prefix([entry.sequence.block_hash(index)])
+            cached = self._pool.cached(found[0]) if found else None
+            if cached is None:
+                continue
+            if keep.when is When.NEVER:
+                cached.offered = cached.offered or index >= theirs
+            elif keep.pin_ms or not cached.offered:
+                of_prompt = (index + 1) * BLOCK_TOKENS <= len(entry.job.prompt)
+                job = entry.job.id if of_prompt else ""
+                self._traffic.offer(cached, job=job, pin_ms=keep.pin_ms, cost_ms=self._block_ms)
 
     def _follow_grammar(self, entry: Entry, tokens: Iterable[int]) -> FinishReason | None:
         """Tells the grammar of `tokens`, and adds those that it leaves no choice about.
@@ -421,7 +466,7 @@ class Engine:
 
     def _fail(self, sequence: TokenSequence, suspects: list[int], error: str) -> None:
         """Ends a job in an error; nobody finds or reads what `suspects` hold again."""
-        self._pool.forget(suspects)
+        self._traffic.forget(suspects)
         self._scheduler.remove(sequence)
         self._kv.zero_blocks(block for block in suspects if self._pool.is_free(block))
         self._end(self._entries[sequence.id], FinishReason.ERROR, error=error)
@@ -431,48 +476,3 @@ class Engine:
         del self._entries[entry.job.id]
         self._result.deltas.append(entry.delta(Finish(reason, error)))
         self._result.stories.append(entry.story(reason, self._clock.wall_ns()))
-
-    def _offer(self, cached: Sequence[CachedBlock]) -> None:
-        """Copies out those not offered before, while their KV stands."""
-        if not self._config.offer_blocks:
-            return
-        for c in cached:
-            if not c.offered:
-                c.offered = True
-                data = self._kv.export_block(c.block)
-                payload = BlockPayload(c.hash, c.parent, c.depth, data, c.band, c.tenant)
-                self._result.blocks.append(payload)
-
-    def _import(
-        self, sequence: TokenSequence, payloads: Iterable[BlockPayload]
-    ) -> frozenset[bytes]:
-        """Puts into the pool what continues the resident prefix; the hashes taken.
-
-        What does not fit the sequence's own chain, or is no valid KV, is left out and
-        computed: a cache can be wrong, an answer cannot.
-        """
-        by_hash = {payload.hash: payload for payload in payloads}
-        if not by_hash:
-            return frozenset()
-        hashes = sequence.reusable_hashes()
-        chain = self._pool.match_prefix(hashes)
-        # held meanwhile: the chain itself must not give way to its own continuation
-        self._pool.acquire(chain)
-        taken: set[bytes] = set()
-        for index in range(len(chain), len(hashes)):
-            block_hash, parent = hashes[index], sequence.parent_hash(index)
-            resident = self._pool.match_prefix([block_hash])
-            if not resident:
-                payload = by_hash.get(block_hash)
-                room = self._pool.can_allocate(1)
-                if payload is None or not room or not self._kv.accepts(payload.data):
-                    break
-                owner = (sequence.band, sequence.tenant)
-                resident = [self._pool.adopt(block_hash, parent, index, *owner)]
-                self._offer(self._pool.take_evicted())  # before it is overwritten
-                self._kv.import_block(resident[0], payload.data)
-                taken.add(block_hash)
-            self._pool.acquire(resident)
-            chain += resident
-        self._pool.release(chain, sequence.band)
-        return frozenset(taken)

@@ -60,6 +60,7 @@ class EngineThread:
         self._busy_since_ms = -1
         self.steps = 0
         self.counts = engine.counts()
+        self.outlook = engine.outlook()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -101,7 +102,7 @@ class EngineThread:
         while True:
             with self._news:
                 while not (self._inbox or self._stopping or self._engine.has_work):
-                    self.counts = self._engine.counts()
+                    self._look()
                     if self._debug:
                         self._engine.check_integrity()
                     self._news.wait(IDLE_CHECK_S)
@@ -122,5 +123,10 @@ class EngineThread:
         result = self._engine.step()
         self._busy_since_ms = -1
         self.steps += 1
-        self.counts = self._engine.counts()
+        self._look()
         self._loop.call_soon_threadsafe(self._on_result, result)
+
+    def _look(self) -> None:
+        """What others are told of the engine: whole objects, replaced."""
+        self.counts = self._engine.counts()
+        self.outlook = self._engine.outlook()

@@ -45,6 +45,8 @@ class Entry:
         self.imported: frozenset[bytes] = frozenset()
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
+        self.offered = 0
+        """Leading blocks of which the cache service has been offered what it shall have."""
         self.scheduled_ns = 0
         self.first_token_ns = 0
         self.guessed = 0

@@ -6,24 +6,25 @@ Invariant: names and units follow Prometheus' rules; a gauge is what the last st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from headrace.types import WorkerState, WorkerStatus
+from headrace_worker.cache_counts import CacheCounts
 
 
 @dataclass(slots=True)
 class Counts:
     """What a worker has done since it started, counted as jobs end."""
 
-    unwritten_blocks: int = 0
     late_jobs: int = 0
     guessed: int = 0
     guessed_right: int = 0
     forced: int = 0
+    cache: CacheCounts = field(default_factory=CacheCounts)
 
 
 class WorkerCollector(Collector):
@@ -55,8 +56,8 @@ class WorkerCollector(Collector):
         counters = {
             "headrace_worker_steps": ("Engine steps", status.steps),
             "headrace_worker_unwritten_blocks": (
-                "KV blocks not written to the cache service, its queue being full",
-                counts.unwritten_blocks,
+                "KV blocks not written to the cache service: no room in the queue or there",
+                counts.cache.unwritten_blocks,
             ),
             "headrace_worker_late_jobs": (
                 "Jobs ended because a deadline had passed",
@@ -76,6 +77,7 @@ class WorkerCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=["model"])
             counter.add_metric([self._model], value)
             yield counter
+        yield from counts.cache.metrics(self._model)
 
 
 def serve(

@@ -54,6 +54,8 @@ class Reporter:
         self._busy_ns = 0
         self._prefill_tokens = 0
         self._output_tokens = 0
+        self._fetched_tokens = 0
+        self._fetch_ms = 0.0
 
     def begin(self) -> None:
         """A new incarnation, which counts its reports from 1 and has told nothing yet."""
@@ -75,6 +77,11 @@ class Reporter:
         self._prefill_tokens += work.prefill_tokens
         self._output_tokens += work.output_tokens
 
+    def note_fetch(self, tokens: int, took_ms: float) -> None:
+        """KV of `tokens` came from the cache service."""
+        self._fetched_tokens += tokens
+        self._fetch_ms += took_ms
+
     def _note_block(self, key: bytes, came: bool) -> None:
         self._held_changed = True
         self._held.pop(key, None)
@@ -90,7 +97,7 @@ class Reporter:
 
     def take_report(self, worker: str) -> Progress | None:
         """What came together since the last one; None when there is nothing to tell."""
-        if not (self._moved or self._news or self._busy_ns):
+        if not (self._moved or self._news or self._busy_ns or self._fetched_tokens):
             return None
         self._sequence += 1
         report = Progress(
@@ -102,6 +109,8 @@ class Reporter:
             busy_ms=round(self._busy_ns / 1e6),
             prefill_tokens=self._prefill_tokens,
             output_tokens=self._output_tokens,
+            fetched_tokens=self._fetched_tokens,
+            fetch_ms=round(self._fetch_ms),
         )
         self._forget_pending()
         return report

@@ -1,6 +1,7 @@
 """What leaves the engine: new tokens, KV worth caching, and what a trace tells of ended jobs.
 
-Invariant: all of it is frozen; it crosses from the engine's thread into the event loop.
+Invariant: it crosses from the engine's thread into the event loop, so all of it is frozen or, as
+exports are, for both to use.
 """
 
 from __future__ import annotations
@@ -8,22 +9,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from headrace.frames import Buffer
 from headrace.types import Band, Delta, FinishReason, JobProgress
+from headrace_worker.kv.export import Export
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPayload:
-    """One KV block as it travels to and from the cache service. `depth` counts from 0.
-
-    `band` and `tenant` are the owner's, for what the service keeps; it does not tell them back.
-    """
+    """One KV block as it comes from the cache service. `depth` counts from 0."""
 
     hash: bytes
     parent: bytes
     depth: int
-    data: bytes | memoryview
-    band: Band = Band.STANDARD
-    tenant: str = ""
+    data: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class MissingRun:
+    """The full blocks of a job from the first one that is not in the pool.
+
+    That is block number `first` of its chain; `parent` is the hash before it.
+    """
+
+    hashes: list[bytes]
+    parent: bytes
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How long prompts take here: a token's milliseconds (0: not measured), and what waits.
+
+    `ahead_tokens`: of prompts that are here and not computed, by band.
+    """
+
+    token_ms: float = 0.0
+    ahead_tokens: tuple[int, ...] = (0,) * len(Band)
+
+    def wait_ms(self, band: Band) -> float:
+        """How long a prompt of `band` that comes now waits for those before it."""
+        return self.token_ms * sum(self.ahead_tokens[: band + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +100,6 @@ class StepResult:
     """What one step gave: at most one delta a job, KV worth caching, stories of ended jobs."""
 
     deltas: list[Delta]
-    blocks: list[BlockPayload]
+    blocks: list[Export]
     stories: list[JobStory]
     work: StepWork = StepWork()

@@ -52,6 +52,10 @@ class WorkerSettings(ServiceSettings):
     drain_ms: int = Field(
         default=8_000, ge=0, description="how long SIGTERM waits for running jobs"
     )
-    cache_url: str = Field(default="", description="tcp://host:port or unix:///path; empty: none")
+    cache_url: str = Field(
+        default="",
+        description="tcp://host:port or unix:///path, several with commas, or `auto` for those "
+        "that Redis knows; empty: none",
+    )
     cache_timeout_ms: int = Field(default=500, ge=1)
     metrics_port: int = Field(default=0, ge=0, le=65_535, description="0: no metrics listener")

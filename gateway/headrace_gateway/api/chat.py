@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from headrace_gateway.api.caching import marked_caching
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.logprobs import prompt_entries, token_entries
 from headrace_gateway.api.requests import make_call, read_object
@@ -21,11 +22,15 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answers a chat, streamed or whole."""
     async with Turn(request.app[GATEWAY], make_call(request, "chat"), "chatcmpl-") as turn:
         parsed = parse_chat(await read_object(request))
-        messages, offer = parsed.conversation(), parsed.offer()
+        (messages, marks), offer = parsed.conversation(), parsed.offer()
         turn.begin(parsed)
         tools = await make_plan(turn.gateway, turn.record, offer)
         prompt = await turn.encode_chat(messages, tools)
-        await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt], tools=tools))
+        caching = await marked_caching(turn, parsed.caching, marks, messages, tools, prompt)
+        wish = await make_wish(
+            turn.gateway, turn.record, parsed, [prompt], tools=tools, caching=caching
+        )
+        await turn.submit(wish)
         return await reply_to(request, turn, parsed, ChatReply(turn, parsed))
 
 

@@ -27,7 +27,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
         turn.begin(parsed)
         prompts = await _encode_prompts(turn, parsed)
         # OpenAI tells the end's logprobs here, and evaluation harnesses count on a token for each
-        wish = await make_wish(turn.gateway, turn.record, parsed, prompts, score_end=True)
+        wish = await make_wish(
+            turn.gateway, turn.record, parsed, prompts, score_end=True, caching=parsed.caching
+        )
         await turn.submit(wish)
         return await reply_to(request, turn, parsed, CompletionReply(turn, parsed))
 

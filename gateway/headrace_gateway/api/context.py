@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from aiohttp import web
 from opentelemetry.trace import Span
 
+from headrace.cache_cluster import Cache
+from headrace.cache_directory import open_cache
 from headrace.clock import Clock
 from headrace.errors import DependencyError
 from headrace.types import Job, ModelRecord
@@ -22,6 +24,8 @@ from headrace_gateway.limits import Limiter
 from headrace_gateway.metrics import GatewayMetrics
 from headrace_gateway.policy.admission import Admission, Ask
 from headrace_gateway.policy.lengths import Lengths
+from headrace_gateway.prompt_cache import PromptCache
+from headrace_gateway.prompt_entries import PromptEntries
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.templates import ChatTemplates
 from headrace_gateway.tenants import Tenant, Tenants
@@ -97,6 +101,9 @@ class Gateway:
         self.templates = ChatTemplates(clock)
         self.dialects = Dialects(self.templates)
         self.grammars = GrammarChecker()
+        self.cache = _cache_of(settings, clock)
+        entries = None if self.cache is None else PromptEntries(self.cache)
+        self.prompt_cache = PromptCache(entries, clock)
         self.metrics = GatewayMetrics(self.counts)
         self.turns: set[Turn] = set()
         self.sockets: set[web.WebSocketResponse] = set()
@@ -105,10 +112,11 @@ class Gateway:
 
     def counts(self) -> dict[str, int]:
         """What is open here; all zero when nobody is being served."""
-        return self.fleet.counts() | {
-            "active_turns": len(self.turns),
-            "open_websockets": len(self.sockets),
-        }
+        return (
+            self.fleet.counts()
+            | self.prompt_cache.counts()
+            | {"active_turns": len(self.turns), "open_websockets": len(self.sockets)}
+        )
 
     def ready(self) -> str:
         """'' when requests are taken, else why not."""
@@ -130,6 +138,16 @@ class Gateway:
         while self.turns and self.clock.now_ms() < deadline_ms:
             await asyncio.sleep(DRAIN_POLL_S)
         return not self.turns
+
+
+def _cache_of(settings: GatewaySettings, clock: Clock) -> Cache | None:
+    if not settings.cache_url:
+        return None
+    # what a gateway reads is small: it does not need the service's memory
+    timeout_s = settings.cache_timeout_ms / 1000
+    return open_cache(
+        settings.cache_url, settings.redis_url, timeout_s=timeout_s, clock=clock, arena=False
+    )
 
 
 GATEWAY = web.AppKey("gateway", Gateway)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.errors import CallerError
 from headrace_gateway.api.bodies import parse_object
+from headrace_gateway.api.caching import Mark, MarkedPart, marks_in
 from headrace_gateway.api.tool_schemas import FunctionName
 from headrace_gateway.api.validation import STRICT, bad_value, missing
 from headrace_gateway.tools.reading import CALLS_MAX
@@ -24,11 +25,8 @@ CallId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Conversation = list[dict[str, Any]]
 
 
-class TextPart(BaseModel):
-    model_config = STRICT
-
+class TextPart(MarkedPart):
     type: Literal["text"]
-    text: str
 
 
 class CalledFunction(BaseModel):
@@ -62,11 +60,8 @@ class Message(BaseModel):
     tool_calls: Annotated[list[AssistantCall], Field(max_length=CALLS_MAX)] | None = None
 
 
-class InputPart(BaseModel):
-    model_config = STRICT
-
+class InputPart(MarkedPart):
     type: Literal["input_text", "output_text", "text"]
-    text: str
 
 
 InputContent = str | Annotated[list[InputPart], Field(min_length=1, max_length=PARTS_MAX)]
@@ -103,13 +98,19 @@ class ResultItem(BaseModel):
     output: InputContent
 
 
-def chat_conversation(messages: Sequence[Message]) -> Conversation:
-    """Raises CallerError for what a message cannot have or lacks."""
+def chat_conversation(messages: Sequence[Message]) -> tuple[Conversation, list[Mark]]:
+    """The conversation, and its cache breakpoints.
+
+    Raises CallerError for what a message cannot have or lacks.
+    """
     calls: dict[str, str] = {}
     made: Conversation = []
+    marks: list[Mark] = []
     for at, message in enumerate(messages):
-        made.append(_chat_message(message, f"messages[{at}]", calls))
-    return made
+        param = f"messages[{at}]"
+        made.append(_chat_message(message, param, calls))
+        marks += marks_in(message.content, at, f"{param}.content", len(marks))
+    return made, marks
 
 
 def _chat_message(message: Message, param: str, calls: dict[str, str]) -> dict[str, Any]:
@@ -137,17 +138,25 @@ def _chat_message(message: Message, param: str, calls: dict[str, str]) -> dict[s
     return made | {"tool_calls": listed}
 
 
-def input_conversation(items: Sequence[InputMessage | CallItem | ResultItem]) -> Conversation:
-    """Raises CallerError. Calls join what the assistant said just before them in one message."""
+def input_conversation(
+    items: Sequence[InputMessage | CallItem | ResultItem],
+) -> tuple[Conversation, list[Mark]]:
+    """The conversation, and its cache breakpoints.
+
+    Raises CallerError. Calls join what the assistant said just before them in one message.
+    """
     calls: dict[str, str] = {}
     made: Conversation = []
+    marks: list[Mark] = []
     for at, item in enumerate(items):
         param = f"input[{at}]"
         if isinstance(item, InputMessage):
             made.append({"role": template_role(item.role), "content": text_of(item.content)})
+            marks += marks_in(item.content, len(made) - 1, f"{param}.content", len(marks))
         elif isinstance(item, ResultItem):
             answer = _answer(item.call_id, f"{param}.call_id", calls)
             made.append({"role": "tool", "content": text_of(item.output)} | answer)
+            marks += marks_in(item.output, len(made) - 1, f"{param}.output", len(marks))
         else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant", "content": ""})
@@ -157,7 +166,7 @@ def input_conversation(items: Sequence[InputMessage | CallItem | ResultItem]) ->
             where = f"{param}.arguments"
             listed.append(_call(item.call_id, item.name, item.arguments, where))
             calls[item.call_id] = item.name
-    return made
+    return made, marks
 
 
 def _call(call_id: str, name: str, arguments: str, param: str) -> dict[str, Any]:

@@ -36,12 +36,16 @@ class ResponseFacts:
     model: str
     service_tier: str
     request: ResponseRequest
+    cached: bool = False
 
 
 def usage_json(usage: Usage) -> Json:
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "input_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+        },
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.total_tokens,
@@ -184,7 +188,7 @@ class ResponseEvents:
 
     def _response(self, status: str, output: list[Json]) -> Json:
         facts, request = self._facts, self._facts.request
-        return {
+        made = {
             "id": facts.id,
             "object": "response",
             "created_at": facts.created_s,
@@ -216,6 +220,7 @@ class ResponseEvents:
             "usage": None,
             "user": request.user,
         }
+        return made | {"cached": True} if facts.cached else made
 
     def _format(self) -> Json:
         text = self._facts.request.text

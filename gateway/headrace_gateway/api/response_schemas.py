@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from headrace.errors import CallerError
 from headrace.types import NO_LOGPROBS
+from headrace_gateway.api.caching import Caching, Mark, plain_caching
 from headrace_gateway.api.formats import Format, TextFormat
 from headrace_gateway.api.messages import (
     CallItem,
@@ -88,6 +89,12 @@ class ResponseRequest(Common):
     text: TextConfig | None = None
     include: list[ShortText] | None = Field(None, max_length=INCLUDES_MAX)
     top_logprobs: Alternatives | None = None
+    generate: bool | None = None
+
+    @property
+    def caching(self) -> Caching:
+        # on OpenAI's WebSockets `generate: false` makes ready for what comes next
+        return plain_caching(self.prompt_cache_options, prewarm=self.generate is False)
 
     @property
     def asked_tokens(self) -> tuple[int | None, str]:
@@ -112,14 +119,15 @@ class ResponseRequest(Common):
         parallel = self.parallel_tool_calls is not False
         return make_offer(functions, self.tool_choice, parallel=parallel)
 
-    def conversation(self) -> Conversation:
-        """`instructions` and `input` as chat messages. Raises CallerError."""
+    def conversation(self) -> tuple[Conversation, list[Mark]]:
+        """`instructions` and `input` as chat messages, and breakpoints. Raises CallerError."""
         made: Conversation = []
         if self.instructions:
             made.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
-            return [*made, {"role": "user", "content": self.input}]
-        return made + input_conversation(self.input)
+            return [*made, {"role": "user", "content": self.input}], []
+        items, marks = input_conversation(self.input)
+        return made + items, [replace(mark, message=mark.message + len(made)) for mark in marks]
 
 
 def parse_response(body: Mapping[str, Any]) -> ResponseRequest:

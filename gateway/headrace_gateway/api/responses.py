@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from headrace_gateway.api.caching import marked_caching
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.requests import make_call, read_object
@@ -32,12 +33,18 @@ async def responses(request: web.Request) -> web.StreamResponse:
 
 async def start(turn: Turn, parsed: ResponseRequest) -> ResponseEvents:
     """Hand the response's one job to the fleet. Raises CallerError, OverloadError, …"""
-    messages, offer = parsed.conversation(), parsed.offer()
+    (messages, marks), offer = parsed.conversation(), parsed.offer()
     turn.begin(parsed)
     tools = await make_plan(turn.gateway, turn.record, offer)
     prompt = await turn.encode_chat(messages, tools)
-    await turn.submit(await make_wish(turn.gateway, turn.record, parsed, [prompt], tools=tools))
-    facts = ResponseFacts(turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed)
+    caching = await marked_caching(turn, parsed.caching, marks, messages, tools, prompt)
+    wish = await make_wish(
+        turn.gateway, turn.record, parsed, [prompt], tools=tools, caching=caching
+    )
+    await turn.submit(wish)
+    facts = ResponseFacts(
+        turn.id, turn.created_s, turn.record.name, turn.service_tier, parsed, turn.cached
+    )
     return ResponseEvents(facts, turn.tokenizer)
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.policy.priority import LEVELS_MAX
 from headrace.types import LOGPROBS_MAX, NO_LOGPROBS, Band
+from headrace_gateway.api.caching import CacheOptions, Caching, Mark, plain_caching
 from headrace_gateway.api.deadlines import DeadlineField
 from headrace_gateway.api.formats import Format, FormatFields, ResponseFormat
 from headrace_gateway.api.messages import Message, ShortText, chat_conversation
@@ -81,9 +82,15 @@ class Common(SamplingFields, FormatFields):
     priority: int | None = Field(None, ge=-LEVELS_MAX, le=LEVELS_MAX)
     deadline_ms: DeadlineField | None = None
     prompt_cache_key: ShortText | None = None
+    prompt_cache_options: CacheOptions | None = None
     user: ShortText | None = None
     metadata: Metadata | None = None
     store: bool | None = None
+
+    @property
+    def caching(self) -> Caching:
+        """What becomes of the prompt in the cache, but for breakpoints in it."""
+        return plain_caching(self.prompt_cache_options)
 
     @property
     def asked_tokens(self) -> tuple[int | None, str]:
@@ -177,8 +184,8 @@ class ChatRequest(Choices):
         named = choice.function if isinstance(choice, ChatToolChoice) else choice
         return make_offer(functions, named, parallel=self.parallel_tool_calls is not False)
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages in transformers' form. Raises CallerError."""
+    def conversation(self) -> tuple[list[dict[str, Any]], list[Mark]]:
+        """The messages in transformers' form, and their breakpoints. Raises CallerError."""
         return chat_conversation(self.messages)
 
     def check_together(self) -> None:

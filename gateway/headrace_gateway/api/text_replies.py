@@ -26,7 +26,11 @@ def usage_json(usage: Usage) -> Json:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+            "audio_tokens": 0,
+        },
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,
@@ -77,7 +81,7 @@ class TextReply(ABC):
 
     def _head(self, object_name: str, choices: list[Json]) -> Json:
         turn = self._turn
-        return {
+        made: Json = {
             "id": turn.id,
             "object": object_name,
             "created": turn.created_s,
@@ -86,6 +90,7 @@ class TextReply(ABC):
             "system_fingerprint": turn.system_fingerprint,
             "choices": choices,
         }
+        return made | {"cached": True} if turn.cached else made
 
 
 async def reply_to(

@@ -26,6 +26,7 @@ from headrace_gateway.api.context import Call, Gateway
 from headrace_gateway.api.deadlines import deadline_of
 from headrace_gateway.api.schemas import Common, band_of, tier_of
 from headrace_gateway.api.sessions import PromptNames, name_prompts, session_of
+from headrace_gateway.api.sourcing import Sources
 from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.waiting import Place, Waiting
 from headrace_gateway.api.wishes import Wish, job_sampling
@@ -58,6 +59,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    cache_write_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -79,6 +81,7 @@ class Turn:
         self._arrived_ms = gateway.clock.wall_ms() - (gateway.clock.now_ms() - call.arrived_ms)
         self._ttft_by_ms = self._done_by_ms = 0
         self._priority = 0
+        self._may_be_kept = False
         self._session = ""
         self._record: ModelRecord | None = None
         self._prompts: Sequence[array[int]] = ()
@@ -98,6 +101,7 @@ class Turn:
                 "headrace.tenant": call.tenant.name,
             },
         )
+        self._sources = Sources(gateway, call.tenant, self._span)
 
     @property
     def record(self) -> ModelRecord:
@@ -113,6 +117,11 @@ class Turn:
     def prompts(self) -> Sequence[array[int]]:
         """The prompts of the jobs; choice number i continues prompt i // jobs a prompt."""
         return self._prompts
+
+    @property
+    def cached(self) -> bool:
+        """Whether all of it is what the same request was answered before."""
+        return self._sources.cached
 
     @property
     def service_tier(self) -> str:
@@ -162,6 +171,8 @@ class Turn:
         deadline = deadline_of(request.deadline_ms, self._call.deadline)
         self._ttft_by_ms, self._done_by_ms = deadline.instants(self._arrived_ms)
         self._account.open(request.model)
+        greedy = request.temperature == 0 or request.seed is not None
+        self._may_be_kept = self._call.tenant.prompt_entries and greedy
         self._check_admission(
             Ask(
                 self.band,
@@ -173,6 +184,8 @@ class Turn:
 
     def _check_admission(self, ask: Ask) -> None:
         """Raises what the fleet would refuse `ask` with; nothing is sent or taken for it."""
+        if self._may_be_kept:
+            return  # what was answered before is answered whatever waits; else `submit` refuses
         admission = self.gateway.fleet.admit(self.record.name, ask)
         if not admission.admitted:
             self._span.set_attribute("headrace.admission.reason", admission.reason)
@@ -187,13 +200,16 @@ class Turn:
         self, messages: list[dict[str, Any]], tools: ToolPlan | None = None
     ) -> array[int]:
         """Token ids of chat messages; the model's template writes its own first token."""
+        return await self.encode(self.render(messages, tools), add_bos=False)
+
+    def render(self, messages: list[dict[str, Any]], tools: ToolPlan | None = None) -> str:
+        """Chat messages as the prompt's text."""
         offered = None
         if tools is not None or has_calls(messages):
             functions = () if tools is None else tools.offer.functions
             dialect = self.gateway.dialects.of(self.record)
             messages, offered = prepared(messages, functions, dialect)
-        text = self.gateway.templates.render(self.record, messages, offered)
-        return await self.encode(text, add_bos=False)
+        return self.gateway.templates.render(self.record, messages, offered)
 
     async def submit(self, wish: Wish) -> None:
         """Make the jobs and hand them to the fleet, all or none.
@@ -202,6 +218,7 @@ class Turn:
         """
         self._tokenizer = await self.gateway.tokenizers.get(self.record)
         self._prompts, self._n = wish.prompts, wish.n
+        self._span.set_attributes(wish.caching.attributes(len(wish.prompts[0])))
         seed = secrets.randbits(63) if wish.seed is None else wish.seed
         names = await name_prompts(
             self.record.fingerprint, self._call.tenant.salt, wish.prompts, self._session
@@ -212,7 +229,7 @@ class Turn:
         ]
         await self._take_limits(jobs)
         for index, job in enumerate(jobs):
-            generation = await self.gateway.fleet.submit(job, self._span)
+            generation = await self._sources.open(index, job, self.record, wish)
             speller = wish.speller(self._tokenizer)
             self.choices.append(Choice(index, generation, speller, wish.rules, wish.reader()))
 
@@ -265,14 +282,16 @@ class Turn:
 
     def usage(self) -> Usage:
         """The counts so far. A prompt token counts as cached when no choice computed it."""
-        cached = 0
+        cached = written = 0
         for at in range(len(self._prompts)):
             choices = self.choices[at * self._n : (at + 1) * self._n]
             cached += min((choice.cached_tokens for choice in choices), default=0)
+            written += max((choice.cache_write_tokens for choice in choices), default=0)
         return Usage(
             sum(len(prompt) for prompt in self._prompts),
             sum(choice.completion_tokens for choice in self.choices),
             cached,
+            written,
         )
 
     def note_error(self, error: BaseException) -> None:
@@ -311,6 +330,9 @@ class Turn:
             expected_tokens=self._account.expect(sampling),
             cached_tokens=self._account.expect_cached(wish.prompts[at]),
             blocks=names.blocks,
+            cache_until_tokens=wish.caching.until_tokens(len(wish.prompts[at])),
+            cache_ttl_ms=wish.caching.ttl_ms,
+            cache_mode=wish.caching.mode,
         )
 
     async def _pump(self, choice: Choice, sink: Sink, tell: Tell | None) -> None:
@@ -327,6 +349,7 @@ class Turn:
                 self._expired.append(piece)
                 break
             await sink(piece)
+        self._sources.ended(choice)
         self._waiting.leave(choice.index, self.gateway.clock.now_ms())
 
     async def _end_expired(self, sink: Sink) -> None:
@@ -376,13 +399,15 @@ class Turn:
         if self._record is None or not self.choices:
             return
         self._tell_deadline()
-        self._account.learn(self.choices, self._prompts, self._n, self._last_ms)
+        telling = [each for each in self.choices if self._sources.teaches(each.index)]
+        self._account.learn(telling, self._prompts, self._n, self._last_ms)
         finishes = [str(choice.finish) for choice in self.choices]
         self._span.set_attribute("gen_ai.response.model", self._record.name)
         self._span.set_attribute("gen_ai.response.finish_reasons", finishes)
         self._span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)
         self._span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
         self._span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens)
+        self._span.set_attribute("gen_ai.usage.cache_write.input_tokens", usage.cache_write_tokens)
         metrics, model = self.gateway.metrics, self._record.name
         metrics.duration.labels(*self._labels).observe(took_ms / 1000)
         metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)

@@ -36,10 +36,6 @@ def _empty_options(value: Any) -> bool:
     )
 
 
-def _no_prewarm(value: Any) -> bool:
-    return not (isinstance(value, dict) and value.get("prewarm"))
-
-
 _NEUTRAL_ANY: dict[str, Neutral] = {
     "functions": only([]),
     "function_call": only("none", "auto"),
@@ -81,8 +77,6 @@ NEUTRAL_RESPONSE: dict[str, Neutral] = _NEUTRAL_ANY | {
     "conversation": only(),
     "prompt": only(),
     "context_management": only([]),
-    "prompt_cache_options": _no_prewarm,
-    "generate": only(True),
     "n": only(1),
     "best_of": only(1),
     "max_tokens": only(),

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from headrace.errors import CallerError
-from headrace.types import ModelRecord, Sampling
+from headrace.types import NO_LOGPROBS, ModelRecord, Sampling
+from headrace_gateway.api.caching import AS_USUAL, OPTIONS_PARAM, Caching
 from headrace_gateway.api.context import Gateway
 from headrace_gateway.api.formats import checked_grammar
 from headrace_gateway.api.sampling_fields import INT64_MAX, INT64_MIN
@@ -33,7 +34,7 @@ class Wish:
 
     `rooms` are the output tokens at most for each prompt. `sampling` is what all jobs share; its
     `max_tokens` and `seed` are settled job by job, from the room and from `seed` and the job's
-    index. `tools` says what the choices may call.
+    index. `tools` says what the choices may call, `caching` what the cache does with the prompts.
     """
 
     prompts: Sequence[array[int]]
@@ -43,6 +44,7 @@ class Wish:
     n: int = 1
     seed: int | None = None
     tools: ToolPlan | None = None
+    caching: Caching = AS_USUAL
 
     def reader(self) -> Reader:
         """A new one for each choice."""
@@ -60,6 +62,7 @@ async def make_wish(
     *,
     tools: ToolPlan | None = None,
     score_end: bool = False,
+    caching: Caching = AS_USUAL,
 ) -> Wish:
     """The Wish of `request` for `prompts`. `score_end` as in TextRules.
 
@@ -74,6 +77,8 @@ async def make_wish(
             code="too_many_choices",
         )
     rooms = [_room(prompt, request, record) for prompt in prompts]
+    if caching.prewarm:
+        return _prewarming(request, record, prompts, caching)
     tokenizer = await gateway.tokenizers.get(record)
     prompt_logprobs, logprobs_param = request.prompt_alternatives
     wanted = request.format()
@@ -92,7 +97,23 @@ async def make_wish(
         silent=frozenset() if sampling.ignore_eos else frozenset(record.eos_token_ids),
         score_end=score_end,
     )
-    return Wish(prompts, rooms, sampling, rules, n, request.seed, tools)
+    return Wish(prompts, rooms, sampling, rules, n, request.seed, tools, caching)
+
+
+def _prewarming(
+    request: Common, record: ModelRecord, prompts: Sequence[array[int]], caching: Caching
+) -> Wish:
+    """The Wish that computes prompts and nothing else.
+
+    A worker samples a token when it has computed a prompt: one is asked for, and never told.
+    """
+    told = max(request.alternatives, request.prompt_alternatives[0])
+    if request.jobs_a_prompt[0] != 1 or told != NO_LOGPROBS:
+        raise bad_value(OPTIONS_PARAM, "prewarming has no choices and no logprobs to tell")
+    for prompt in prompts:
+        output_room(len(prompt), 1, record.context_tokens, request.prompt_param)
+    sampling = Sampling(max_tokens=1, temperature=0.0)
+    return Wish(prompts, [1] * len(prompts), sampling, TextRules(), caching=caching)
 
 
 def _room(prompt: array[int], request: Common, record: ModelRecord) -> int:

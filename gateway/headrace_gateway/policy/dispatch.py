@@ -25,6 +25,7 @@ from headrace.types import (
 )
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.fair_queue import BAND_SHARES, FairQueue, Queued
+from headrace_gateway.policy.fetching import Fetching
 from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.policy.outlook import Outlook, Throughput
 from headrace_gateway.policy.prefix_index import PrefixIndex
@@ -50,10 +51,10 @@ class Decision(NamedTuple):
 
     @property
     def uncached_tokens(self) -> int:
-        """Prompt tokens that the worker is expected to compute."""
-        job = self.item.job
+        """Prompt tokens that the worker is expected to compute, or fetch in that time."""
+        job, route = self.item.job, self.route
         known = len(job.prompt) + len(job.logged)
-        return max(1, known - self.route.cached_blocks * BLOCK_TOKENS)
+        return max(1, known - route.cached_blocks * BLOCK_TOKENS - route.spared.tokens)
 
 
 class DispatchPolicy:
@@ -68,6 +69,7 @@ class DispatchPolicy:
         self.breakers = Breakers(self.workload.count_on)
         self.throughput = Throughput(config.shares)
         self._router = Router(config.routing)
+        self.shared = Fetching()
 
     def set_workers(self, facts: Sequence[WorkerFacts], now_ms: int) -> None:
         """The workers that live and take jobs; what is known of vanished ones is forgotten."""
@@ -99,7 +101,9 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            route = self._router.choose(item.job, self.workload, self.index, self.breakers, now_ms)
+            route = self._router.choose(
+                item.job, self.workload, self.index, self.breakers, now_ms, self.shared
+            )
             if route.worker:
                 job = item.job
                 return Decision(item, route, self.queue.counters.value(job.tenant, job.band))
@@ -130,6 +134,7 @@ class DispatchPolicy:
         tokens = report.prefill_tokens + report.output_tokens
         self.breakers.progress(report.worker, now_ms, tokens)
         self.throughput.served(tokens)
+        self.shared.note(report.fetched_tokens, report.fetch_ms)
 
     def done(self, done: JobDone, now_ms: int) -> None:
         """A job ended on a worker: room is free, its tenant pays, its length is learned."""
@@ -179,6 +184,7 @@ class DispatchPolicy:
         self.queue.check_integrity()
         self.workload.check_integrity()
         self.index.check_integrity()
+        self.shared.check_integrity()
 
 
 def _to_pay(decision: Decision) -> int:

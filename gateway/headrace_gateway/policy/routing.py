@@ -19,6 +19,9 @@ whichever gateway. Not all of 500 workers are looked at, but those that can win:
 best holders, the one that was given least, those with least to do. In a full fleet it is known who
 may have room, and nobody else but the holders is looked at.
 
+Blocks that no worker holds and the cache services do count as what fetching them takes, in tokens
+that would be computed meanwhile, for every worker alike (fetching.py).
+
 Sources: NVIDIA Dynamo (cost); Thaler and Ravishankar 1996 (rendezvous); Mirrokni, Thorup and
 Zadimoghaddam 2016 (bounded loads). Rejected: the longest prefix alone, which herds; the cost of
 this job alone (weight 1), which on Mooncake's trace gives away a third of the hits when workers are
@@ -37,6 +40,8 @@ from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import ALL, NO_TURN, SHARED_BLOCKS, Demand, Room, shared_key
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.expectations import Holders
+from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
+from headrace_gateway.policy.fetching import Fetching, Spared
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
 from headrace_gateway.policy.workload import Workload
@@ -119,8 +124,9 @@ class Answer(NamedTuple):
 class Route(NamedTuple):
     """The decision: a worker, or '' when the job has to wait; the reason; who was considered.
 
-    The worker holds `cached_blocks` leading blocks of the prompt. `candidates` and what those
-    `answers` that were asked are read together, as `scores`, where somebody wants to know.
+    The worker holds `cached_blocks` leading blocks of the prompt. What no worker holds and the
+    cache services do was `spared` everywhere. `candidates` and what those `answers` that were asked
+    are read together, as `scores`, where somebody wants to know.
     """
 
     worker: str
@@ -129,6 +135,7 @@ class Route(NamedTuple):
     room: Room = Room.NONE
     candidates: Mapping[str, Score] = MappingProxyType({})
     answers: Mapping[str, Answer] = MappingProxyType({})
+    spared: Spared = NOTHING_SPARED
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -176,9 +183,18 @@ class Router:
         self._named: tuple[str, ...] = ()
 
     def choose(
-        self, job: Job, workload: Workload, index: PrefixIndex, breakers: Breakers, now_ms: int
+        self,
+        job: Job,
+        workload: Workload,
+        index: PrefixIndex,
+        breakers: Breakers,
+        now_ms: int,
+        shared: Fetching | None = None,
     ) -> Route:
-        """Where `job` goes at wall-clock `now_ms`; no worker when none has room."""
+        """Where `job` goes at wall-clock `now_ms`; no worker when none has room.
+
+        `shared`: what the cache services hold and how fast it is fetched.
+        """
         names = workload.open_workers
         if not names:
             return Route("", "no worker is ready")
@@ -197,6 +213,8 @@ class Router:
             return Route("", "no worker has room")
         index.expire(now_ms)
         choice = _Choice(self._config, workload, index, may, job, demand, now_ms)
+        if shared is not None:
+            choice.spare(shared)
         preferred = self._preferred(job, choice.known_blocks)
         if free is None or not free:
             choice.consider(self._worth_a_look(choice, preferred))
@@ -236,6 +254,7 @@ class _Choice:
         "_new",
         "_scores",
         "_share",
+        "_spared",
         "alone",
         "workload",
     )
@@ -268,8 +287,14 @@ class _Choice:
         self._answers: dict[str, Answer] = {}
         """Of those that were asked for room: whoever costs more than who has it needs not be."""
         self._share = workload.share(demand, now_ms)
+        self._spared = NOTHING_SPARED
         self.alone = ""
         """The only worker with free room, where that is known."""
+
+    def spare(self, shared: Fetching) -> None:
+        """What no worker holds and the cache services do is fetched, by whoever gets the job."""
+        speed = self.workload.prefill_per_s
+        self._spared = shared.spares(self._blocks, self._most.blocks, speed)
 
     @property
     def known_blocks(self) -> int:
@@ -294,7 +319,7 @@ class _Choice:
     def consider(self, workers: Iterable[str]) -> None:
         """Score `workers`, each once; those that drain are left out."""
         scores, bits, holds = self._scores, self._bits, self._holds
-        tokens, band = self._demand.held, self._demand.band
+        tokens, band = self._demand.held - self._spared.tokens, self._demand.band
         saved, mean, new = self._most.saves, self._share, self._new
         comfort = self._config.comfort
         fresh = [worker for worker in dict.fromkeys(workers) if worker not in scores]
@@ -358,7 +383,7 @@ class _Choice:
 
     def _neighbour(self, best: Score, preferred: tuple[str, ...], unknown: bool) -> Score:
         """The first of `preferred` that costs about the same as `best`."""
-        uncached = self._demand.held - best.blocks * BLOCK_TOKENS
+        uncached = self._demand.held - best.blocks * BLOCK_TOKENS - self._spared.tokens
         most = best.price + self._config.neighbour_part * uncached
         for worker in preferred:
             near = self._scores.get(worker)
@@ -427,4 +452,5 @@ class _Choice:
 
     def _route(self, chosen: Score, reason: str) -> Route:
         room = self._ask(chosen).room
-        return Route(chosen.worker, reason, chosen.blocks, room, self._scores, self._answers)
+        scores, answers = self._scores, self._answers
+        return Route(chosen.worker, reason, chosen.blocks, room, scores, answers, self._spared)

@@ -8,6 +8,7 @@ import typer
 
 from headrace import __version__
 from headrace.cli.bench import bench
+from headrace.cli.cache import cache
 from headrace.cli.chat import chat
 from headrace.cli.pull import pull
 from headrace.cli.simulate import simulate
@@ -41,6 +42,7 @@ def main(
 for command in (up, chat, status, pull, simulate):
     app.command()(command)
 app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ class Fleet:
             "HEADRACE_HOST": self._options.host,
             "HEADRACE_PORT": str(self._options.port),
             "HEADRACE_API_KEYS": self._options.api_keys,
+            "HEADRACE_CACHE_URL": "" if self._options.no_cache else self._cache_url(),
         }
         launch = Launch(_module("headrace_gateway"), self._common | env)
 

@@ -22,6 +22,7 @@ class ReplyLog:
         self.tokens: list[int] = list(logged)
         self.finish: Finish | None = None
         self.cached_tokens = 0
+        self.cache_write_tokens = 0
         self.logprobs: dict[int, TokenLogprobs] = {}
         """By output position, for jobs that asked."""
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
@@ -47,6 +48,8 @@ class ReplyLog:
             # the attempt that a client first heard of; later ones do not change its usage
             self.cached_tokens = delta.cached_tokens
             self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        # a later attempt may write less, as it finds what an earlier one wrote
+        self.cache_write_tokens = max(self.cache_write_tokens, delta.cache_write_tokens)
         skipped = position - delta.first
         self.logprobs.update(enumerate(delta.logprobs[skipped:], position))
         fresh = delta.tokens[skipped:]

@@ -30,6 +30,11 @@ class Pace:
         keep = 0.5 ** (1 / HALF_LIFE_STEPS) if self._token_ms else 0.0
         self._token_ms = keep * self._token_ms + (1 - keep) * measured
 
+    @property
+    def token_ms(self) -> float:
+        """Milliseconds of a prompt token; 0 before anything was measured."""
+        return self._token_ms
+
     def tokens_within(self, limit_ms: int) -> int:
         """Prompt tokens that take about `limit_ms`; never none."""
         if not self._token_ms:

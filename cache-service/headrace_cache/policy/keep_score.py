@@ -1,0 +1,245 @@
+"""The default: keep-score = class weight x chance of use x recompute cost / bytes.
+
+The chance of use is learned (`reuse.py`): the hits per use waited that an entry of this class, as
+often used and as long idle as this one, promises. Age lowers it, or raises it where the workload is
+so; use raises it as far as use has foretold use. Cost per byte is relative to that of all
+residents, in steps of a factor of two; where nobody measured it, an entry counts as average.
+
+Invariants: leaves stand in cells of equal score; the lowest cell's longest-standing slot leaves;
+a slot stands in the cell of its age, at most a sweep too young.
+Rejected: a fixed floor for each class with GreedyDual's aging (.07, .22, .33 of all blocks hit
+where this has .13, .23, .33: 3,000, 10,000 and 30,000 blocks of a public conversation trace), and
+choosing from a sample of leaves, which takes ten times as long for the same hits.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from array import array
+from collections.abc import Callable, Mapping
+
+from headrace.types import Band
+from headrace_cache.policy.cells import NO_CELL, Cells
+from headrace_cache.policy.chains import Chains
+from headrace_cache.policy.eviction import Spare, Victim
+from headrace_cache.policy.reuse import BUCKETS, STARTS, ReuseModel, bucket_of
+
+WEIGHTS: Mapping[Band, float] = {Band.INTERACTIVE: 64.0, Band.STANDARD: 8.0, Band.BATCH: 1.0}
+"""How much a hit of each class is worth."""
+
+USE_STEPS = 4
+"""Entries used once, twice, three times, and more often are told apart."""
+
+WORTH_STEPS = 16
+WORTH_MIDDLE = 8
+"""Steps of two in cost per byte; the average entry is in the middle one."""
+
+SWEEP_USES_MIN = 64
+MOVES_MAX = 4096
+"""Slots that one sweep moves on, at most."""
+
+REMEMBERED_MIN = 1 << 14
+REMEMBERED_MAX = 1 << 22
+REMEMBERED_TIMES = 4
+"""Uses of what left are remembered for this many times as many entries as are here."""
+
+TAG_BITS = 24
+REMEMBERED_USES_MAX = 255
+
+CLASSES = [(band, step) for band in Band for step in range(USE_STEPS)]
+
+
+class KeepScore(Chains):
+    """See the module. Sums are of whole numbers, so that no rounding error adds up."""
+
+    def __init__(self, pinned_bytes_max: int | None = None) -> None:
+        super().__init__(pinned_bytes_max)
+        self._model = ReuseModel([step for _, step in CLASSES], list(range(1, USE_STEPS + 1)))
+        self._weights = [WEIGHTS[band] for band, _ in CLASSES]
+        self._cells = Cells()
+        self._orders: dict[int, list[tuple[float, int]]] = {}
+        self._last = array("Q")
+        self._name = array("Q")
+        self._remembered = array("I", bytes(4 * REMEMBERED_MIN))
+        self._costs_us = 0
+        self._costed_bytes = 0
+        self._sweep_at = SWEEP_USES_MIN
+
+    def _grow(self, slots: int) -> None:
+        super()._grow(slots)
+        self._cells.grow(slots)
+        zeros = [0] * (slots - len(self._last))
+        self._last.extend(zeros)
+        self._name.extend(zeros)
+
+    # coming, being used, going
+
+    def _entered(self, slot: int, name: int) -> None:
+        self._account(slot, 1)
+        self._name[slot] = name
+        self._uses[slot] = self._recall(name) + 1
+        self._note_use(slot)
+
+    def _used(self, slot: int) -> None:
+        if self._cells.cell_of(slot) != NO_CELL:
+            self._cells.remove(slot)
+            self._note_use(slot)
+            self._freed(slot)
+        else:
+            self._note_use(slot)
+
+    def _left(self, slot: int) -> None:
+        self._account(slot, -1)
+        self._remember(slot)
+        if self._cells.cell_of(slot) != NO_CELL:
+            self._cells.remove(slot)
+
+    def _freed(self, slot: int) -> None:
+        cell = self._cell_now(slot)
+        if cell not in self._cells:
+            heapq.heappush(self._order_of(cell), (self._score(cell), cell))
+        self._cells.add(slot, cell)
+
+    def _bound(self, slot: int) -> None:
+        self._cells.remove(slot)
+
+    def _note_use(self, slot: int) -> None:
+        self._model.used(self._name[slot], self._class(slot))
+        self._last[slot] = self._model.clock
+        if self._model.due:
+            self._model.refresh(self.entries)
+            self._rescore()
+            self._widen_memory()
+        if self._model.clock >= self._sweep_at:
+            self._sweep()
+            self._sweep_at = self._model.clock + max(SWEEP_USES_MIN, len(self._cells))
+
+    def _account(self, slot: int, sign: int) -> None:
+        if self._cost_us[slot]:
+            self._costs_us += sign * self._cost_us[slot]
+            self._costed_bytes += sign * self._size[slot]
+
+    # what left before: a table by name, each place with a tag and a count; the latest stays
+
+    def _recall(self, name: int) -> int:
+        """How often `name` was used when it left; 0 if that is forgotten."""
+        kept = self._remembered[name & (len(self._remembered) - 1)]
+        return kept & REMEMBERED_USES_MAX if kept >> 8 == name >> 64 - TAG_BITS else 0
+
+    def _remember(self, slot: int) -> None:
+        name = self._name[slot]
+        uses = min(self._uses[slot], REMEMBERED_USES_MAX)
+        self._remembered[name & (len(self._remembered) - 1)] = name >> 64 - TAG_BITS << 8 | uses
+
+    def _widen_memory(self) -> None:
+        size = len(self._remembered)
+        while size < min(REMEMBERED_TIMES * self.entries, REMEMBERED_MAX):
+            # a name's place in the larger table is its old one or the same in the other half
+            self._remembered.extend(self._remembered)
+            size *= 2
+
+    # scores
+
+    def _class(self, slot: int) -> int:
+        return self._band[slot] * USE_STEPS + min(self._uses[slot], USE_STEPS) - 1
+
+    def _worth_step(self, slot: int) -> int:
+        if not self._cost_us[slot]:
+            return WORTH_MIDDLE
+        usual = self._costs_us / self._costed_bytes
+        step = WORTH_MIDDLE + round(math.log2(self._cost_us[slot] / self._size[slot] / usual))
+        return min(max(step, 0), WORTH_STEPS - 1)
+
+    def _cell_now(self, slot: int) -> int:
+        """tenant, worth, class and age as one number."""
+        group = self._tenant[slot] * WORTH_STEPS + self._worth_step(slot)
+        bucket = bucket_of(self._model.clock - self._last[slot])
+        return (group * len(CLASSES) + self._class(slot)) * BUCKETS + bucket
+
+    def _score(self, cell: int) -> float:
+        rest, bucket = divmod(cell, BUCKETS)
+        group, class_ = divmod(rest, len(CLASSES))
+        worth = 2.0 ** (group % WORTH_STEPS - WORTH_MIDDLE)
+        return self._weights[class_] * self._model.index[class_][bucket] * worth
+
+    def _order_of(self, cell: int) -> list[tuple[float, int]]:
+        tenant = cell // (BUCKETS * len(CLASSES) * WORTH_STEPS)
+        order = self._orders.setdefault(tenant, [])
+        if len(order) > 2 * len(self._cells) + 64:
+            order[:] = sorted({item for item in order if item[1] in self._cells})
+        return order
+
+    def _rescore(self) -> None:
+        self._orders = {}
+        for cell in self._cells:
+            self._order_of(cell).append((self._score(cell), cell))
+        for order in self._orders.values():
+            heapq.heapify(order)
+
+    def _sweep(self) -> None:
+        """Move on who has outgrown the age of his cell."""
+        left = MOVES_MAX
+        for cell in list(self._cells):
+            outgrown = self._model.clock - STARTS[cell % BUCKETS + 1]
+            while (
+                left
+                and cell in self._cells
+                and self._last[slot := self._cells.first(cell)] <= outgrown
+            ):
+                self._cells.remove(slot)
+                self._freed(slot)
+                left -= 1
+
+    # choosing
+
+    def _choose(
+        self, size_bytes: int, now_ms: int, allowed: Callable[[int], bool], spare: Spare | None
+    ) -> list[Victim]:
+        chosen: list[Victim] = []
+        held: list[int] = []
+        freed_bytes = 0
+        while freed_bytes < size_bytes and (best := self._lowest(spare)) is not None:
+            score, cell = best
+            slot = self._cells.first(cell)
+            if not allowed(slot):
+                self._cells.remove(slot)
+                held.append(slot)
+                continue
+            if spare is not None:
+                spare[self._tenant[slot]] -= self._size[slot]
+            chosen.append(Victim(slot, self._size[slot], score, self._why(slot, score, now_ms)))
+            freed_bytes += self._size[slot]
+            self.remove(slot)
+        for slot in held:
+            self._freed(slot)
+        return chosen
+
+    def _lowest(self, spare: Spare | None) -> tuple[float, int] | None:
+        """The least worthy cell among the tenants that have something to spare."""
+        best = None
+        for tenant, order in self._orders.items():
+            if spare is not None and spare.get(tenant, 0) <= 0:
+                continue
+            while order and order[0][1] not in self._cells:
+                heapq.heappop(order)
+            if order and (best is None or order[0] < best):
+                best = order[0]
+        return best
+
+    def _why(self, slot: int, score: float, now_ms: int) -> str:
+        turnover = score * self.entries
+        return f"lowest keep-score {turnover:.3g} a turnover: {self._reason(slot, now_ms)}"
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        self._cells.check_integrity()
+        self._model.check_integrity()
+        standing = {slot for cell in self._cells for slot in self._cells.standing(cell)}
+        free = {slot for slot in range(len(self._resident)) if self._is_free(slot)}
+        assert standing == free, "those that may leave stand in cells, and no others"
+        ordered = {cell for order in self._orders.values() for _, cell in order}
+        assert ordered >= set(self._cells), "every cell has its rank"
+        costed = [slot for slot, here in enumerate(self._resident) if here and self._cost_us[slot]]
+        assert self._costs_us == sum(self._cost_us[slot] for slot in costed), "costs add up"
+        assert self._costed_bytes == sum(self._size[slot] for slot in costed), "sizes add up"

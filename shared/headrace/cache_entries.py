@@ -1,0 +1,142 @@
+"""What a client writes: entries that bring their bytes, and entries that copy them on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from headrace.frames import (
+    COST_MAX,
+    DEPTH_MAX,
+    ENTRY_BYTES_MAX,
+    KINDS,
+    KV,
+    LAYOUT_BYTES,
+    PIN_MS_MAX,
+    TENANT_CHARS_MAX,
+    Buffer,
+    EntryFacts,
+    EntryKey,
+)
+from headrace.policy.hashing import HASH_BYTES
+from headrace.types import Band
+
+BATCH_BYTES_MAX = 16 * 1024 * 1024
+BATCH_ENTRIES_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class WriteEntry:
+    """An entry whose bytes are copied when their place is known.
+
+    `fill(view)` writes all `size_bytes` of them into `view`. It may run in a thread, and not at
+    all where the service has the entry or no room. The other fields are EntryFacts'.
+    """
+
+    hash: bytes
+    size_bytes: int
+    fill: Callable[[memoryview], None] = field(repr=False)
+    parent: bytes = b""
+    depth: int = 0
+    band: Band = Band.STANDARD
+    tenant: str = ""
+    cost_tokens: int = 0
+    cost_ms: float = 0.0
+    kind: str = KV
+    layout: bytes = b""
+    pin_ms: int = 0
+
+    def payload(self) -> Buffer:
+        """The bytes, for a service whose arena is not mapped here."""
+        data = bytearray(self.size_bytes)
+        self.fill(memoryview(data))
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class PutEntry:
+    """An entry with its bytes. `data` must stay as it is until the put is over.
+
+    The other fields are EntryFacts', where they are explained.
+    """
+
+    hash: bytes
+    data: Buffer
+    parent: bytes = b""
+    depth: int = 0
+    band: Band = Band.STANDARD
+    tenant: str = ""
+    cost_tokens: int = 0
+    cost_ms: float = 0.0
+    kind: str = KV
+    layout: bytes = b""
+    pin_ms: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.data)
+
+    def fill(self, view: memoryview) -> None:
+        view[:] = self.data
+
+    def payload(self) -> Buffer:
+        return self.data
+
+
+Entry = WriteEntry | PutEntry
+
+
+def keys_of(hashes: Sequence[bytes], kind: str) -> tuple[EntryKey, ...]:
+    assert kind in KINDS, f"kind is one of {KINDS}"
+    assert all(len(each) == HASH_BYTES for each in hashes), f"a hash has {HASH_BYTES} bytes"
+    return tuple(EntryKey(kind, each) for each in hashes)
+
+
+def check_layout(layout: bytes) -> None:
+    assert len(layout) in (0, LAYOUT_BYTES), f"a layout is empty or {LAYOUT_BYTES} bytes"
+
+
+def check_entry(entry: Entry) -> None:
+    """Assert what the service would hang up on."""
+    keys_of((entry.hash,), entry.kind)
+    assert len(entry.parent) in (0, HASH_BYTES), f"a parent is empty or {HASH_BYTES} bytes"
+    if isinstance(entry, PutEntry):
+        assert memoryview(entry.data).format == "B", "entries are bytes: cast other memoryviews"
+    assert 1 <= entry.size_bytes <= ENTRY_BYTES_MAX, f"an entry has 1 to {ENTRY_BYTES_MAX} bytes"
+    assert 0 <= entry.depth <= DEPTH_MAX, f"depths go up to {DEPTH_MAX}"
+    assert 0 <= entry.cost_tokens <= COST_MAX and 0 <= entry.cost_ms <= COST_MAX
+    assert 0 <= entry.pin_ms <= PIN_MS_MAX, f"pins last up to {PIN_MS_MAX} ms"
+    assert len(entry.tenant) <= TENANT_CHARS_MAX, (
+        f"tenants have up to {TENANT_CHARS_MAX} characters"
+    )
+    check_layout(entry.layout)
+
+
+def facts_of(entry: Entry, crc: int = 0) -> EntryFacts:
+    return EntryFacts(
+        key=EntryKey(entry.kind, entry.hash),
+        parent=entry.parent,
+        depth=entry.depth,
+        size_bytes=entry.size_bytes,
+        crc=crc,
+        band=entry.band,
+        tenant=entry.tenant,
+        cost_tokens=entry.cost_tokens,
+        cost_ms=entry.cost_ms,
+        layout=entry.layout,
+        pin_ms=entry.pin_ms,
+    )
+
+
+def batches(entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX) -> list[list[Entry]]:
+    """`entries` in order, cut where a batch would grow too large."""
+    cut: list[list[Entry]] = []
+    size_bytes = 0
+    for entry in entries:
+        size_bytes += entry.size_bytes
+        full = bool(cut) and len(cut[-1]) >= BATCH_ENTRIES_MAX
+        if not cut or full or size_bytes > size_bytes_max:
+            cut.append([])
+            size_bytes = entry.size_bytes
+        cut[-1].append(entry)
+    return cut

@@ -1,0 +1,116 @@
+"""A KV block on its way to the cache service: a view of the pool for as long as that holds it.
+
+Invariant: what is written is what the block's hash names, or nothing is. The engine calls `keep`
+before the block is handed out again and `drop` when its numbers turn out wrong; both wait for a
+copy that is being made, which takes a tenth of a millisecond.
+Rejected: a reference that keeps the block from being handed out, which would shrink the pool by
+what the cache service is behind; a copy when it is offered, which most blocks never need.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.types import Band
+
+
+class State(Enum):
+    OFFERED = "offered"
+    TAKEN = "taken"
+    """Its bytes have been copied, or nobody needs them: they are there already."""
+    DROPPED = "dropped"
+    """It has not been written, and will not be."""
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.OFFERED: frozenset({State.TAKEN, State.DROPPED}),
+    State.TAKEN: frozenset(),
+    State.DROPPED: frozenset(),
+}
+
+
+class WithdrawnError(Exception):
+    """The bytes of an export are not to be had any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportFacts:
+    """What a block is. `depth` counts from 0; `band` and `tenant` are its owner's.
+
+    `job` is to be told when it is written, as a block of its prompt; empty: nobody is. `pin_ms`:
+    how long the service shall keep it at least. `cost_ms`: what computing it takes here, 0 where
+    nobody measured.
+    """
+
+    hash: bytes
+    parent: bytes
+    depth: int
+    band: Band = Band.STANDARD
+    tenant: str = ""
+    job: str = ""
+    pin_ms: int = 0
+    cost_ms: float = 0.0
+
+
+class Export:
+    """One block that the cache service is offered. `fill` may be called from any thread."""
+
+    def __init__(
+        self,
+        facts: ExportFacts,
+        payload: NDArray[np.uint8],
+        accepts: Callable[[memoryview], bool],
+    ) -> None:
+        """`payload` is the block's, in the pool. What `accepts` refuses is not written."""
+        self.facts = facts
+        self.size_bytes = len(payload)
+        self._payload = payload
+        self._accepts = accepts
+        self._state = State.OFFERED
+        self._lock = threading.Lock()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def _become(self, state: State) -> None:
+        assert state in TRANSITIONS[self._state], f"{self._state} cannot become {state}"
+        self._state = state
+        self._payload = self._payload[:0]
+
+    def fill(self, view: memoryview) -> None:
+        """Writes the block's `size_bytes` into `view`. Raises WithdrawnError."""
+        with self._lock:
+            if self._state is not State.OFFERED:
+                raise WithdrawnError
+            target = np.frombuffer(view, np.uint8)
+            target[:] = self._payload
+            good = self._accepts(view)
+            self._become(State.TAKEN if good else State.DROPPED)
+        if not good:
+            raise WithdrawnError
+
+    def settle(self) -> None:
+        """It is written, or need not be."""
+        self._end(State.TAKEN)
+
+    def drop(self) -> None:
+        """It is not going to be written: there is no room for it, or its numbers are wrong."""
+        self._end(State.DROPPED)
+
+    def _end(self, state: State) -> None:
+        with self._lock:
+            if self._state is State.OFFERED:
+                self._become(state)
+
+    def keep(self) -> None:
+        """Its block is about to be handed out: makes a copy, if somebody may still want it."""
+        with self._lock:
+            if self._state is State.OFFERED:
+                self._payload = self._payload.copy()
