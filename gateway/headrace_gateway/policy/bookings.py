@@ -160,18 +160,19 @@ class Booking:
         return Charge(self.job, self.tenant, self.weight, self.band, input_tokens, output_tokens)
 
 
-def booking_of(job: Job, demand: Demand, uncached_tokens: int, *, found: bool) -> Booking:
-    """What is booked when `job` goes to a worker, or is `found` there."""
+def booking_of(job: Job, remaining: int, uncached_tokens: int, *, found: bool) -> Booking:
+    """What is booked when `job`, with `remaining` output to come, goes to a worker, or is `found`
+    there."""
     logged = len(job.logged)
     return Booking(
         job.id,
         job.tenant,
         job.weight,
         job.band,
-        prompt=demand.held - logged,
+        prompt=len(job.prompt),
         logged=logged,
         max_tokens=job.sampling.max_tokens,
-        expected=logged + demand.remaining,
+        expected=logged + remaining,
         waiting=uncached_tokens,
         charged=uncached_tokens,
         corrects=job.attempt == 1 and not found,

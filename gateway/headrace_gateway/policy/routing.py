@@ -37,7 +37,15 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
-from headrace_gateway.policy.bookings import ALL, NO_TURN, SHARED_BLOCKS, Demand, Room, shared_key
+from headrace_gateway.policy.bookings import (
+    ALL,
+    NO_SLOT,
+    NO_TURN,
+    SHARED_BLOCKS,
+    Demand,
+    Room,
+    shared_key,
+)
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.expectations import Holders
 from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
@@ -121,6 +129,9 @@ class Answer(NamedTuple):
     words: str
 
 
+_FULL = Answer(NO_SLOT.room, False, NO_SLOT.reason)
+
+
 class Route(NamedTuple):
     """The decision: a worker, or '' when the job has to wait; the reason; who was considered.
 
@@ -202,25 +213,26 @@ class Router:
             self._rendezvous.set_names(names)
             self._named = names
         demand = workload.demand(job, now_ms)
-        if workload.is_hopeless(demand):
+        if demand.level != ALL and workload.is_hopeless(demand):
             return Route("", "no worker has room")
 
         def may(worker: str) -> bool:
             return breakers.allows(worker, now_ms)
 
         free = workload.free_ones(demand, may)
-        if free is not None and not free and workload.find(demand, demand.level, may) is None:
+        none_free = free is not None and not free
+        if none_free and (demand.level == ALL or workload.find(demand, demand.level, may) is None):
             return Route("", "no worker has room")
         index.expire(now_ms)
         choice = _Choice(self._config, workload, index, may, job, demand, now_ms)
         if shared is not None:
             choice.spare(shared)
         preferred = self._preferred(job, choice.known_blocks)
-        if free is None or not free:
-            choice.consider(self._worth_a_look(choice, preferred))
-        else:
+        if free:
             choice.consider((*free, *choice.holders()))
             choice.alone = free[0] if len(free) == 1 else ""
+        else:
+            choice.consider(self._worth_a_look(choice, preferred))
         return choice.best(preferred) or choice.anywhere()
 
     def _preferred(self, job: Job, known_blocks: int) -> tuple[str, ...]:
@@ -302,7 +314,8 @@ class _Choice:
         return self._most.blocks
 
     def holders(self) -> Iterator[str]:
-        """Who holds most of the prompt; of those that hold the same, who has least to do."""
+        """Who holds most of the prompt; of those that hold the same, who has a place and least to
+        do."""
         wanted = self._config.holders_max
         for found in self._holds:
             if wanted <= 0:
@@ -323,7 +336,9 @@ class _Choice:
         saved, mean, new = self._most.saves, self._share, self._new
         comfort = self._config.comfort
         fresh = [worker for worker in dict.fromkeys(workers) if worker not in scores]
-        for worker, work, given, jobs, slowness in self.workload.standings(fresh, band):
+        for worker, work, given, jobs, slowness, full in self.workload.standings(fresh, band):
+            if full:
+                self._answers[worker] = _FULL
             hold = _NOTHING
             if holds and worker in bits:
                 bit = bits[worker]

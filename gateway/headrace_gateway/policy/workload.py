@@ -28,6 +28,7 @@ from headrace.types import Band, Job, JobDone, Progress
 from headrace_gateway.policy.bookings import (
     ALL,
     CLOSED,
+    NO_SLOT,
     NO_TOKENS,
     Bookings,
     Charge,
@@ -66,6 +67,7 @@ class Standing(NamedTuple):
 
     `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
     the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
+    `full`: it is known that it takes no more jobs beside those of all bands.
     """
 
     worker: str
@@ -73,6 +75,7 @@ class Standing(NamedTuple):
     given: float
     jobs: int
     slowness: float
+    full: bool
 
 
 class Workload:
@@ -142,10 +145,10 @@ class Workload:
         if self.booked(worker, job.id):
             self.cancel(worker, job.id)
         known = self._at(worker)
-        demand = self.demand(job, now_ms)
-        known.put(booking_of(job, demand, uncached_tokens, found=found))
+        remaining = self._remaining(job)
+        known.put(booking_of(job, remaining, uncached_tokens, found=found))
         self._reorder(worker, known)
-        self._given.add(worker, self._cost(uncached_tokens, demand), now_ms)
+        self._given.add(worker, self._cost(uncached_tokens, remaining), now_ms)
 
     def cancel(self, worker: str, job_id: str) -> bool:
         """`job_id` is not on `worker` after all; whether it was booked there."""
@@ -185,14 +188,9 @@ class Workload:
 
     def demand(self, job: Job, now_ms: int) -> Demand:
         """What `job` asks of any worker at wall-clock `now_ms`."""
-        remaining = job.expected_output - len(job.logged)
-        if remaining <= 0:
-            longer = self._expect(
-                job.tenant, max_tokens=job.sampling.max_tokens, longer_than=len(job.logged)
-            )
-            remaining = max(1, longer - len(job.logged))
         level = int(job.band) if priority.is_pressing(job, now_ms) else ALL
-        return Demand(int(job.band), len(job.prompt) + len(job.logged), remaining, level)
+        held = len(job.prompt) + len(job.logged)
+        return Demand(int(job.band), held, self._remaining(job), level)
 
     def room(self, worker: str, job: Job, now_ms: int) -> Verdict:
         """Whether `job` may go to `worker` now."""
@@ -310,11 +308,15 @@ class Workload:
         return (worker for _, worker in islice(self._order, limit))
 
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
-        """The first `limit` of `workers` that take jobs, least load first, then by name."""
-        known = self._workers
-        loads = [(known[w].load, w) for w in workers if w in known and known[w].is_open]
-        loads.sort()
-        return [worker for _, worker in loads[:limit]]
+        """The first `limit` of `workers` that take jobs, least load first, then by name; those that
+        are known to be full come last."""
+        found = []
+        for worker in workers:
+            known = self._workers.get(worker)
+            if known is not None and known.is_open:
+                found.append((known.shut[ALL] is NO_SLOT, known.load, worker))
+        found.sort()
+        return [worker for _, _, worker in found[:limit]]
 
     @property
     def least_given(self) -> str:
@@ -324,7 +326,7 @@ class Workload:
     def share(self, demand: Demand, now_ms: int) -> float:
         """What each worker would have been given lately if all work, with that of `demand`, had
         been dealt out evenly. In units that only `Standing.given` has too."""
-        own = self._given.unit(now_ms) * self._cost(demand.held, demand)
+        own = self._given.unit(now_ms) * self._cost(demand.held, demand.remaining)
         return (self._given.total + own) / len(self._open)
 
     def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
@@ -340,7 +342,9 @@ class Workload:
                 work -= sum(known.waiting[band + 1 :])
             if known.speeds.prefill_per_s:
                 slowness = known.speeds.slowness(mean)
-            found.append(Standing(worker, work, given.of(worker), len(known.jobs), slowness))
+            full = known.shut[ALL] is NO_SLOT
+            had = given.of(worker)
+            found.append(Standing(worker, work, had, len(known.jobs), slowness, full))
         return found
 
     def sharers(self, worker: str, key: int) -> int:
@@ -378,15 +382,24 @@ class Workload:
 
     # bookkeeping
 
+    def _remaining(self, job: Job) -> int:
+        """Output tokens that `job` is expected to make yet."""
+        made = len(job.logged)
+        remaining = job.expected_output - made
+        if remaining <= 0:
+            longer = self._expect(job.tenant, max_tokens=job.sampling.max_tokens, longer_than=made)
+            remaining = max(1, longer - made)
+        return remaining
+
     def _at(self, worker: str) -> Bookings:
         known = self._workers.get(worker)
         if known is None:
             known = self._workers[worker] = Bookings(WorkerFacts(worker, 0, 0))
         return known
 
-    def _cost(self, uncached_tokens: int, demand: Demand) -> float:
+    def _cost(self, uncached_tokens: int, remaining: int) -> float:
         """Of a job, as work given."""
-        return uncached_tokens + self._config.output_weight * demand.remaining
+        return uncached_tokens + self._config.output_weight * remaining
 
     def _load_of(self, known: Bookings) -> int:
         return sum(known.waiting) + round(self._config.decode_weight * known.held)
