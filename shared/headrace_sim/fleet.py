@@ -18,6 +18,7 @@ from typing import Any
 
 from headrace.policy.cost_model import CostModel
 from headrace.types import Board, FinishReason, Job, JobDone
+from headrace_gateway.policy.dispatch import DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.workload import WorkerFacts
 from headrace_sim.alternatives import OURS, Alternative, Dispatch
@@ -116,6 +117,8 @@ class Fleet:
         self._reporting: set[str] = set()
         self._arriving = 0
         self._reserved = 0
+        self._booked = dict.fromkeys(self.workers, 0)
+        self._free_jobs = config.workers * config.cost.max_jobs
         self._handlers: dict[Kind, Callable[[Any], None]] = {
             Kind.STEP: self._step,
             Kind.DONE: self._done,
@@ -209,6 +212,7 @@ class Fleet:
             live.worker = self.workers[decision.route.worker]
             live.handed_ms = self.now_ms
             self._reserved += live.job.cost_tokens
+            self._book(live.worker.name, 1)
             self.service.goes(live.job.tenant, self.now_ms)
             self._at(self.now_ms + self.config.delays.hand_off_ms, Kind.REACH, live)
 
@@ -232,12 +236,19 @@ class Fleet:
             work_per_s=outlook.work_per_s,
             prefill_per_s=outlook.prefill_per_s,
             band_work_per_s=outlook.band_work_per_s,
+            free_jobs=self._free_jobs,
         )
         for gateway in self.gateways:
             gateway.see(board)
         self._dispatch()
         if self._live or self._arriving or not self._number:
             self._at(self.now_ms + self.config.delays.board_ms, Kind.BOARD, None)
+
+    def _book(self, worker: str, jobs: int) -> None:
+        """The dispatcher counts so many more jobs on `worker`."""
+        before, jobs_max = self._booked[worker], self.config.cost.max_jobs
+        self._booked[worker] = before + jobs
+        self._free_jobs += max(0, jobs_max - before - jobs) - max(0, jobs_max - before)
 
     # the workers
 
@@ -311,6 +322,7 @@ class Fleet:
         )
 
     def _done(self, done: JobDone) -> None:
+        self._book(done.worker, -1)
         self.policy.done(done, self.wall_ms)
         self._dispatch()
 
@@ -349,3 +361,7 @@ class Fleet:
         assert self._reserved == sum(
             live.job.cost_tokens for live in self._live.values() if live.worker is not None
         ), "what is reserved belongs to jobs under way"
+        free = sum(max(0, self.config.cost.max_jobs - jobs) for jobs in self._booked.values())
+        assert self._free_jobs == free, "free slots are those that no job has"
+        if isinstance(self.policy, DispatchPolicy):
+            assert self.policy.workload.free_jobs == free, "the board says what the policy books"
