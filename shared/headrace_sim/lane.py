@@ -26,12 +26,10 @@ class Lane:
         self.context = 0
         self.steps = 0
         self._idle_ms = 0.0
-        self._idle_since_ms: float | None = None
+        self.idle_since_ms: float | None = None
+        """Since when steps have left it out, None if the last one did not."""
         self._promote_idle_ms = math.inf
         self._ends: list[tuple[int, int, int, SimSequence]] = []
-
-    def __len__(self) -> int:
-        return len(self.members)
 
     def output(self, sequence: SimSequence, further_steps: int = 0) -> int:
         """Output tokens of a member, after some more steps."""
@@ -76,9 +74,9 @@ class Lane:
 
     def complete(self) -> list[SimSequence]:
         """The members that have all their output, first come first; they are still members."""
-        found = []
-        while self._ends and self._ends[0][0] <= self.steps:
-            _, _, stay, sequence = heapq.heappop(self._ends)
+        ends, found = self._ends, []
+        while ends and ends[0][0] <= self.steps:
+            _, _, stay, sequence = heapq.heappop(ends)
             if stay == sequence.stay:
                 found.append(sequence)
         return found
@@ -86,10 +84,10 @@ class Lane:
     def note_step(self, taking_part: bool, now_ms: float) -> None:
         """The steps that begin at `now_ms` have its members in them, or leave them out."""
         if not taking_part:
-            self._idle_since_ms = now_ms if self._idle_since_ms is None else self._idle_since_ms
-        elif self._idle_since_ms is not None:
-            self._idle_ms += now_ms - self._idle_since_ms
-            self._idle_since_ms = None
+            self.idle_since_ms = now_ms if self.idle_since_ms is None else self.idle_since_ms
+        elif self.idle_since_ms is not None:
+            self._idle_ms += now_ms - self.idle_since_ms
+            self.idle_since_ms = None
 
     def promoted(self, now_ms: float) -> list[SimSequence]:
         """Members whose band has become better than the lane's; the caller moves them."""
@@ -108,7 +106,7 @@ class Lane:
         return better
 
     def _idle(self, now_ms: float) -> float:
-        since = self._idle_since_ms
+        since = self.idle_since_ms
         return self._idle_ms + (0.0 if since is None else now_ms - since)
 
     def check_integrity(self) -> None:

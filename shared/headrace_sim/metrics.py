@@ -124,12 +124,14 @@ class Service:
         self._served: dict[str, array[float]] = {}
         self._waiting: dict[str, int] = {}
         self._since: dict[str, float] = {}
-        self._spans: dict[str, list[tuple[float, float]]] = {}
+        self._busy: dict[str, set[int]] = {}
         self.weights: dict[str, float] = {}
 
     def add(self, tenant: str, now_ms: float, input_tokens: int, output_tokens: int) -> None:
         bucket = int(now_ms / BUCKET_MS)
-        served = self._served.setdefault(tenant, array("d"))
+        served = self._served.get(tenant)
+        if served is None:
+            served = self._served[tenant] = array("d")
         if len(served) <= bucket:
             served.extend([0.0] * (bucket + 1 - len(served)))
         served[bucket] += INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens
@@ -144,9 +146,12 @@ class Service:
 
     def goes(self, tenant: str, now_ms: float) -> None:
         """One job less of `tenant` waits."""
-        self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            self._spans.setdefault(tenant, []).append((self._since.pop(tenant), now_ms))
+        count = self._waiting[tenant] = self._waiting[tenant] - 1
+        if not count:
+            first = math.ceil(self._since.pop(tenant) / BUCKET_MS)
+            after = int(now_ms / BUCKET_MS)
+            if first < after:
+                self._busy.setdefault(tenant, set()).update(range(first, after))
 
     def total(self, tenant: str) -> float:
         """Service of `tenant` over its weight."""
@@ -158,10 +163,7 @@ class Service:
 
     def busy_buckets(self, tenant: str) -> set[int]:
         """Seconds through all of which `tenant` had something waiting."""
-        found: set[int] = set()
-        for since, until in self._spans.get(tenant, ()):
-            found.update(range(math.ceil(since / BUCKET_MS), int(until / BUCKET_MS)))
-        return found
+        return self._busy.get(tenant, set())
 
     def served(self, tenant: str, bucket: int) -> float:
         """Service per weight in one second."""

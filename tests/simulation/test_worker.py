@@ -135,7 +135,7 @@ def test_reports_say_how_far_everybody_is_in_the_middle_of_a_segment() -> None:
     prompt = sequence("j", 80, 100, ((1, 64),))
     worker.add(prompt, 0.0)
     worker.advance(worker.next_ms)
-    report = worker.report(worker.next_ms - 1.0, lambda block, tokens: bytes(tokens // 2))
+    report = worker.report(worker.next_ms - 1.0, lambda blocks: bytes(sum(n for _, n in blocks) // 2))
     assert report is not None
     [told] = report.jobs
     assert (told.computed, told.cached) == (80, 0)
@@ -143,7 +143,7 @@ def test_reports_say_how_far_everybody_is_in_the_middle_of_a_segment() -> None:
     assert (report.sequence, report.prefill_tokens) == (1, 80)
     assert report.output_tokens == told.output
     assert len(report.stored) == 32
-    assert worker.report(worker.next_ms - 1.0, lambda block, tokens: b"") is None
+    assert worker.report(worker.next_ms - 1.0, lambda blocks: b"") is None
 
 
 @given(
