@@ -260,34 +260,32 @@ class Fleet:
         sequence = SimSequence(job, live.request.output_tokens, live.request.blocks)
         sequence.virtual = live.virtual
         live.sequence = sequence
-        version = worker.version
+        before_ms = worker.next_ms
         worker.add(sequence, self.now_ms)
-        self._follow(worker, version)
+        self._follow(worker, before_ms)
         if job.ttft_by_ms or job.done_by_ms:
             for by_ms in {job.ttft_by_ms, job.done_by_ms} - {0}:
                 self._at(max(self.now_ms, by_ms - EPOCH_MS), DEADLINE, (live, by_ms))
 
-    def _follow(self, worker: SimWorker, version: int) -> None:
-        """Come back when the steps under way end, if that has changed."""
-        if worker.version == version:
-            return
+    def _follow(self, worker: SimWorker, before_ms: float) -> None:
+        """Come back when the steps under way end, if that is another time than before."""
         next_ms = worker.next_ms
-        if next_ms < math.inf:
-            self._at(next_ms, STEP, (worker, worker.version))
+        if next_ms != before_ms and next_ms < math.inf:
+            self._at(next_ms, STEP, worker)
             if not worker.is_reporting:
                 worker.is_reporting = True
                 self._at(self.now_ms + self.config.delays.report_ms, REPORT, worker)
 
-    def _step(self, subject: tuple[SimWorker, int]) -> None:
-        worker, version = subject
-        if worker.version != version:
-            return
-        advance = worker.advance(self.now_ms)
-        for sequence in advance.finished:
+    def _step(self, worker: SimWorker) -> None:
+        now_ms = self.now_ms
+        if worker.next_ms != now_ms:
+            return  # its steps end earlier by now
+        finished, dropped = worker.advance(now_ms)
+        for sequence in finished:
             self._leave(worker, sequence, FinishReason.STOP)
-        for sequence in advance.dropped:
+        for sequence in dropped:
             self._leave(worker, sequence, FinishReason.DEADLINE)
-        self._follow(worker, version)
+        self._follow(worker, now_ms)
 
     def _leave(self, worker: SimWorker, sequence: SimSequence, reason: FinishReason) -> None:
         progress = worker.last_progress(sequence, self.now_ms)
@@ -345,10 +343,10 @@ class Fleet:
             return
         if by_ms == live.job.ttft_by_ms != live.job.done_by_ms and sequence.first_ms >= 0:
             return
-        version = worker.version
+        before_ms = worker.next_ms
         if worker.drop(sequence, self.now_ms):
             self._leave(worker, sequence, FinishReason.DEADLINE)
-        self._follow(worker, version)
+        self._follow(worker, before_ms)
 
     def check_integrity(self) -> None:
         self.policy.check_integrity()

@@ -32,6 +32,8 @@ AFFINITY_BLOCKS = 16
 """The service hashes so many blocks of a prompt that belongs to no session."""
 KNOWN_BLOCKS_MAX = 200_000
 PACE_TOKENS_MIN = 8
+_NOTHING_LOGGED = array("I")
+_NO_TRACE: dict[str, str] = {}
 
 
 def unwritten(tokens: int) -> array[int]:
@@ -121,6 +123,8 @@ class SimGateway:
             expected_tokens=self.lengths.expect(request.tenant, request.max_tokens),
             cached_tokens=min(likely, tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS,
             blocks=blocks,
+            logged=_NOTHING_LOGGED,
+            trace=_NO_TRACE,
         )
 
     def _sampling(self, max_tokens: int) -> Sampling:
@@ -143,7 +147,8 @@ class SimGateway:
             (self._recent_jobs[0], self._recent_jobs[1], self._recent_jobs[2]),
             (self._recent_work[0], self._recent_work[1], self._recent_work[2]),
             self.live,
-            self.lengths.token_ms,
+            # nothing else asks for it, and it is a median
+            self.lengths.token_ms if job.done_by_ms else 0.0,
         )
         if self._config.refuses:
             admission = decide(ask, facts, self._config.limits)

@@ -52,10 +52,18 @@ class Gaps:
 
     def __init__(self) -> None:
         self._counts = [[0] * GAP_CLASSES for _ in Band]
+        self._last = (-1.0, 0)
 
-    def add(self, band: int, gap_ms: float, count: int) -> None:
-        place = int(math.log(max(gap_ms, GAP_MS_MIN) / GAP_MS_MIN) * _CLASSES_PER_E + 0.5)
-        self._counts[band][min(place, GAP_CLASSES - 1)] += count
+    def add(self, rows: Sequence[int], gap_ms: float, steps: int) -> None:
+        """In each of `steps` steps, `rows` tokens per Band came `gap_ms` after those before."""
+        known_ms, place = self._last
+        if gap_ms != known_ms:
+            place = int(math.log(max(gap_ms, GAP_MS_MIN) / GAP_MS_MIN) * _CLASSES_PER_E + 0.5)
+            place = min(place, GAP_CLASSES - 1)
+            self._last = (gap_ms, place)
+        for band, count in enumerate(rows):
+            if count:
+                self._counts[band][place] += count * steps
 
     def percentile(self, band: int, percent: float) -> float:
         """In ms, right within 2.5 %; 0 where there are none."""

@@ -103,6 +103,11 @@ class SimScheduler:
         else:
             self.waiting.append(sequence)
 
+    def finish(self, sequence: SimSequence, lane: Lane, now_ms: float) -> None:
+        """A member of `lane` has all its output."""
+        self._here[sequence.job.band] -= 1
+        self._give_up(sequence, lane.leave(sequence, now_ms))
+
     def remove(self, sequence: SimSequence, now_ms: float) -> None:
         """`sequence` ends, whatever it is doing."""
         self._here[sequence.job.band] -= 1
@@ -135,14 +140,8 @@ class SimScheduler:
     def plan(self, now_ms: float) -> SimPlan:
         """The next step."""
         self._promote(now_ms)
-        if not self.waiting and not self.prefilling:
-            lanes = [lane for lane in self.lanes if lane.members]
-            if self.cache.available >= self.running:
-                self._hurried_steps.clear()
-                for lane in self.lanes:
-                    if lane.idle_since_ms is not None:
-                        lane.note_step(True, now_ms)
-                return SimPlan(lanes, [], again=False)
+        if not self.waiting and not self.prefilling and self.cache.available >= self.running:
+            return self._streams(now_ms)
         draft = _Draft(self, now_ms, self._guarded(now_ms))
         groups = self._groups()
         hurried_for = None
@@ -158,13 +157,24 @@ class SimScheduler:
             self._hurried_steps[hurried_for] = self._hurried_steps.get(hurried_for, 0) + 1
         lanes = [lane for lane in draft.lanes if lane.members]
         for lane in self.lanes:
-            lane.note_step(lane in lanes or not lane.members, now_ms)
+            if lane not in lanes and lane.members:
+                lane.note_step(False, now_ms)
+            elif lane.idle_since_ms is not None:
+                lane.note_step(True, now_ms)
         for sequence in self.prefilling.values():
             sequence.note_step(sequence.job.id in draft.chunks, now_ms)
             if sequence.idle_since_ms is not None and sequence.seen_band:
                 self.promote_ms = min(self.promote_ms, sequence.promoted_ms())
         chunks = list(draft.chunks.values())
         return SimPlan(lanes, chunks, bool(chunks) or draft.preempted_any)
+
+    def _streams(self, now_ms: float) -> SimPlan:
+        """All decode, nobody else is here, and there is KV for it."""
+        self._hurried_steps.clear()
+        for lane in self.lanes:
+            if lane.idle_since_ms is not None:
+                lane.note_step(True, now_ms)
+        return SimPlan([lane for lane in self.lanes if lane.members], [], again=False)
 
     def _groups(self) -> list[list[int]]:
         """Effective bands planned together, best first; only those with anybody in them."""
@@ -257,16 +267,20 @@ class SimScheduler:
     def _leave(self, sequence: SimSequence, now_ms: float) -> None:
         """Out of the batch; its output so far stays known."""
         lane = self.lane_of(sequence)
-        own, computed = sequence.own_tokens, sequence.computed
         if lane is not None:
-            grown = lane.leave(sequence, now_ms)
-            own, computed = own + grown, computed + grown
+            self._give_up(sequence, lane.leave(sequence, now_ms))
         else:
             del self.prefilling[sequence.job.id]
             sequence.stay += 1
+            self._give_up(sequence, 0)
+
+    def _give_up(self, sequence: SimSequence, grown: int) -> None:
+        """What `sequence` holds, `grown` tokens of it from decoding, stays only in the cache."""
+        own, computed = sequence.own_tokens + grown, sequence.computed + grown
         held = sequence.blocks[: sequence.held]
         rest = (computed - sequence.held_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
-        self.cache.release(held, sequence.job.band)
+        if held:
+            self.cache.release(held, sequence.job.band)
         if rest > 0:
             # beyond the shared prefix it can be found by itself alone, but takes up room
             self._rests -= 1

@@ -9,8 +9,8 @@ segment at the end of the step under way, as the real engine looks at arrivals b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from headrace.policy.cost_model import CostModel, attended
 from headrace.types import JobProgress, Progress
@@ -20,8 +20,8 @@ from headrace_sim.scheduler import Chunk, Rules, SimScheduler
 from headrace_sim.segment import Segment
 from headrace_sim.sequence import SimSequence
 
-OnGaps = Callable[[int, float, int], None]
-"""Told of (band, gap between two tokens in ms, how many such gaps)."""
+OnGaps = Callable[[Sequence[int], float, int], None]
+"""Told of (rows per Band, gap between two tokens of each in ms, how many steps alike)."""
 OnServed = Callable[[str, float, int, int], None]
 """Told of (tenant, now in ms, prompt tokens computed, output tokens) as reports tell of them."""
 BlockKeys = Callable[[Iterable[PrefixBlock]], bytes]
@@ -32,12 +32,11 @@ def _unheard(*_: object) -> None:
     """Nobody asked."""
 
 
-@dataclass(slots=True)
-class Advance:
+class Advance(NamedTuple):
     """What a stretch of steps brought: complete outputs, and those dropped."""
 
-    finished: list[SimSequence] = field(default_factory=list)
-    dropped: list[SimSequence] = field(default_factory=list)
+    finished: list[SimSequence]
+    dropped: list[SimSequence]
 
 
 class SimWorker:
@@ -60,8 +59,8 @@ class SimWorker:
         self.name = name
         self.cost = cost
         self.scheduler = SimScheduler(cost, rules or Rules(), reports=reports)
-        self.version = 0
-        """Changes whenever `next_ms` does."""
+        self.next_ms = math.inf
+        """When `advance` is due; infinite while it is idle."""
         self.steps = 0
         self.busy_ms = 0.0
         self.prefill_tokens = 0
@@ -77,11 +76,6 @@ class SimWorker:
         self._report_sequence = 0
         self._reported = (0.0, 0, 0)
         self._growth_ms: dict[int, float] = {}
-
-    @property
-    def next_ms(self) -> float:
-        """When `advance` is due; infinite while it is idle."""
-        return math.inf if self._segment is None else self._segment.end_ms
 
     def add(self, sequence: SimSequence, now_ms: float) -> None:
         """A job arrived; the next step takes it into account."""
@@ -107,39 +101,46 @@ class SimWorker:
         segment = self._segment
         assert segment is not None, "only a busy worker advances"
         self._segment = None
+        took_ms = segment.elapsed_ms(segment.steps)
+        self.steps += segment.steps
+        self.busy_ms += took_ms
         result = Advance([], [])
-        took_ms = self._take_in_rows(segment, now_ms, result)
+        if segment.rows:
+            self._take_in_rows(segment, took_ms, now_ms, result)
         if segment.chunks:
             self._take_in_chunks(segment, took_ms, now_ms, result)
-        for sequence in self._leaving:
-            if sequence not in result.finished:
-                self.scheduler.remove(sequence, now_ms)
-                result.dropped.append(sequence)
-        self._leaving.clear()
+        if self._leaving:
+            for sequence in self._leaving:
+                if sequence not in result.finished:
+                    self.scheduler.remove(sequence, now_ms)
+                    result.dropped.append(sequence)
+            self._leaving.clear()
         self._plan(now_ms)
         return result
 
-    def _take_in_rows(self, segment: Segment, now_ms: float, result: Advance) -> float:
-        """Returns how long the steps took."""
-        scheduler, steps = self.scheduler, segment.steps
-        took_ms = segment.elapsed_ms(steps)
-        self.steps += steps
-        self.busy_ms += took_ms
+    def _take_in_rows(
+        self, segment: Segment, took_ms: float, now_ms: float, result: Advance
+    ) -> None:
+        """A token for each row and step."""
+        scheduler, steps, lanes = self.scheduler, segment.steps, segment.lanes
         began_ms = segment.start_ms + segment.elapsed_ms(steps - 1)
         tokens = segment.rows * steps
         self.output_tokens += tokens
-        for lane in segment.lanes:
+        gap_ms, ran_ms, complete = took_ms / steps, scheduler.ran_ms, False
+        for lane in lanes:
             for band, rows in enumerate(lane.rows):
                 if rows:
-                    scheduler.ran_ms[band] = began_ms
-                    self._on_gaps(band, took_ms / steps, rows * steps)
-            lane.advance(steps)
+                    ran_ms[band] = began_ms
+            self._on_gaps(lane.rows, gap_ms, steps)
+            lane.steps += steps
+            lane.context += steps * len(lane.members)
+            complete = complete or lane.ends[0][0] <= lane.steps
         scheduler.cache.reserve(tokens)
-        for lane in segment.lanes:
-            for sequence in lane.complete():
-                scheduler.remove(sequence, now_ms)
-                result.finished.append(sequence)
-        return took_ms
+        if complete:
+            for lane in lanes:
+                for sequence in lane.complete():
+                    scheduler.finish(sequence, lane, now_ms)
+                    result.finished.append(sequence)
 
     def _take_in_chunks(
         self, segment: Segment, took_ms: float, now_ms: float, result: Advance
@@ -181,11 +182,10 @@ class SimWorker:
         steps = segment.steps_until(now_ms)
         if steps < segment.steps:
             segment.steps = steps
-            self.version += 1
+            self.next_ms = segment.end_ms
 
     def _plan(self, now_ms: float) -> None:
         """Decide on the next step, and on how many more will be like it."""
-        self.version += 1
         plan = self.scheduler.plan(now_ms)
         rows = context = tokens = 0
         pairs = 0.0
@@ -194,6 +194,7 @@ class SimWorker:
             context += lane.context
         if not rows and not plan.chunks:
             assert not self.scheduler.waiting, "an idle worker takes whoever waits"
+            self.next_ms = math.inf
             return
         for chunk in plan.chunks:
             tokens += chunk.count
@@ -204,6 +205,7 @@ class SimWorker:
         if not plan.again and self._multi_step:
             segment.steps = self._steps_alike(segment)
         self._segment = segment
+        self.next_ms = segment.end_ms
 
     def _growth(self, rows: int) -> float:
         """By how much longer each step is than the one before."""
@@ -287,3 +289,5 @@ class SimWorker:
         self.scheduler.check_integrity()
         busy = self.scheduler.running or self.scheduler.waiting
         assert self._segment or not busy, "whoever has work works"
+        end_ms = self._segment.end_ms if self._segment else math.inf
+        assert self.next_ms == end_ms, "it comes back when its steps end"
