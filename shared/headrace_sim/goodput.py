@@ -72,7 +72,7 @@ Try = Callable[[Alternative, float], Summary]
 
 
 @dataclass(slots=True)
-class Tested:
+class Trials:
     """What has been tested: runs by way and rate; each is run once."""
 
     ways: tuple[Alternative, ...]
@@ -130,7 +130,7 @@ def goodput(
         return summarize(Fleet(replace(config, alternative=way), stream).run(), slo)
 
     ways = (OURS, *(ALTERNATIVES[name] for name in BASELINES))
-    tested = Tested(ways, run)
+    tested = Trials(ways, run)
     for way in ways:
         for step in steps:
             tested.at(way, step * full)
@@ -141,7 +141,7 @@ def goodput(
     return _study(trace, config, tested, knee)
 
 
-def _study(trace: Trace, config: FleetConfig, tested: Tested, knee: float) -> Study:
+def _study(trace: Trace, config: FleetConfig, tested: Trials, knee: float) -> Study:
     study = Study("goodput")
     where = f"{trace.name}, {config.workers} workers, {config.cost.name}"
     study.notes.extend(
@@ -168,7 +168,7 @@ def _study(trace: Trace, config: FleetConfig, tested: Tested, knee: float) -> St
     return study
 
 
-def _by_rate(where: str, tested: Tested) -> Table:
+def _by_rate(where: str, tested: Trials) -> Table:
     names = [way.name for way in tested.ways]
     made = table(
         f"Goodput by requests/s: {where}",
@@ -186,7 +186,7 @@ def _by_rate(where: str, tested: Tested) -> Table:
     return made
 
 
-def _bearable(tested: Tested) -> Table:
+def _bearable(tested: Trials) -> Table:
     """DistServe's figure, and the peaks."""
     made = table(
         f"Highest tested rate at which {KNEE_SHARE:.0%} are met, and the most met a second",
@@ -232,7 +232,7 @@ def _met_by(
     return made
 
 
-def _judge(study: Study, tested: Tested, knee: float) -> None:
+def _judge(study: Study, tested: Trials, knee: float) -> None:
     """What is claimed at the knee, and that nobody pays for it at any rate."""
     ours = tested.runs[OURS.name][knee]
     for way in tested.ways[1:]:
@@ -254,7 +254,7 @@ def _judge(study: Study, tested: Tested, knee: float) -> None:
         study.holds[claim] = not worse
 
 
-def _note_figures(study: Study, tested: Tested, knee: float) -> None:
+def _note_figures(study: Study, tested: Trials, knee: float) -> None:
     """Everything, for scripts."""
     ways = tested.ways
     study.figures["knee_per_s"] = knee

@@ -17,7 +17,7 @@ from headrace_sim import options, studies
 from headrace_sim.alternatives import ALTERNATIVES, Alternative
 from headrace_sim.fleet import FleetConfig
 from headrace_sim.gateway import GatewayConfig
-from headrace_sim.goodput import Tested
+from headrace_sim.goodput import Trials
 from headrace_sim.metrics import Slo, Summary
 from headrace_sim.trace import Trace, TraceRequest
 from headrace_sim.workload import Mix, TraceStream
@@ -79,7 +79,7 @@ def test_the_knee_is_the_highest_tested_rate_that_is_borne() -> None:
         return SimpleNamespace(met_share=share, goodput_per_s=share * per_s)  # type: ignore
 
     ways = tuple(ALTERNATIVES[name] for name in limits)
-    tested = Tested(ways, run)
+    tested = Trials(ways, run)
     for way in ways:
         for rate in (2.0, 4.0, 8.0):
             tested.at(way, rate)
