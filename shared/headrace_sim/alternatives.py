@@ -8,6 +8,7 @@ reports with the same delays.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,25 @@ class Loads:
         self.facts: dict[str, WorkerFacts] = {}
         self.tokens: dict[str, int] = {}
         self.jobs: dict[str, int] = {}
+        self.names: list[str] = []
+        self._order: list[tuple[int, str]] = []
+
+    def see(self, facts: WorkerFacts) -> None:
+        """A worker is there."""
+        worker = facts.worker
+        self.facts[worker] = facts
+        if worker not in self.tokens:
+            self.tokens[worker] = self.jobs[worker] = 0
+            self.names.append(worker)
+            insort(self._order, (0, worker))
+
+    def add(self, worker: str, tokens: int, jobs: int) -> None:
+        """So many more on `worker`."""
+        before = self.tokens[worker]
+        self.tokens[worker] = before + tokens
+        self.jobs[worker] += jobs
+        del self._order[bisect_left(self._order, (before, worker))]
+        insort(self._order, (before + tokens, worker))
 
     def room(self, worker: str, tokens: int) -> bool:
         facts = self.facts[worker]
@@ -68,7 +88,11 @@ class Loads:
         return fits and self.jobs[worker] < facts.max_jobs
 
     def least(self) -> str:
-        return min(self.tokens, key=lambda worker: (self.tokens[worker], worker))
+        return self._order[0][1]
+
+    def check_integrity(self) -> None:
+        order = sorted((tokens, worker) for worker, tokens in self.tokens.items())
+        assert order == self._order, "the order is that of the tokens"
 
 
 Place = Callable[[Job, Loads], str]
@@ -84,18 +108,23 @@ class Arrivals:
         self._loads = Loads()
         self._queue: deque[Queued] = deque()
         self._waiting: set[str] = set()
+        self._counts, self._work = [0, 0, 0], [0, 0, 0]
+        """Of who waits, per Band."""
         self._booked: dict[str, tuple[str, int]] = {}
 
     def set_workers(self, facts: Sequence[WorkerFacts], _now_ms: int) -> None:
         for each in facts:
-            self._loads.facts[each.worker] = each
-            self._loads.tokens.setdefault(each.worker, 0)
-            self._loads.jobs.setdefault(each.worker, 0)
+            self._loads.see(each)
 
     def push(self, item: Queued) -> bool:
         self._queue.append(item)
         self._waiting.add(item.job.id)
+        self._count(item.job, 1)
         return True
+
+    def _count(self, job: Job, jobs: int) -> None:
+        self._counts[job.band] += jobs
+        self._work[job.band] += jobs * job.cost_tokens
 
     def cancel(self, job_id: str) -> Queued | None:
         if job_id not in self._waiting:
@@ -103,6 +132,7 @@ class Arrivals:
         item = next(item for item in self._queue if item.job.id == job_id)
         self._queue.remove(item)
         self._waiting.remove(job_id)
+        self._count(item.job, -1)
         return item
 
     def next(self, _now_ms: int) -> Decision | None:
@@ -114,9 +144,9 @@ class Arrivals:
     def handed_off(self, decision: Decision, now_ms: int) -> None:
         job, worker = self._queue.popleft().job, decision.route.worker
         self._waiting.remove(job.id)
+        self._count(job, -1)
         self._booked[job.id] = (worker, job.cost_tokens)
-        self._loads.tokens[worker] += job.cost_tokens
-        self._loads.jobs[worker] += 1
+        self._loads.add(worker, job.cost_tokens, 1)
         if self._index is not None:
             self._index.expect(worker, job.blocks, now_ms)
 
@@ -127,8 +157,7 @@ class Arrivals:
 
     def done(self, done: JobDone, _now_ms: int) -> None:
         worker, tokens = self._booked.pop(done.progress.job)
-        self._loads.tokens[worker] -= tokens
-        self._loads.jobs[worker] -= 1
+        self._loads.add(worker, -tokens, -1)
 
     def late(self, _now_ms: int) -> list[Queued]:
         """It knows no deadlines."""
@@ -136,10 +165,7 @@ class Arrivals:
 
     def outlook(self, _now_ms: int) -> Outlook:
         """Its queue, and nothing about its speed."""
-        counts, work = [0, 0, 0], [0, 0, 0]
-        for item in self._queue:
-            counts[item.job.band] += 1
-            work[item.job.band] += item.job.cost_tokens
+        counts, work = self._counts, self._work
         return Outlook(
             (counts[0], counts[1], counts[2]),
             (work[0], work[1], work[2]),
@@ -153,6 +179,9 @@ class Arrivals:
         assert {item.job.id for item in self._queue} == self._waiting, "queue and index agree"
         assert sum(self._loads.jobs.values()) == len(self._booked), "jobs add up"
         assert sum(self._loads.tokens.values()) == sum(t for _, t in self._booked.values())
+        assert sum(self._counts) == len(self._queue), "who waits is counted"
+        assert sum(self._work) == sum(item.job.cost_tokens for item in self._queue)
+        self._loads.check_integrity()
 
 
 def _least_with_room(job: Job, loads: Loads) -> str:
@@ -169,8 +198,8 @@ class _RoundRobin:
         self._turn = -1
 
     def __call__(self, _job: Job, loads: Loads) -> str:
-        self._turn = (self._turn + 1) % len(loads.tokens)
-        return list(loads.tokens)[self._turn]
+        self._turn = (self._turn + 1) % len(loads.names)
+        return loads.names[self._turn]
 
 
 class _AtRandom:
@@ -178,7 +207,7 @@ class _AtRandom:
         self._rng = Random(f"random routing {seed}")
 
     def __call__(self, _job: Job, loads: Loads) -> str:
-        return self._rng.choice(list(loads.tokens))
+        return self._rng.choice(loads.names)
 
 
 class _SessionHash:
@@ -188,7 +217,7 @@ class _SessionHash:
         self._rendezvous = Rendezvous()
 
     def __call__(self, job: Job, loads: Loads) -> str:
-        self._rendezvous.set_names(tuple(loads.tokens))
+        self._rendezvous.set_names(tuple(loads.names))
         return self._rendezvous.preferred(job.affinity)[0]
 
 

@@ -9,15 +9,15 @@ thousand times slower.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from heapq import heappop, heappush
 from typing import Any
 
 from headrace.policy.cost_model import CostModel
 from headrace.types import Board, FinishReason, Job, JobDone
+from headrace_gateway.policy.dispatch import DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.workload import WorkerFacts
 from headrace_sim.alternatives import OURS, Alternative, Dispatch
@@ -58,17 +58,8 @@ class FleetConfig:
     check: bool = False
 
 
-class Kind(IntEnum):
-    """Events; at the same instant the lower goes first."""
-
-    STEP = 0
-    DONE = 1
-    REPORT = 2
-    BOARD = 3
-    ARRIVE = 4
-    INTAKE = 5
-    REACH = 6
-    DEADLINE = 7
+STEP, DONE, REPORT, BOARD, ARRIVE, INTAKE, REACH, DEADLINE = range(8)
+"""Events; at the same instant the lower goes first."""
 
 
 @dataclass(slots=True)
@@ -81,7 +72,7 @@ class Live:
     worker: SimWorker | None = None
     sequence: SimSequence | None = None
     handed_ms: float = 0.0
-    charged: tuple[int, int] = (0, 0)
+    virtual: float = 0.0
 
 
 class Fleet:
@@ -105,27 +96,25 @@ class Fleet:
         )
         self.gateways = [SimGateway(f"g{n}", gateway, self._names) for n in range(config.gateways)]
         self.workers = {
-            name: SimWorker(name, config.cost, alternative.rules, on_gaps=self.gaps.add)
+            name: SimWorker(
+                name,
+                config.cost,
+                alternative.rules,
+                on_gaps=self.gaps.add,
+                on_served=self.service.add,
+            )
             for name in (f"w{n}" for n in range(config.workers))
         }
         self._stream = stream
         self._source: Iterator[SimRequest] = iter(())
-        self._queue: list[tuple[float, int, int, Kind, Any]] = []
+        self._queue: list[tuple[float, int, int, Any]] = []
         self._number = 0
         self._live: dict[str, Live] = {}
-        self._reporting: set[str] = set()
+        self._waiting = 0
         self._arriving = 0
         self._reserved = 0
-        self._handlers: dict[Kind, Callable[[Any], None]] = {
-            Kind.STEP: self._step,
-            Kind.DONE: self._done,
-            Kind.REPORT: self._report,
-            Kind.BOARD: self._board,
-            Kind.ARRIVE: self._arrive,
-            Kind.INTAKE: self._intake,
-            Kind.REACH: self._reach,
-            Kind.DEADLINE: self._deadline,
-        }
+        self._booked = dict.fromkeys(self.workers, 0)
+        self._free_jobs = config.workers * config.cost.max_jobs
 
     @property
     def live(self) -> int:
@@ -144,17 +133,28 @@ class Fleet:
         self._source = iter(self._stream.start())
         self._board(None)
         self._next_arrival()
-        while self._queue:
-            self.now_ms, _, _, kind, subject = heapq.heappop(self._queue)
+        handlers: tuple[Callable[[Any], None], ...] = (
+            self._step,
+            self._done,
+            self._report,
+            self._board,
+            self._arrive,
+            self._intake,
+            self._reach,
+            self._deadline,
+        )
+        queue, check = self._queue, self.config.check
+        while queue:
+            self.now_ms, kind, _, subject = heappop(queue)
             self.events += 1
-            self._handlers[kind](subject)
-            if self.config.check:
+            handlers[kind](subject)
+            if check:
                 self.check_integrity()
         return self
 
-    def _at(self, at_ms: float, kind: Kind, subject: Any) -> None:
+    def _at(self, at_ms: float, kind: int, subject: Any) -> None:
         self._number += 1
-        heapq.heappush(self._queue, (at_ms, int(kind), self._number, kind, subject))
+        heappush(self._queue, (at_ms, kind, self._number, subject))
 
     # requests come
 
@@ -162,7 +162,7 @@ class Fleet:
         request = next(self._source, None)
         if request is not None:
             self._arriving += 1
-            self._at(request.at_ms, Kind.ARRIVE, (request, True))
+            self._at(request.at_ms, ARRIVE, (request, True))
 
     def _arrive(self, subject: tuple[SimRequest, bool]) -> None:
         request, from_source = subject
@@ -180,7 +180,7 @@ class Fleet:
             self._end(request, Outcome.REFUSED, admission.retry_after_ms or REFUSED_MS)
             return
         live = self._live[request.id] = Live(request, job, gateway)
-        self._at(self.now_ms + self.config.delays.intake_ms, Kind.INTAKE, live)
+        self._at(self.now_ms + self.config.delays.intake_ms, INTAKE, live)
 
     def _end(
         self, request: SimRequest, outcome: Outcome, pause_ms: float = 0.0, **facts: Any
@@ -190,33 +190,39 @@ class Fleet:
         following = self._stream.ended(request, self.now_ms + pause_ms)
         if following is not None:
             self._arriving += 1
-            self._at(following.at_ms, Kind.ARRIVE, (following, False))
+            self._at(following.at_ms, ARRIVE, (following, False))
 
     # the dispatcher
 
     def _intake(self, live: Live) -> None:
         job = live.job
         self.policy.push(Queued(job, "intake", job.id, int(self.now_ms * 1e6)))
+        self._waiting += 1
         self.service.waits(job.tenant, job.weight, self.now_ms)
         self._dispatch()
 
     def _dispatch(self) -> None:
         """Hand on whatever can go now."""
-        while (decision := self.policy.next(self.wall_ms)) is not None:
-            self.policy.handed_off(decision, self.wall_ms)
+        now = self.wall_ms
+        while self._waiting and (decision := self.policy.next(now)) is not None:
+            self.policy.handed_off(decision, now)
+            self._waiting -= 1
             live = self._live[decision.item.job.id]
-            live.job = replace(live.job, virtual=decision.virtual)
+            # the service writes it into the job
+            live.virtual = decision.virtual
             live.worker = self.workers[decision.route.worker]
             live.handed_ms = self.now_ms
             self._reserved += live.job.cost_tokens
+            self._book(live.worker.name, 1)
             self.service.goes(live.job.tenant, self.now_ms)
-            self._at(self.now_ms + self.config.delays.hand_off_ms, Kind.REACH, live)
+            self._at(self.now_ms + self.config.delays.hand_off_ms, REACH, live)
 
     def _board(self, _: None) -> None:
         """The dispatcher's round: drop what is late, publish the board."""
         now = self.wall_ms
         for item in self.policy.late(now):
             self.policy.cancel(item.job.id)
+            self._waiting -= 1
             self.service.goes(item.job.tenant, self.now_ms)
             self._finish(self._live[item.job.id], Outcome.LATE)
         outlook = self.policy.outlook(now)
@@ -232,60 +238,63 @@ class Fleet:
             work_per_s=outlook.work_per_s,
             prefill_per_s=outlook.prefill_per_s,
             band_work_per_s=outlook.band_work_per_s,
+            free_jobs=self._free_jobs,
         )
         for gateway in self.gateways:
             gateway.see(board)
         self._dispatch()
         if self._live or self._arriving or not self._number:
-            self._at(self.now_ms + self.config.delays.board_ms, Kind.BOARD, None)
+            self._at(self.now_ms + self.config.delays.board_ms, BOARD, None)
+
+    def _book(self, worker: str, jobs: int) -> None:
+        """The dispatcher counts so many more jobs on `worker`."""
+        before, jobs_max = self._booked[worker], self.config.cost.max_jobs
+        self._booked[worker] = before + jobs
+        self._free_jobs += max(0, jobs_max - before - jobs) - max(0, jobs_max - before)
 
     # the workers
 
     def _reach(self, live: Live) -> None:
         worker, job = live.worker, live.job
         assert worker is not None, "it was handed to somebody"
-        live.sequence = SimSequence(job, live.request.output_tokens, live.request.blocks)
-        version = worker.version
-        worker.add(live.sequence, self.now_ms)
-        self._follow(worker, version)
-        for by_ms in {job.ttft_by_ms, job.done_by_ms} - {0}:
-            self._at(max(self.now_ms, by_ms - EPOCH_MS), Kind.DEADLINE, (live, by_ms))
+        sequence = SimSequence(job, live.request.output_tokens, live.request.blocks)
+        sequence.virtual = live.virtual
+        live.sequence = sequence
+        before_ms = worker.next_ms
+        worker.add(sequence, self.now_ms)
+        self._follow(worker, before_ms)
+        if job.ttft_by_ms or job.done_by_ms:
+            for by_ms in {job.ttft_by_ms, job.done_by_ms} - {0}:
+                self._at(max(self.now_ms, by_ms - EPOCH_MS), DEADLINE, (live, by_ms))
 
-    def _follow(self, worker: SimWorker, version: int) -> None:
-        """Come back when the steps under way end, if that has changed."""
-        if worker.version != version and worker.next_ms < math.inf:
-            self._at(worker.next_ms, Kind.STEP, (worker, worker.version))
-            if worker.name not in self._reporting:
-                self._reporting.add(worker.name)
-                self._at(self.now_ms + self.config.delays.report_ms, Kind.REPORT, worker)
+    def _follow(self, worker: SimWorker, before_ms: float) -> None:
+        """Come back when the steps under way end, if that is another time than before."""
+        next_ms = worker.next_ms
+        if next_ms != before_ms and next_ms < math.inf:
+            self._at(next_ms, STEP, worker)
+            if not worker.is_reporting:
+                worker.is_reporting = True
+                self._at(self.now_ms + self.config.delays.report_ms, REPORT, worker)
 
-    def _step(self, subject: tuple[SimWorker, int]) -> None:
-        worker, version = subject
-        if worker.version != version:
-            return
-        advance = worker.advance(self.now_ms)
-        for sequence in advance.finished:
+    def _step(self, worker: SimWorker) -> None:
+        now_ms = self.now_ms
+        if worker.next_ms != now_ms:
+            return  # its steps end earlier by now
+        finished, dropped = worker.advance(now_ms)
+        for sequence in finished:
             self._leave(worker, sequence, FinishReason.STOP)
-        for sequence in advance.dropped:
+        for sequence in dropped:
             self._leave(worker, sequence, FinishReason.DEADLINE)
-        self._follow(worker, version)
+        self._follow(worker, now_ms)
 
     def _leave(self, worker: SimWorker, sequence: SimSequence, reason: FinishReason) -> None:
-        progress = worker.progress_of(sequence)
+        progress = worker.last_progress(sequence, self.now_ms)
         live = self._live[sequence.job.id]
-        self._serve(live, progress.computed, progress.output)
         self._reserved -= sequence.job.cost_tokens
         done = JobDone(worker.name, progress, reason)
-        self._at(self.now_ms + self.config.delays.done_ms, Kind.DONE, done)
+        self._at(self.now_ms + self.config.delays.done_ms, DONE, done)
         late = reason is FinishReason.DEADLINE
         self._finish(live, Outcome.LATE if late else Outcome.COMPLETE)
-
-    def _serve(self, live: Live, computed: int, output: int) -> None:
-        """Count what `live` has got since the last time."""
-        before_computed, before_output = live.charged
-        live.charged = (computed, output)
-        new = computed - before_computed, output - before_output
-        self.service.add(live.job.tenant, self.now_ms, *new)
 
     def _finish(self, live: Live, outcome: Outcome) -> None:
         """The client has, or is told, everything."""
@@ -311,21 +320,18 @@ class Fleet:
         )
 
     def _done(self, done: JobDone) -> None:
+        self._book(done.worker, -1)
         self.policy.done(done, self.wall_ms)
         self._dispatch()
 
     def _report(self, worker: SimWorker) -> None:
         report = worker.report(self.now_ms, self._names)
         if report is None and worker.next_ms == math.inf:
-            self._reporting.discard(worker.name)
+            worker.is_reporting = False
             return
-        self._at(self.now_ms + self.config.delays.report_ms, Kind.REPORT, worker)
+        self._at(self.now_ms + self.config.delays.report_ms, REPORT, worker)
         if report is None:
             return
-        for progress in report.jobs:
-            live = self._live.get(progress.job)
-            if live is not None:
-                self._serve(live, progress.computed, progress.output)
         self.policy.progress(report, self.wall_ms)
         self._dispatch()
 
@@ -337,10 +343,10 @@ class Fleet:
             return
         if by_ms == live.job.ttft_by_ms != live.job.done_by_ms and sequence.first_ms >= 0:
             return
-        version = worker.version
+        before_ms = worker.next_ms
         if worker.drop(sequence, self.now_ms):
             self._leave(worker, sequence, FinishReason.DEADLINE)
-        self._follow(worker, version)
+        self._follow(worker, before_ms)
 
     def check_integrity(self) -> None:
         self.policy.check_integrity()
@@ -349,3 +355,9 @@ class Fleet:
         assert self._reserved == sum(
             live.job.cost_tokens for live in self._live.values() if live.worker is not None
         ), "what is reserved belongs to jobs under way"
+        free = sum(max(0, self.config.cost.max_jobs - jobs) for jobs in self._booked.values())
+        waiting = sum(live.worker is None for live in self._live.values())
+        assert self._waiting <= waiting, "who waits has no worker; others are on their way"
+        assert self._free_jobs == free, "free slots are those that no job has"
+        if isinstance(self.policy, DispatchPolicy):
+            assert self.policy.workload.free_jobs == free, "the board says what the policy books"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -22,6 +23,7 @@ from headrace_gateway.policy.admission import (
     decide,
 )
 from headrace_gateway.policy.lengths import Lengths
+from headrace_sim.kv_cache import PrefixBlock
 from headrace_sim.workload import SimRequest
 
 EPOCH_MS = 1_000_000
@@ -30,20 +32,13 @@ AFFINITY_BLOCKS = 16
 """The service hashes so many blocks of a prompt that belongs to no session."""
 KNOWN_BLOCKS_MAX = 200_000
 PACE_TOKENS_MIN = 8
+_NOTHING_LOGGED = array("I")
+_NO_TRACE: dict[str, str] = {}
 
 
-class UnwrittenPrompt(array):  # type: ignore[type-arg]
-    """A prompt that has a length and no tokens: a million of them need no memory."""
-
-    tokens: int
-
-    def __new__(cls, tokens: int) -> UnwrittenPrompt:
-        self = cast(UnwrittenPrompt, super().__new__(cls, "I"))
-        self.tokens = tokens
-        return self
-
-    def __len__(self) -> int:
-        return self.tokens
+def unwritten(tokens: int) -> array[int]:
+    """A prompt that has a length and no memory; policies ask for nothing else."""
+    return cast("array[int]", range(tokens))
 
 
 class BlockNames:
@@ -52,16 +47,23 @@ class BlockNames:
     def __init__(self) -> None:
         self._known: dict[int, bytes] = {}
 
-    def __call__(self, block: int, tokens: int) -> bytes:
-        """Keys of the service's blocks in prefix block `block` of `tokens` tokens."""
-        size = tokens // BLOCK_TOKENS * BLOCK_KEY_BYTES
-        keys = self._known.get(block)
-        if keys is None or len(keys) < size:
-            if len(self._known) >= KNOWN_BLOCKS_MAX:
-                self._known.clear()
-            name = block.to_bytes(16, "big", signed=True)
-            keys = self._known[block] = hashlib.shake_128(name).digest(size)
-        return keys if len(keys) == size else keys[:size]
+    def __call__(self, blocks: Iterable[PrefixBlock]) -> bytes:
+        """Keys of the service's blocks in these prefix blocks."""
+        get, found = self._known.get, []
+        for block, tokens in blocks:
+            size = tokens // BLOCK_TOKENS * BLOCK_KEY_BYTES
+            keys = get(block)
+            if keys is None or len(keys) < size:
+                keys = self._learn(block, size)
+            found.append(keys if len(keys) == size else keys[:size])
+        return b"".join(found)
+
+    def _learn(self, block: int, size: int) -> bytes:
+        if len(self._known) >= KNOWN_BLOCKS_MAX:
+            self._known.clear()
+        name = block.to_bytes(16, "big", signed=True)
+        keys = self._known[block] = hashlib.shake_128(name).digest(size)
+        return keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class SimGateway:
         self._config = config
         self._names = names
         self._board: Board | None = None
+        self._last_sampling = Sampling(max_tokens=1)
         self._recent_jobs = [0] * len(Band)
         self._recent_work = [0] * len(Band)
 
@@ -102,7 +105,7 @@ class SimGateway:
         if not self._config.deadlines:
             ttft_ms = total_ms = 0
         tokens = request.input_tokens
-        blocks = b"".join(self._names(*block) for block in request.blocks)
+        blocks = self._names(request.blocks) if request.blocks else b""
         likely = int(self.lengths.hit_ratio(request.tenant) * tokens)
         return Job(
             id=request.id,
@@ -111,8 +114,8 @@ class SimGateway:
             band=request.band,
             arrived_ms=now,
             gateway=self.name,
-            prompt=UnwrittenPrompt(tokens),
-            sampling=Sampling(max_tokens=request.max_tokens),
+            prompt=unwritten(tokens),
+            sampling=self._sampling(request.max_tokens),
             affinity=self._affinity(request, blocks),
             weight=request.weight,
             ttft_by_ms=now + ttft_ms if ttft_ms else 0,
@@ -120,7 +123,15 @@ class SimGateway:
             expected_tokens=self.lengths.expect(request.tenant, request.max_tokens),
             cached_tokens=min(likely, tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS,
             blocks=blocks,
+            logged=_NOTHING_LOGGED,
+            trace=_NO_TRACE,
         )
+
+    def _sampling(self, max_tokens: int) -> Sampling:
+        """Most requests ask for the same."""
+        if self._last_sampling.max_tokens != max_tokens:
+            self._last_sampling = Sampling(max_tokens=max_tokens)
+        return self._last_sampling
 
     def _affinity(self, request: SimRequest, blocks: bytes) -> bytes:
         if self._config.sessions or not blocks:
@@ -136,7 +147,8 @@ class SimGateway:
             (self._recent_jobs[0], self._recent_jobs[1], self._recent_jobs[2]),
             (self._recent_work[0], self._recent_work[1], self._recent_work[2]),
             self.live,
-            self.lengths.token_ms,
+            # nothing else asks for it, and it is a median
+            self.lengths.token_ms if job.done_by_ms else 0.0,
         )
         if self._config.refuses:
             admission = decide(ask, facts, self._config.limits)

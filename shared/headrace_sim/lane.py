@@ -26,12 +26,11 @@ class Lane:
         self.context = 0
         self.steps = 0
         self._idle_ms = 0.0
-        self._idle_since_ms: float | None = None
+        self.idle_since_ms: float | None = None
+        """Since when steps have left it out, None if the last one did not."""
         self._promote_idle_ms = math.inf
-        self._ends: list[tuple[int, int, int, SimSequence]] = []
-
-    def __len__(self) -> int:
-        return len(self.members)
+        self.ends: list[tuple[int, int, int, SimSequence]] = []
+        """(steps at its end, order, stay, who); outdated where the stay is another."""
 
     def output(self, sequence: SimSequence, further_steps: int = 0) -> int:
         """Output tokens of a member, after some more steps."""
@@ -48,7 +47,7 @@ class Lane:
         self.rows[sequence.job.band] += 1
         self.context += sequence.known
         end = self.steps + sequence.output_tokens - sequence.output
-        heapq.heappush(self._ends, (end, sequence.order, sequence.stay, sequence))
+        heapq.heappush(self.ends, (end, sequence.order, sequence.stay, sequence))
         if self.band > 0:
             left = left_to_promotion_ms(sequence.waited_ms)
             self._promote_idle_ms = min(self._promote_idle_ms, sequence.joined_idle_ms + left)
@@ -66,19 +65,16 @@ class Lane:
 
     def steps_to_end(self) -> int:
         """Steps until the first member is complete; the lane is not empty."""
-        while self._ends[0][2] != self._ends[0][3].stay:
-            heapq.heappop(self._ends)
-        return self._ends[0][0] - self.steps
-
-    def advance(self, steps: int) -> None:
-        self.steps += steps
-        self.context += steps * len(self.members)
+        ends = self.ends
+        while ends[0][2] != ends[0][3].stay:
+            heapq.heappop(ends)
+        return ends[0][0] - self.steps
 
     def complete(self) -> list[SimSequence]:
         """The members that have all their output, first come first; they are still members."""
-        found = []
-        while self._ends and self._ends[0][0] <= self.steps:
-            _, _, stay, sequence = heapq.heappop(self._ends)
+        ends, found = self.ends, []
+        while ends and ends[0][0] <= self.steps:
+            _, _, stay, sequence = heapq.heappop(ends)
             if stay == sequence.stay:
                 found.append(sequence)
         return found
@@ -86,10 +82,10 @@ class Lane:
     def note_step(self, taking_part: bool, now_ms: float) -> None:
         """The steps that begin at `now_ms` have its members in them, or leave them out."""
         if not taking_part:
-            self._idle_since_ms = now_ms if self._idle_since_ms is None else self._idle_since_ms
-        elif self._idle_since_ms is not None:
-            self._idle_ms += now_ms - self._idle_since_ms
-            self._idle_since_ms = None
+            self.idle_since_ms = now_ms if self.idle_since_ms is None else self.idle_since_ms
+        elif self.idle_since_ms is not None:
+            self._idle_ms += now_ms - self.idle_since_ms
+            self.idle_since_ms = None
 
     def promoted(self, now_ms: float) -> list[SimSequence]:
         """Members whose band has become better than the lane's; the caller moves them."""
@@ -108,7 +104,7 @@ class Lane:
         return better
 
     def _idle(self, now_ms: float) -> float:
-        since = self._idle_since_ms
+        since = self.idle_since_ms
         return self._idle_ms + (0.0 if since is None else now_ms - since)
 
     def check_integrity(self) -> None:
@@ -116,6 +112,6 @@ class Lane:
         assert sum(self.rows) == len(members), "rows add up"
         context = sum(s.known + self.grown(s) for s in members)
         assert context == self.context, "context adds up"
-        live = {entry[3].job.id for entry in self._ends if entry[2] == entry[3].stay}
+        live = {entry[3].job.id for entry in self.ends if entry[2] == entry[3].stay}
         assert live == self.members.keys(), "every member ends"
         assert all(s.seen_band == self.band for s in members), "members are of one band"

@@ -52,10 +52,18 @@ class Gaps:
 
     def __init__(self) -> None:
         self._counts = [[0] * GAP_CLASSES for _ in Band]
+        self._last = (-1.0, 0)
 
-    def add(self, band: int, gap_ms: float, count: int) -> None:
-        place = int(math.log(max(gap_ms, GAP_MS_MIN) / GAP_MS_MIN) * _CLASSES_PER_E + 0.5)
-        self._counts[band][min(place, GAP_CLASSES - 1)] += count
+    def add(self, rows: Sequence[int], gap_ms: float, steps: int) -> None:
+        """In each of `steps` steps, `rows` tokens per Band came `gap_ms` after those before."""
+        known_ms, place = self._last
+        if gap_ms != known_ms:
+            place = int(math.log(max(gap_ms, GAP_MS_MIN) / GAP_MS_MIN) * _CLASSES_PER_E + 0.5)
+            place = min(place, GAP_CLASSES - 1)
+            self._last = (gap_ms, place)
+        for band, count in enumerate(rows):
+            if count:
+                self._counts[band][place] += count * steps
 
     def percentile(self, band: int, percent: float) -> float:
         """In ms, right within 2.5 %; 0 where there are none."""
@@ -124,12 +132,14 @@ class Service:
         self._served: dict[str, array[float]] = {}
         self._waiting: dict[str, int] = {}
         self._since: dict[str, float] = {}
-        self._spans: dict[str, list[tuple[float, float]]] = {}
+        self._busy: dict[str, set[int]] = {}
         self.weights: dict[str, float] = {}
 
     def add(self, tenant: str, now_ms: float, input_tokens: int, output_tokens: int) -> None:
         bucket = int(now_ms / BUCKET_MS)
-        served = self._served.setdefault(tenant, array("d"))
+        served = self._served.get(tenant)
+        if served is None:
+            served = self._served[tenant] = array("d")
         if len(served) <= bucket:
             served.extend([0.0] * (bucket + 1 - len(served)))
         served[bucket] += INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens
@@ -144,9 +154,12 @@ class Service:
 
     def goes(self, tenant: str, now_ms: float) -> None:
         """One job less of `tenant` waits."""
-        self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            self._spans.setdefault(tenant, []).append((self._since.pop(tenant), now_ms))
+        count = self._waiting[tenant] = self._waiting[tenant] - 1
+        if not count:
+            first = math.ceil(self._since.pop(tenant) / BUCKET_MS)
+            after = int(now_ms / BUCKET_MS)
+            if first < after:
+                self._busy.setdefault(tenant, set()).update(range(first, after))
 
     def total(self, tenant: str) -> float:
         """Service of `tenant` over its weight."""
@@ -158,10 +171,7 @@ class Service:
 
     def busy_buckets(self, tenant: str) -> set[int]:
         """Seconds through all of which `tenant` had something waiting."""
-        found: set[int] = set()
-        for since, until in self._spans.get(tenant, ()):
-            found.update(range(math.ceil(since / BUCKET_MS), int(until / BUCKET_MS)))
-        return found
+        return self._busy.get(tenant, set())
 
     def served(self, tenant: str, bucket: int) -> float:
         """Service per weight in one second."""

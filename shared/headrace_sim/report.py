@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ def table(title: str, *columns: str) -> Table:
     for index, name in enumerate(columns):
         made.add_column(name, no_wrap=index == 0, justify="right" if index else "left")
     return made
+
+
+@dataclass(slots=True)
+class Study:
+    """What came of a study. `holds`: each claim with whether it held."""
+
+    name: str
+    tables: list[Table] = field(default_factory=list)
+    holds: dict[str, bool] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 def show(summaries: Sequence[Summary], console: Console) -> None:

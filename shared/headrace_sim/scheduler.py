@@ -60,10 +60,6 @@ class SimPlan:
     chunks: list[Chunk]
     again: bool
 
-    @property
-    def rows(self) -> int:
-        return sum(map(len, self.lanes))
-
 
 class SimScheduler:
     """Sequences that wait, compute their prompts, and decode in lanes, over one KV cache."""
@@ -79,7 +75,8 @@ class SimScheduler:
         self._rests = 0
         self.promote_ms = math.inf
         """When the order of who waits may change next."""
-        self._ran_ms = [-math.inf] * len(Band)
+        self.ran_ms = [-math.inf] * len(Band)
+        """By their own band, when the last step began that computed any of them."""
         self.pace = Pace()
         self._hurried_steps: dict[int, int] = {}
         self._here = [0] * len(Band)
@@ -87,7 +84,7 @@ class SimScheduler:
 
     @property
     def running(self) -> int:
-        return len(self.prefilling) + sum(map(len, self.lanes))
+        return len(self.prefilling) + sum([len(lane.members) for lane in self.lanes])
 
     def lane_of(self, sequence: SimSequence) -> Lane | None:
         lane = self.lanes[sequence.seen_band]
@@ -101,12 +98,20 @@ class SimScheduler:
     def _wait(self, sequence: SimSequence, now_ms: float) -> None:
         sequence.note_step(False, now_ms)
         self._settle(sequence, now_ms)
-        insort(self.waiting, sequence, key=self.key)
+        if self.waiting:
+            insort(self.waiting, sequence, key=self.key)
+        else:
+            self.waiting.append(sequence)
+
+    def finish(self, sequence: SimSequence, lane: Lane, now_ms: float) -> None:
+        """A member of `lane` has all its output."""
+        self._here[sequence.job.band] -= 1
+        self._give_up(sequence, lane.leave(sequence, now_ms))
 
     def remove(self, sequence: SimSequence, now_ms: float) -> None:
         """`sequence` ends, whatever it is doing."""
         self._here[sequence.job.band] -= 1
-        if sequence.job.id in self.prefilling or self.lane_of(sequence):
+        if sequence.job.id in self.prefilling or self.lane_of(sequence) is not None:
             self._leave(sequence, now_ms)
         else:
             self.waiting.remove(sequence)
@@ -114,40 +119,29 @@ class SimScheduler:
     def start_decoding(self, sequence: SimSequence, now_ms: float) -> None:
         """Its prompt is computed and gave a token."""
         del self.prefilling[sequence.job.id]
+        sequence.prompt_computed = sequence.prompt_progress
         sequence.output += 1
         self.lanes[sequence.seen_band].join(sequence, now_ms)
 
     def register(self, sequence: SimSequence) -> None:
         """Prefix blocks that have been computed whole can be found from now on."""
-        blocks = sequence.blocks
-        while sequence.held < sequence.shareable:
+        blocks, held, computed = sequence.blocks, sequence.held, sequence.computed
+        while held < sequence.shareable:
+            block = blocks[held]
             # all blocks but the last have one size
-            end = sequence.held * blocks[0][1] + blocks[sequence.held][1]
-            if end > sequence.computed:
+            if held * blocks[0][1] + block[1] > computed:
                 break
-            self.cache.computed(blocks[sequence.held])
-            sequence.own_tokens -= blocks[sequence.held][1]
-            sequence.held += 1
-
-    def note_ran(self, lanes: list[Lane], chunks: list[Chunk], began_ms: float) -> None:
-        """A step that began at `began_ms` computed these."""
-        for lane in lanes:
-            for band, rows in enumerate(lane.rows):
-                if rows:
-                    self._ran_ms[band] = began_ms
-        for chunk in chunks:
-            self._ran_ms[chunk.sequence.job.band] = began_ms
+            self.cache.computed(block)
+            sequence.own_tokens -= block[1]
+            sequence.held_tokens += block[1]
+            held += 1
+        sequence.held = held
 
     def plan(self, now_ms: float) -> SimPlan:
         """The next step."""
         self._promote(now_ms)
-        if not self.waiting and not self.prefilling:
-            lanes = [lane for lane in self.lanes if lane.members]
-            if self.cache.available >= sum(map(len, lanes)):
-                self._hurried_steps.clear()
-                for lane in self.lanes:
-                    lane.note_step(True, now_ms)
-                return SimPlan(lanes, [], again=False)
+        if not self.waiting and not self.prefilling and self.cache.available >= self.running:
+            return self._streams(now_ms)
         draft = _Draft(self, now_ms, self._guarded(now_ms))
         groups = self._groups()
         hurried_for = None
@@ -163,7 +157,10 @@ class SimScheduler:
             self._hurried_steps[hurried_for] = self._hurried_steps.get(hurried_for, 0) + 1
         lanes = [lane for lane in draft.lanes if lane.members]
         for lane in self.lanes:
-            lane.note_step(lane in lanes or not lane.members, now_ms)
+            if lane not in lanes and lane.members:
+                lane.note_step(False, now_ms)
+            elif lane.idle_since_ms is not None:
+                lane.note_step(True, now_ms)
         for sequence in self.prefilling.values():
             sequence.note_step(sequence.job.id in draft.chunks, now_ms)
             if sequence.idle_since_ms is not None and sequence.seen_band:
@@ -171,12 +168,21 @@ class SimScheduler:
         chunks = list(draft.chunks.values())
         return SimPlan(lanes, chunks, bool(chunks) or draft.preempted_any)
 
+    def _streams(self, now_ms: float) -> SimPlan:
+        """All decode, nobody else is here, and there is KV for it."""
+        self._hurried_steps.clear()
+        for lane in self.lanes:
+            if lane.idle_since_ms is not None:
+                lane.note_step(True, now_ms)
+        return SimPlan([lane for lane in self.lanes if lane.members], [], again=False)
+
     def _groups(self) -> list[list[int]]:
         """Effective bands planned together, best first; only those with anybody in them."""
         if self.rules.fcfs:
             return [[0]]
-        present = {s.seen_band for s in (*self.waiting, *self.prefilling.values())}
-        present |= {lane.band for lane in self.lanes if lane.members}
+        present = {s.seen_band for s in self.waiting}
+        present.update([s.seen_band for s in self.prefilling.values()])
+        present.update([lane.band for lane in self.lanes if lane.members])
         together: list[list[int]] = []
         spent = False
         for band in sorted(present):
@@ -192,7 +198,7 @@ class SimScheduler:
         """The best band about of late: prompts of worse ones are limited."""
         if self.rules.fcfs:
             return int(Band.BATCH)
-        for band, ran_ms in enumerate(self._ran_ms):
+        for band, ran_ms in enumerate(self.ran_ms):
             if self._here[band] or now_ms - ran_ms < self.rules.calm_ms:
                 return band
         return int(Band.BATCH)
@@ -213,7 +219,7 @@ class SimScheduler:
             for sequence in self.prefilling.values():
                 sequence.settle_band(now_ms)
         for lane in self.lanes[1:]:
-            for sequence in lane.promoted(now_ms):
+            for sequence in lane.promoted(now_ms) if lane.members else ():
                 sequence.own_tokens += lane.leave(sequence, now_ms)
                 sequence.settle_band(now_ms)
                 self.lanes[sequence.seen_band].join(sequence, now_ms)
@@ -237,7 +243,7 @@ class SimScheduler:
     def grown(self, sequence: SimSequence) -> int:
         """KV tokens that decoding added."""
         lane = self.lane_of(sequence)
-        return lane.grown(sequence) if lane else 0
+        return 0 if lane is None else lane.grown(sequence)
 
     def gain(self, sequence: SimSequence) -> int:
         """KV tokens that come free if `sequence` is preempted."""
@@ -248,9 +254,8 @@ class SimScheduler:
         """The victim score of the real scheduler: the highest goes first."""
         if self.rules.fcfs:
             return self.key(sequence)
-        held = sum(size for _, size in sequence.blocks[: sequence.held])
         alone = self.cache.held_alone(sequence.blocks[: sequence.held])
-        lost = max(0, sequence.computed + self.grown(sequence) - held + alone)
+        lost = max(0, sequence.computed + self.grown(sequence) - sequence.held_tokens + alone)
         return (sequence.seen_band, -sequence.preemptions, -lost, sequence.rank)
 
     def preempt(self, sequence: SimSequence, now_ms: float) -> None:
@@ -262,16 +267,20 @@ class SimScheduler:
     def _leave(self, sequence: SimSequence, now_ms: float) -> None:
         """Out of the batch; its output so far stays known."""
         lane = self.lane_of(sequence)
-        own, computed = sequence.own_tokens, sequence.computed
-        if lane:
-            grown = lane.leave(sequence, now_ms)
-            own, computed = own + grown, computed + grown
+        if lane is not None:
+            self._give_up(sequence, lane.leave(sequence, now_ms))
         else:
             del self.prefilling[sequence.job.id]
             sequence.stay += 1
+            self._give_up(sequence, 0)
+
+    def _give_up(self, sequence: SimSequence, grown: int) -> None:
+        """What `sequence` holds, `grown` tokens of it from decoding, stays only in the cache."""
+        own, computed = sequence.own_tokens + grown, sequence.computed + grown
         held = sequence.blocks[: sequence.held]
-        rest = (computed - sum(size for _, size in held)) // BLOCK_TOKENS * BLOCK_TOKENS
-        self.cache.release(held, sequence.job.band)
+        rest = (computed - sequence.held_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+        if held:
+            self.cache.release(held, sequence.job.band)
         if rest > 0:
             # beyond the shared prefix it can be found by itself alone, but takes up room
             self._rests -= 1
@@ -280,7 +289,7 @@ class SimScheduler:
                 sequence.blocks = (*held, (self._rests, rest))
         self.cache.give_back(own - max(0, rest))
         sequence.prompt_computed = sequence.prompt_progress
-        sequence.own_tokens, sequence.held, sequence.computed = 0, 0, 0
+        sequence.own_tokens = sequence.held = sequence.held_tokens = sequence.computed = 0
 
     def check_integrity(self) -> None:
         self.cache.check_integrity()
@@ -289,6 +298,9 @@ class SimScheduler:
         assert own == self.cache.private, "private KV belongs to who runs"
         assert len(running) <= self.cost.max_jobs, "no more jobs than allowed"
         assert all(not s.held and not s.computed for s in self.waiting), "who waits holds nothing"
+        for sequence in running:
+            held = sum(size for _, size in sequence.blocks[: sequence.held])
+            assert sequence.held_tokens == held, "held tokens add up"
         assert self.waiting == sorted(self.waiting, key=self.key), "who waits stands in order"
         for lane in self.lanes:
             lane.check_integrity()
@@ -322,7 +334,7 @@ class _Draft:
 
     @property
     def _rows(self) -> int:
-        return sum(map(len, self.lanes))
+        return sum([len(lane.members) for lane in self.lanes])
 
     def stream(self, lanes: list[Lane], bands: list[int]) -> None:
         """A token for each member of `lanes`, and whoever of these bands lacks hardly more.
@@ -334,7 +346,7 @@ class _Draft:
         while scheduler.cache.available < self._rows:
             victim = max(scheduler.all_running(), key=scheduler.expendable)
             self._drop(victim)
-        self._budget -= sum(map(len, lanes))
+        self._budget -= sum([len(lane.members) for lane in lanes])
         started = [s for s in scheduler.prefilling.values() if s.seen_band in bands]
         short = [s for s in started if not s.lacks_prompt and s.job.id not in self.chunks]
         for sequence in sorted(short, key=lambda s: (s.pending > 1, scheduler.key(s))):
@@ -345,8 +357,8 @@ class _Draft:
         """Chunks of the prompts of bands up to `worst_band` that have none; whether any."""
         scheduler, planned = self._s, len(self.chunks)
         started = [s for s in scheduler.prefilling.values() if s.seen_band <= worst_band]
-        started.sort(key=scheduler.key, reverse=True)
         started = [s for s in started if s.job.id not in self.chunks]
+        started.sort(key=scheduler.key, reverse=True)
         place = 0
         while self._budget > 0:
             first = None
@@ -400,13 +412,14 @@ class _Draft:
     def _admit(self, sequence: SimSequence, place: int) -> bool:
         """Starts a waiting sequence if it fits, at the cost of lower bands where that helps."""
         scheduler = self._s
-        count, tokens, _ = scheduler.cache.match(sequence.blocks)
+        count, tokens, idle = scheduler.cache.match(sequence.blocks)
         found = sequence.blocks[:count]
-        if not self._make_room(sequence, found, tokens):
+        lacking = self._lacking(sequence, tokens, idle)
+        if not self._make_room(sequence, found, tokens, lacking):
             return False
         del scheduler.waiting[place]
         scheduler.cache.hold(found)
-        sequence.held = count
+        sequence.held, sequence.held_tokens = count, tokens
         # the last token is computed in any case: its row gives the next one
         sequence.computed = min(tokens, (sequence.known - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
         sequence.own_tokens = max(0, round_up(sequence.known) - tokens)
@@ -417,19 +430,17 @@ class _Draft:
         self._compute(sequence)
         return True
 
-    def _lacking(self, sequence: SimSequence, found: tuple[PrefixBlock, ...], tokens: int) -> int:
-        cache = self._s.cache
-        idle = cache.match(found)[2]
+    def _lacking(self, sequence: SimSequence, tokens: int, idle: int) -> int:
+        """KV tokens that `sequence` lacks which finds `tokens` in the cache, `idle` of them so."""
         # decoding rows of this step have their token of KV as good as taken
-        spare = cache.available - idle - self._rows
+        spare = self._s.cache.available - idle - self._rows
         return round_up(sequence.known) - tokens - spare
 
     def _make_room(
-        self, sequence: SimSequence, found: tuple[PrefixBlock, ...], tokens: int
+        self, sequence: SimSequence, found: tuple[PrefixBlock, ...], tokens: int, lacking: int
     ) -> bool:
         """Whether `sequence` fits, after preempting lower bands if they must."""
         scheduler = self._s
-        lacking = self._lacking(sequence, found, tokens)
         if lacking <= 0 and scheduler.running < scheduler.cost.max_jobs:
             return True
         if scheduler.rules.fcfs:
@@ -439,7 +450,7 @@ class _Draft:
             return False
         for victim in sorted(lower, key=scheduler.expendable, reverse=True):
             self._drop(victim)
-            if self._lacking(sequence, found, tokens) <= 0:
+            if self._lacking(sequence, tokens, scheduler.cache.match(found)[2]) <= 0:
                 return True
         return False
 

@@ -43,17 +43,18 @@ class Segment:
         return min(self.steps, max(0, self._count(now_ms, ended=True)))
 
     def _count(self, now_ms: float, *, ended: bool) -> int:
-        span = now_ms - self.start_ms
+        start, first, growth = self.start_ms, self.first_ms, self.growth_ms
+        span = now_ms - start
         if span <= 0:
             return 0
-        half = self.growth_ms / 2
-        slope = self.first_ms - half
+        half = growth / 2
+        slope = first - half
         if half > 0:
-            count = int((math.sqrt(slope * slope + 4 * half * span) - slope) / (2 * half))
+            count = int((math.sqrt(slope * slope + 4 * half * span) - slope) / growth)
         else:
-            count = int(span / self.first_ms)
-        # rounding may have missed by one
-        while self.start_ms + self.elapsed_ms(count) < now_ms:
+            count = int(span / first)
+        # rounding may have missed by one; the sums are `elapsed_ms`
+        while start + (count * first + growth * (count * (count - 1) / 2)) < now_ms:
             count += 1
         while count and self.start_ms + self.elapsed_ms(count - 1) >= now_ms:
             count -= 1

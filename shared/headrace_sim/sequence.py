@@ -24,6 +24,7 @@ class SimSequence:
         "due_ms",
         "first_ms",
         "held",
+        "held_tokens",
         "idle_since_ms",
         "job",
         "joined_idle_ms",
@@ -39,6 +40,7 @@ class SimSequence:
         "seen_band",
         "shareable",
         "stay",
+        "virtual",
         "waited_ms",
     )
 
@@ -51,10 +53,13 @@ class SimSequence:
         self.shareable = len(blocks)
         """How many of them others may find as well."""
         self.due_ms = due_ms(job)
+        self.virtual = job.virtual
+        """Its tenant's virtual counter when it was dispatched."""
         self.order = 0
         self.computed = 0
         self.held = 0
         """Leading blocks that it holds in the cache."""
+        self.held_tokens = 0
         self.own_tokens = 0
         """KV tokens reserved for it alone, without what decoding added."""
         self.output = 0
@@ -65,7 +70,7 @@ class SimSequence:
         self.cached = -1
         """Prompt tokens found in the cache when it was first admitted; -1 before."""
         self.prompt_computed = 0
-        """Prompt tokens that were not cached and have been computed when it last left the batch."""
+        """`prompt_progress` when it last began to decode or left the batch."""
         self.preemptions = 0
         self.stay = 0
         """Counts its stays in the batch, so that what was planned for an earlier one is void."""
@@ -99,13 +104,13 @@ class SimSequence:
     def rank(self) -> tuple[Rank, int]:
         """Smaller goes first; the band as of when it was looked at last."""
         job = self.job
-        return Rank(self.seen_band, job.virtual, self.due_ms, job.arrived_ms), self.order
+        return Rank(self.seen_band, self.virtual, self.due_ms, job.arrived_ms), self.order
 
     def settle_band(self, now_ms: float) -> int:
         """Look at the band of a sequence that does not decode."""
         idle_ms = 0.0 if self.idle_since_ms is None else now_ms - self.idle_since_ms
-        self.seen_band = aged_band(self.job.band, int(self.waited_ms + idle_ms), PROMOTE_MS)
-        return self.seen_band
+        self.seen_band = band = aged_band(self.job.band, int(self.waited_ms + idle_ms), PROMOTE_MS)
+        return band
 
     def promoted_ms(self) -> float:
         """When the band of a sequence improves that nobody computes; it is past for the best."""

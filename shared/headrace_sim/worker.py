@@ -9,32 +9,34 @@ segment at the end of the step under way, as the real engine looks at arrivals b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from headrace.policy.cost_model import CostModel, attended
 from headrace.types import JobProgress, Progress
+from headrace_sim.kv_cache import PrefixBlock
+from headrace_sim.lane import Lane
 from headrace_sim.scheduler import Chunk, Rules, SimScheduler
 from headrace_sim.segment import Segment
 from headrace_sim.sequence import SimSequence
 
-OnGaps = Callable[[int, float, int], None]
-"""Told of (band, gap between two tokens in ms, how many such gaps)."""
-BlockKeys = Callable[[int, int], bytes]
-"""The service's names for a prefix block of so many tokens."""
+OnGaps = Callable[[Sequence[int], float, int], None]
+"""Told of (rows per Band, gap between two tokens of each in ms, how many steps alike)."""
+OnServed = Callable[[str, float, int, int], None]
+"""Told of (tenant, now in ms, prompt tokens computed, output tokens) as reports tell of them."""
+BlockKeys = Callable[[Iterable[PrefixBlock]], bytes]
+"""The service's names for prefix blocks."""
 
 
-def _unheard(_band: int, _gap_ms: float, _count: int) -> None:
-    """Nobody asked for gaps."""
+def _unheard(*_: object) -> None:
+    """Nobody asked."""
 
 
-@dataclass(slots=True)
-class Advance:
-    """What a stretch of steps brought: first tokens, complete outputs, and those dropped."""
+class Advance(NamedTuple):
+    """What a stretch of steps brought: complete outputs, and those dropped."""
 
-    first: list[SimSequence] = field(default_factory=list)
-    finished: list[SimSequence] = field(default_factory=list)
-    dropped: list[SimSequence] = field(default_factory=list)
+    finished: list[SimSequence]
+    dropped: list[SimSequence]
 
 
 class SimWorker:
@@ -50,30 +52,30 @@ class SimWorker:
         rules: Rules | None = None,
         *,
         on_gaps: OnGaps = _unheard,
+        on_served: OnServed = _unheard,
         reports: bool = True,
         multi_step: bool = True,
     ) -> None:
         self.name = name
         self.cost = cost
         self.scheduler = SimScheduler(cost, rules or Rules(), reports=reports)
-        self.version = 0
-        """Changes whenever `next_ms` does."""
+        self.next_ms = math.inf
+        """When `advance` is due; infinite while it is idle."""
         self.steps = 0
         self.busy_ms = 0.0
         self.prefill_tokens = 0
         self.output_tokens = 0
+        self.is_reporting = False
+        """For who asks for its reports."""
         self._on_gaps = on_gaps
+        self._on_served = on_served
         self._multi_step = multi_step
         self._segment: Segment | None = None
         self._leaving: list[SimSequence] = []
         self._orders = 0
         self._report_sequence = 0
         self._reported = (0.0, 0, 0)
-
-    @property
-    def next_ms(self) -> float:
-        """When `advance` is due; infinite while it is idle."""
-        return self._segment.end_ms if self._segment else math.inf
+        self._growth_ms: dict[int, float] = {}
 
     def add(self, sequence: SimSequence, now_ms: float) -> None:
         """A job arrived; the next step takes it into account."""
@@ -99,41 +101,62 @@ class SimWorker:
         segment = self._segment
         assert segment is not None, "only a busy worker advances"
         self._segment = None
-        result = Advance()
-        self._take_in_rows(segment, now_ms, result)
-        for chunk in segment.chunks:
-            self._take_in_chunk(chunk, now_ms, result)
-        for sequence in self._leaving:
-            if sequence not in result.finished:
-                self.scheduler.remove(sequence, now_ms)
-                result.dropped.append(sequence)
-        self._leaving.clear()
+        took_ms = segment.elapsed_ms(segment.steps)
+        self.steps += segment.steps
+        self.busy_ms += took_ms
+        result = Advance([], [])
+        if segment.rows:
+            self._take_in_rows(segment, took_ms, now_ms, result)
+        if segment.chunks:
+            self._take_in_chunks(segment, took_ms, now_ms, result)
+        if self._leaving:
+            for sequence in self._leaving:
+                if sequence not in result.finished:
+                    self.scheduler.remove(sequence, now_ms)
+                    result.dropped.append(sequence)
+            self._leaving.clear()
         self._plan(now_ms)
         return result
 
-    def _take_in_rows(self, segment: Segment, now_ms: float, result: Advance) -> None:
-        scheduler, steps = self.scheduler, segment.steps
-        took_ms = segment.elapsed_ms(steps)
-        self.steps += steps
-        self.busy_ms += took_ms
+    def _take_in_rows(
+        self, segment: Segment, took_ms: float, now_ms: float, result: Advance
+    ) -> None:
+        """A token for each row and step."""
+        scheduler, steps, lanes = self.scheduler, segment.steps, segment.lanes
         began_ms = segment.start_ms + segment.elapsed_ms(steps - 1)
-        scheduler.note_ran(segment.lanes, segment.chunks, began_ms)
-        # as the worker does, which takes a chunk of one token for a row
-        prompts = sum(chunk.count for chunk in segment.chunks if chunk.count > 1)
-        singles = sum(chunk.count == 1 for chunk in segment.chunks)
-        scheduler.pace.note(prompts, segment.rows + singles, took_ms)
         tokens = segment.rows * steps
         self.output_tokens += tokens
-        for lane in segment.lanes:
+        gap_ms, ran_ms, complete = took_ms / steps, scheduler.ran_ms, False
+        for lane in lanes:
             for band, rows in enumerate(lane.rows):
                 if rows:
-                    self._on_gaps(band, took_ms / steps, rows * steps)
-            lane.advance(steps)
+                    ran_ms[band] = began_ms
+            self._on_gaps(lane.rows, gap_ms, steps)
+            lane.steps += steps
+            lane.context += steps * len(lane.members)
+            complete = complete or lane.ends[0][0] <= lane.steps
         scheduler.cache.reserve(tokens)
-        for lane in segment.lanes:
-            for sequence in lane.complete():
-                scheduler.remove(sequence, now_ms)
-                result.finished.append(sequence)
+        if complete:
+            for lane in lanes:
+                for sequence in lane.complete():
+                    scheduler.finish(sequence, lane, now_ms)
+                    result.finished.append(sequence)
+
+    def _take_in_chunks(
+        self, segment: Segment, took_ms: float, now_ms: float, result: Advance
+    ) -> None:
+        """A step with chunks is alone in its segment."""
+        prompts = singles = 0
+        for chunk in segment.chunks:
+            self.scheduler.ran_ms[chunk.sequence.job.band] = segment.start_ms
+            # as the worker does, which takes a chunk of one token for a row
+            if chunk.count > 1:
+                prompts += chunk.count
+            else:
+                singles += 1
+        self.scheduler.pace.note(prompts, segment.rows + singles, took_ms)
+        for chunk in segment.chunks:
+            self._take_in_chunk(chunk, now_ms, result)
 
     def _take_in_chunk(self, chunk: Chunk, now_ms: float, result: Advance) -> None:
         sequence = chunk.sequence
@@ -147,7 +170,6 @@ class SimWorker:
         self.output_tokens += 1
         if sequence.first_ms < 0:
             sequence.first_ms = now_ms
-            result.first.append(sequence)
         if sequence.output >= sequence.output_tokens:
             self.scheduler.remove(sequence, now_ms)
             result.finished.append(sequence)
@@ -160,56 +182,72 @@ class SimWorker:
         steps = segment.steps_until(now_ms)
         if steps < segment.steps:
             segment.steps = steps
-            self.version += 1
+            self.next_ms = segment.end_ms
 
     def _plan(self, now_ms: float) -> None:
         """Decide on the next step, and on how many more will be like it."""
-        self.version += 1
         plan = self.scheduler.plan(now_ms)
-        rows, context = plan.rows, sum(lane.context for lane in plan.lanes)
+        rows = context = tokens = 0
+        pairs = 0.0
+        for lane in plan.lanes:
+            rows += len(lane.members)
+            context += lane.context
         if not rows and not plan.chunks:
             assert not self.scheduler.waiting, "an idle worker takes whoever waits"
+            self.next_ms = math.inf
             return
-        tokens = sum(chunk.count for chunk in plan.chunks)
-        pairs = sum(attended(chunk.sequence.computed, chunk.count) for chunk in plan.chunks)
-        cost = self.cost
-        first_ms = cost.step_duration_ms(tokens, rows, context, pairs)
-        growth_ms = cost.step_duration_ms(0, 0, rows, 0) - cost.step_duration_ms(0, 0, 0, 0)
+        for chunk in plan.chunks:
+            tokens += chunk.count
+            pairs += attended(chunk.sequence.computed, chunk.count)
+        first_ms = self.cost.step_duration_ms(tokens, rows, context, pairs)
+        growth_ms = self._growth_ms.get(rows) or self._growth(rows)
         segment = Segment(now_ms, 1, first_ms, growth_ms, rows, plan.lanes, plan.chunks)
         if not plan.again and self._multi_step:
             segment.steps = self._steps_alike(segment)
         self._segment = segment
+        self.next_ms = segment.end_ms
+
+    def _growth(self, rows: int) -> float:
+        """By how much longer each step is than the one before."""
+        cost = self.cost
+        found = cost.step_duration_ms(0, 0, rows, 0) - cost.step_duration_ms(0, 0, 0, 0)
+        self._growth_ms[rows] = found
+        return found
 
     def _steps_alike(self, segment: Segment) -> int:
         """How many steps can pass before anything has to be decided."""
         scheduler = self.scheduler
-        steps = min(lane.steps_to_end() for lane in segment.lanes)
+        steps = min([lane.steps_to_end() for lane in segment.lanes])
         steps = min(steps, scheduler.cache.available // segment.rows)
         if scheduler.waiting and scheduler.promote_ms < math.inf:
             steps = min(steps, segment.steps_until(scheduler.promote_ms))
         return max(1, steps)
 
-    def progress_of(self, sequence: SimSequence, further_steps: int = 0) -> JobProgress:
-        """How far `sequence` is, after some more steps of its lane."""
-        lane = self.scheduler.lane_of(sequence)
-        output = lane.output(sequence, further_steps) if lane else sequence.output
-        cached = max(0, sequence.cached)
-        return JobProgress(sequence.job.id, sequence.prompt_progress, cached, output)
+    def last_progress(self, sequence: SimSequence, now_ms: float) -> JobProgress:
+        """How far `sequence` was when it left."""
+        computed, output, cached = sequence.prompt_progress, sequence.output, sequence.cached
+        self._moved(sequence, computed, output, now_ms)
+        return JobProgress(sequence.job.id, computed, max(0, cached), output)
 
     def report(self, now_ms: float, keys: BlockKeys) -> Progress | None:
         """What it tells the dispatcher at `now_ms`; None when there is nothing to tell."""
         segment, scheduler = self._segment, self.scheduler
-        done = segment.steps_ended(now_ms) if segment and not segment.chunks else 0
+        busy, prefill, output = self.busy_ms, self.prefill_tokens, self.output_tokens
+        done = 0
+        if segment is not None and not segment.chunks:
+            done = segment.steps_ended(now_ms)
+            busy, output = busy + segment.elapsed_ms(done), output + segment.rows * done
         jobs: list[JobProgress] = []
         for sequence in scheduler.prefilling.values():
-            self._report_job(self.progress_of(sequence), sequence, jobs)
+            computed, made = sequence.prompt_progress, sequence.output
+            if self._moved(sequence, computed, made, now_ms):
+                cached = max(0, sequence.cached)
+                jobs.append(JobProgress(sequence.job.id, computed, cached, made))
         for lane in scheduler.lanes:
-            for sequence in lane.members.values():
-                self._report_job(self.progress_of(sequence, done), sequence, jobs)
+            if lane.members:
+                takes_part = segment is not None and lane in segment.lanes
+                self._report_lane(lane, done if takes_part else 0, now_ms, jobs)
         gained, lost = scheduler.cache.take_news()
-        busy, prefill, output = self.busy_ms, self.prefill_tokens, self.output_tokens
-        if segment and done:
-            busy, output = busy + segment.elapsed_ms(done), output + segment.rows * done
         before, self._reported = self._reported, (busy, prefill, output)
         if not jobs and not gained and not lost and busy == before[0]:
             return None
@@ -218,21 +256,38 @@ class SimWorker:
             self.name,
             self._report_sequence,
             tuple(jobs),
-            stored=b"".join(keys(*block) for block in gained),
-            removed=b"".join(keys(*block) for block in lost),
+            stored=keys(gained) if gained else b"",
+            removed=keys(lost) if lost else b"",
             busy_ms=int(busy) - int(before[0]),
             prefill_tokens=prefill - before[1],
             output_tokens=output - before[2],
         )
 
-    @staticmethod
-    def _report_job(progress: JobProgress, sequence: SimSequence, jobs: list[JobProgress]) -> None:
-        moved = (progress.computed, progress.output)
-        if moved != sequence.reported:
-            sequence.reported = moved
-            jobs.append(progress)
+    def _report_lane(
+        self, lane: Lane, further_steps: int, now_ms: float, jobs: list[JobProgress]
+    ) -> None:
+        """Those in `lane` that have moved, with that many steps of the segment under way."""
+        steps = lane.steps + further_steps
+        for id, sequence in lane.members.items():
+            output = sequence.output + steps - sequence.joined_steps
+            computed = sequence.prompt_computed
+            if self._moved(sequence, computed, output, now_ms):
+                jobs.append(JobProgress(id, computed, max(0, sequence.cached), output))
+
+    def _moved(self, sequence: SimSequence, computed: int, output: int, now_ms: float) -> bool:
+        """Whether there is something to tell, which counts as told."""
+        before_computed, before_output = sequence.reported
+        if computed == before_computed and output == before_output:
+            return False
+        sequence.reported = (computed, output)
+        self._on_served(
+            sequence.job.tenant, now_ms, computed - before_computed, output - before_output
+        )
+        return True
 
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
         busy = self.scheduler.running or self.scheduler.waiting
         assert self._segment or not busy, "whoever has work works"
+        end_ms = self._segment.end_ms if self._segment else math.inf
+        assert self.next_ms == end_ms, "it comes back when its steps end"

@@ -41,15 +41,15 @@ def test_jains_index_lies_between_one_over_n_and_one(values: list[float]) -> Non
 @given(st.floats(0.2, 1e5), st.floats(1, 99))
 def test_gap_classes_are_narrow(gap_ms: float, percent: float) -> None:
     gaps = Gaps()
-    gaps.add(1, gap_ms, 1_000)
+    gaps.add((0, 100, 0), gap_ms, 10)
     assert gaps.percentile(1, percent) == pytest.approx(gap_ms, rel=0.026)
     assert gaps.percentile(0, percent) == 0
 
 
 def test_gap_percentiles_follow_counts() -> None:
     gaps = Gaps()
-    gaps.add(0, 10, 90)
-    gaps.add(0, 1_000, 10)
+    gaps.add((9, 5, 0), 10, 10)
+    gaps.add((1, 0, 0), 1_000, 10)
     assert gaps.percentile(0, 50) == pytest.approx(10, rel=0.03)
     assert gaps.percentile(0, 95) == pytest.approx(1_000, rel=0.03)
 

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,10 +14,11 @@ from typer.testing import CliRunner
 
 from headrace.cli import main
 from headrace_sim import options, studies
-from headrace_sim.alternatives import ALTERNATIVES
+from headrace_sim.alternatives import ALTERNATIVES, Alternative
 from headrace_sim.fleet import FleetConfig
 from headrace_sim.gateway import GatewayConfig
-from headrace_sim.metrics import Slo
+from headrace_sim.goodput import Trials
+from headrace_sim.metrics import Slo, Summary
 from headrace_sim.trace import Trace, TraceRequest
 from headrace_sim.workload import Mix, TraceStream
 from simulation.builders import ROOMY, SMALL
@@ -64,6 +66,49 @@ def test_under_overload_more_requests_meet_their_targets_than_in_order_of_arriva
     assert goodput["headrace"] > 1.3 * goodput["fcfs"]
     bands = worst[0]["bands"]
     assert bands["interactive"]["met_share"] > bands["batch"]["met_share"]
+
+
+def test_the_knee_is_the_highest_tested_rate_that_is_borne() -> None:
+    """One way bears up to 7 requests a second and another up to 3; each rate is run once."""
+    limits, asked = {"headrace": 7.0, "fcfs": 3.0}, []
+
+    def run(way: Alternative, per_s: float) -> Summary:
+        asked.append((way.name, per_s))
+        share = 0.95 if per_s <= limits[way.name] else 0.5
+        # nothing else of a run is looked at
+        return SimpleNamespace(met_share=share, goodput_per_s=share * per_s)  # type: ignore
+
+    ways = tuple(ALTERNATIVES[name] for name in limits)
+    tested = Trials(ways, run)
+    for way in ways:
+        for rate in (2.0, 4.0, 8.0):
+            tested.at(way, rate)
+        tested.narrow(way, 6)
+        assert limits[way.name] - 4 / 2**6 <= tested.bearable(way) <= limits[way.name]
+    assert len(set(asked)) == len(asked) == 2 * (3 + 6)
+    assert tested.rates() == [2.0, 4.0, 8.0], "those that all ways were run at"
+    assert tested.peak(ways[1])[0] == pytest.approx(0.5 * 8)
+
+
+def test_at_the_knee_everybodys_share_is_told() -> None:
+    """Ours bears what it is said to bear; the same requests for all, and who is told what."""
+    study = studies.goodput(
+        conversations(40, 4), FleetConfig(2, ROOMY), SLO, steps=(1.0, 8.0), bisections=3
+    )
+    figures = study.figures
+    knee = figures["knee_per_s"]
+    at_knee = figures["at_knee"]
+    assert knee == figures["bearable_per_s"]["headrace"]
+    assert at_knee["headrace"]["met_share"] >= 0.9
+    assert set(at_knee) == {"headrace", "fcfs", "least-loaded", "headrace, no deadlines"}
+    assert len(figures["tested"]["headrace"]) == 5
+    requests = {
+        name: [g["requests"] for g in run["bands"].values()] for name, run in at_knee.items()
+    }
+    assert len({tuple(counts) for counts in requests.values()}) == 1, "the same requests for all"
+    assert any("told to headrace alone" in note for note in study.notes)
+    titles = [str(each.title) for each in study.tables]
+    assert sum("by band" in title or "by tenant" in title for title in titles) == 2
 
 
 def test_adversaries_get_no_more_than_their_part() -> None:

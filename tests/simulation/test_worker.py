@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.types import Band
+from headrace_sim.kv_cache import PrefixBlock
 from headrace_sim.scheduler import Rules
 from headrace_sim.segment import Segment
 from headrace_sim.worker import SimWorker
@@ -135,7 +137,11 @@ def test_reports_say_how_far_everybody_is_in_the_middle_of_a_segment() -> None:
     prompt = sequence("j", 80, 100, ((1, 64),))
     worker.add(prompt, 0.0)
     worker.advance(worker.next_ms)
-    report = worker.report(worker.next_ms - 1.0, lambda block, tokens: bytes(tokens // 2))
+
+    def keys(blocks: Iterable[PrefixBlock]) -> bytes:
+        return bytes(sum(tokens for _, tokens in blocks) // 2)
+
+    report = worker.report(worker.next_ms - 1.0, keys)
     assert report is not None
     [told] = report.jobs
     assert (told.computed, told.cached) == (80, 0)
@@ -143,7 +149,7 @@ def test_reports_say_how_far_everybody_is_in_the_middle_of_a_segment() -> None:
     assert (report.sequence, report.prefill_tokens) == (1, 80)
     assert report.output_tokens == told.output
     assert len(report.stored) == 32
-    assert worker.report(worker.next_ms - 1.0, lambda block, tokens: b"") is None
+    assert worker.report(worker.next_ms - 1.0, keys) is None
 
 
 @given(
