@@ -42,7 +42,8 @@ larger one is taken when nothing else waits."""
 
 READS_MAX = 256
 READ_BYTES_MAX = 512 * 1024 * 1024
-EVENTS_MAX = 1 << 16
+EVENTS_MAX = 1 << 14
+"""Some 4 MB, which is what they take where nobody asks for them."""
 BUDGET_BYTES_MIN = BUDGET_SEGMENTS_MIN * SEGMENT_BYTES_MIN
 CLOSE_S_MAX = 10.0
 
