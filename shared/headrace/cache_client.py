@@ -147,6 +147,7 @@ class CacheClient:
         it. Targets past the run may hold anything then. The other arguments are `read`'s.
         """
         assert len(targets) == len(hashes), "a place for each entry"
+        assert not any(target.readonly for target in targets), "places can be written to"
         check_layout(layout)
         keys = keys_of(hashes, kind)
         if not keys:

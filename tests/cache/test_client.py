@@ -136,6 +136,37 @@ async def test_a_corrupt_entry_is_not_read_into_place_as_good(listen: str) -> No
         assert await client.has(hashes(entries)) == [True, False, True]
 
 
+async def test_nothing_is_written_to_places_once_their_reader_has_gone_on() -> None:
+    """An answer that stops halfway: the reader gets nothing in time, and the rest goes nowhere."""
+    entry = chain("a", 1, 100_000)[0]
+    data = bytes(entry.data)
+    more = asyncio.Event()
+    over = asyncio.Event()
+
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        prefix = await reader.readexactly(PREFIX.size)
+        request = decode_request(await reader.readexactly(PREFIX.unpack(prefix)[1]))
+        writer.write(encode(Found(request.id, (len(data),), (checksum(data),), False)))
+        writer.write(data[:50_000])
+        await more.wait()
+        writer.write(data[50_000:])
+        writer.close()
+        over.set()
+
+    server = await asyncio.start_server(half, "127.0.0.1", 0)
+    url = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    place = memoryview(bytearray(len(data)))
+    client = CacheClient(url, timeout_s=PATIENCE_S, arena=False)
+    assert await client.read_into([entry.hash], [place], timeout_s=0.3) == 0
+    place[:] = bytes(len(data))
+    more.set()
+    await over.wait()
+    await asyncio.sleep(0.05)
+    assert place == bytes(len(data))
+    await client.close()
+    server.close()
+
+
 @pytest.mark.parametrize("size", [0, 1, LOCKED_BYTES_MAX, LOCKED_BYTES_MAX + 1, 300_000])
 @pytest.mark.parametrize(
     "build", [bytes, bytearray, memoryview, lambda d: memoryview(bytearray(d))]
