@@ -139,8 +139,12 @@ def reap(pid: int, signal_number: int = signal.SIGKILL) -> None:
 class Service:
     """`headrace_cache` in a process of its own, on one directory, started again and again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, cache_bytes: int = CACHE_BYTES, disk_bytes: int = DISK_BYTES
+    ) -> None:
         self.directory = directory
+        self.cache_bytes = cache_bytes
+        self.disk_bytes = disk_bytes
         self.disk = directory / "disk"
         self.url = ""
         self.starts = 0
@@ -172,9 +176,9 @@ class Service:
             del os.environ[name]
         os.environ |= {
             "HEADRACE_CACHE_LISTEN": self.url,
-            "HEADRACE_CACHE_BYTES": str(CACHE_BYTES),
+            "HEADRACE_CACHE_BYTES": str(self.cache_bytes),
             "HEADRACE_CACHE_DISK_PATH": str(self.disk),
-            "HEADRACE_CACHE_DISK_BYTES": str(DISK_BYTES),
+            "HEADRACE_CACHE_DISK_BYTES": str(self.disk_bytes),
         }
         _fail_when_full(self._full)
         service_main.main()
@@ -215,6 +219,11 @@ class Service:
 
     def _is_gone(self) -> bool:
         return os.waitpid(self._pid, os.WNOHANG)[0] != 0
+
+    @property
+    def pid(self) -> int:
+        """Of its process; 0 where it does not run."""
+        return self._pid
 
     def arena_file(self) -> Path | None:
         """The file of its shared memory."""

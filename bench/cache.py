@@ -1,7 +1,8 @@
 """Bandwidth of the cache service against this machine's memcpy: `python -m bench cache`.
 
 Client and service are processes of their own. `shm` reads and writes in place, `unix` and `tcp`
-send entries as frames. Every put is of new keys, so that once the budget is full each also evicts.
+send entries as frames. A client keeps one, two or four batches in flight. Every put is of new keys,
+so that once the budget is full each also evicts.
 What is got is checked by CRC, as always; `get` copies it into the client's own memory, `view` uses
 it where it lies. memcpy is measured in the same process, over the same sizes, from cold sources
 (a ring larger than the CPU's caches) into the mapping of a file in /dev/shm.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import mmap
 import os
@@ -82,19 +84,29 @@ def memcpy_rate(entries: int, entry_bytes: int, seconds: float) -> float:
         return entries * entry_bytes / sorted(times)[len(times) // 2]
 
 
-async def timed(step: Callable[[int], Awaitable[None]], size_bytes: int, seconds: float) -> float:
-    """Bytes a second of `step`, which moves `size_bytes`, by the median of its times."""
-    times: list[float] = []
-    began = now = time.perf_counter()
-    while now - began < seconds:
-        await step(len(times))
-        times.append(time.perf_counter() - now)
-        now = time.perf_counter()
-    return size_bytes / sorted(times)[len(times) // 2]
+async def timed(
+    step: Callable[[int], Awaitable[None]], size_bytes: int, seconds: float, in_flight: int
+) -> float:
+    """Bytes a second of `step`, which moves `size_bytes`, `in_flight` of them at a time.
+
+    By the median of the times from one end of a step to that of the `in_flight`th after it.
+    """
+    ends: list[float] = []
+    numbers = itertools.count()
+    end = time.perf_counter() + seconds
+
+    async def go_on() -> None:
+        while time.perf_counter() < end:
+            await step(next(numbers))
+            ends.append(time.perf_counter())
+
+    await asyncio.gather(*(go_on() for _ in range(in_flight)))
+    spans = sorted(late - early for early, late in zip(ends, ends[in_flight:], strict=False))
+    return in_flight * size_bytes / spans[len(spans) // 2]
 
 
 async def measure(
-    url: str, entries: int, entry_bytes: int, seconds: float, *, arena: bool
+    url: str, entries: int, entry_bytes: int, seconds: float, *, arena: bool, in_flight: int
 ) -> dict[str, float]:
     """Rates of put, get and view over `url`."""
     client = CacheClient(url, timeout_s=10, put_timeout_s=10, arena=arena)
@@ -121,10 +133,8 @@ async def measure(
 
     async def get(number: int) -> None:
         targets = ring.batch(number)
-        async with client.read(resident[-1 - number % CHAINS_READ]) as run:
-            assert len(run.blocks) == entries, "everything was there"
-            for target, block in zip(targets, run.blocks, strict=True):
-                target[:] = block
+        found = await client.read_into(resident[-1 - number % CHAINS_READ], targets)
+        assert found == entries, "everything was there"
 
     async def view(number: int) -> None:
         async with client.read(resident[-1 - number % CHAINS_READ]) as run:
@@ -134,9 +144,10 @@ async def measure(
     for number in range(BUDGET_BYTES // batch_bytes + 1):
         await put(number)
     first = len(resident)
-    rates = {"put": await timed(lambda n: put(first + n), batch_bytes, seconds)}
-    rates["get"] = await timed(get, batch_bytes, seconds)
-    rates["view"] = await timed(view, batch_bytes, seconds)
+    how = (batch_bytes, seconds, in_flight)
+    rates = {"put": await timed(lambda n: put(first + n), *how)}
+    rates["get"] = await timed(get, *how)
+    rates["view"] = await timed(view, *how)
     await client.close()
     return rates
 
@@ -153,39 +164,59 @@ def serve(url: str) -> subprocess.Popen[bytes]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--entries", type=int, default=32)
-    parser.add_argument("--entry-bytes", type=int, default=368_640, help="16 tokens of float32 KV")
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--port", type=int, default=7791)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    logs.setup("bench", level="error")
-    sizes = (args.entries, args.entry_bytes)
+def compare(
+    entries: int, entry_bytes: int, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Rates of all ways, beside memcpy's; printed as they come."""
+    sizes = (entries, entry_bytes)
     copied = memcpy_rate(*sizes, args.seconds)
-    print(f"batches of {args.entries} x {args.entry_bytes} bytes")
-    print(f"memcpy {copied / 1e9:.2f} GB/s")
+    print(f"batches of {entries} x {entry_bytes} bytes: memcpy {copied / 1e9:.2f} GB/s")
     results: dict[str, dict[str, float]] = {"memcpy": {"rate": copied}}
     with tempfile.TemporaryDirectory() as folder:
         unix = f"unix://{Path(folder) / 'cache.sock'}"
         tcp = f"tcp://127.0.0.1:{args.port}"
-        for name, url, arena in (("shm", unix, True), ("unix", unix, False), ("tcp", tcp, False)):
+        ways = {"shm": (unix, True), "unix": (unix, False), "tcp": (tcp, False)}
+        for way, in_flight in itertools.product(args.ways, args.in_flight):
+            url, arena = ways[way]
             server = serve(url)
             try:
-                rates = asyncio.run(measure(url, *sizes, args.seconds, arena=arena))
+                rates = asyncio.run(
+                    measure(url, *sizes, args.seconds, arena=arena, in_flight=in_flight)
+                )
             finally:
                 server.terminate()
                 server.wait()
-            results[name] = rates
+            results[f"{way} {in_flight}"] = rates
             text = ", ".join(
                 f"{what} {rate / 1e9:.2f} GB/s ({100 * rate / copied:.0f} %)"
                 for what, rate in rates.items()
             )
-            print(f"{name:>6} {text}", flush=True)
-    copied_after = memcpy_rate(*sizes, args.seconds)
-    print(f"memcpy {copied_after / 1e9:.2f} GB/s, at the end")
-    results["memcpy"]["rate_at_the_end"] = copied_after
+            print(f"{way:>6}, {in_flight} in flight: {text}", flush=True)
+    after = memcpy_rate(*sizes, args.seconds)
+    print(f"memcpy {after / 1e9:.2f} GB/s, at the end")
+    results["memcpy"]["rate_at_the_end"] = after
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument(
+        "--batch",
+        action="append",
+        help="entries x bytes; 32x368640 and 16x2097152 if not given: 16 tokens of a small "
+        "model's float32 KV, and of an 8B model's float16",
+    )
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--ways", nargs="+", default=["shm", "unix", "tcp"])
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--port", type=int, default=7791)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    logs.setup("bench", level="error")
+    results = {}
+    for batch in args.batch or ["32x368640", "16x2097152"]:
+        entries, _, entry_bytes = batch.partition("x")
+        results[batch] = compare(int(entries), int(entry_bytes), args)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -18,7 +18,7 @@ from headrace.config import load_or_exit
 from headrace.errors import SettingsError
 from headrace.frames import Address, parse_address
 from headrace_cache.arena import Arena
-from headrace_cache.disk import DiskTier
+from headrace_cache.disk import DiskTier, offer_bytes_for
 from headrace_cache.fleet_link import FleetLink
 from headrace_cache.policy.names import POLICIES
 from headrace_cache.server import CacheServer
@@ -56,7 +56,11 @@ async def serve(settings: CacheSettings) -> None:
         raise SettingsError(f"HEADRACE_CACHE_BYTES: {settings.cache_bytes}: {error}") from error
     disk = None
     if settings.cache_disk_path:
-        disk = DiskTier(Path(settings.cache_disk_path), settings.cache_disk_bytes)
+        disk = DiskTier(
+            Path(settings.cache_disk_path),
+            settings.cache_disk_bytes,
+            offer_bytes_max=offer_bytes_for(settings.cache_bytes),
+        )
     server = CacheServer(_store(settings, arena), disk=disk)
     try:
         address = await server.start(parse_address(settings.cache_listen))

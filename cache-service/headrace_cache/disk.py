@@ -35,17 +35,29 @@ from headrace_cache.disk_threads import JobThread
 
 OFFERS_MAX = 4096
 OFFER_BYTES_MAX = 128 * 1024 * 1024
-"""Copies that wait to be written; a single larger one is taken when nothing else waits."""
+OFFER_BYTES_MIN = 8 * 1024 * 1024
+OFFER_SHARE = 0.125
+"""Copies that wait to be written: that much of what lies in RAM, within these bounds. A single
+larger one is taken when nothing else waits."""
 
 READS_MAX = 256
 READ_BYTES_MAX = 512 * 1024 * 1024
-EVENTS_MAX = 1 << 16
+EVENTS_MAX = 1 << 14
+"""Some 4 MB, which is what they take where nobody asks for them."""
 BUDGET_BYTES_MIN = BUDGET_SEGMENTS_MIN * SEGMENT_BYTES_MIN
 CLOSE_S_MAX = 10.0
 
 T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
+
+
+def offer_bytes_for(ram_bytes: int) -> int:
+    """Limit of the copies that wait to be written, for a budget of entries in RAM.
+
+    It is memory beside that budget, and stays with the process once a slow disk has filled it.
+    """
+    return min(max(OFFER_BYTES_MIN, int(OFFER_SHARE * ram_bytes)), OFFER_BYTES_MAX)
 
 
 class Events(NamedTuple):
@@ -66,8 +78,12 @@ class DiskTier:
         clock: Clock | None = None,
         files: Files | None = None,
         segment_bytes: int | None = None,
+        offer_bytes_max: int | None = None,
     ) -> None:
-        """`budget_bytes` is what the files in `path` take at most, at least BUDGET_BYTES_MIN."""
+        """`budget_bytes` is what the files in `path` take at most, at least BUDGET_BYTES_MIN.
+
+        `offer_bytes_max` limits the copies that wait to be written, OFFER_BYTES_MAX if not given.
+        """
         self._path = path
         self._files = files or Files(path)
         self._events: deque[tuple[Came, EntryKey]] = deque(maxlen=EVENTS_MAX)
@@ -76,7 +92,7 @@ class DiskTier:
         self._log = DiskLog(
             self._files, budget_bytes, clock or SystemClock(), self._emit, segment_bytes
         )
-        self._writer = JobThread("disk-writer", OFFERS_MAX, OFFER_BYTES_MAX)
+        self._writer = JobThread("disk-writer", OFFERS_MAX, offer_bytes_max or OFFER_BYTES_MAX)
         self._reader = JobThread("disk-reader", READS_MAX, READ_BYTES_MAX)
         self._ready = False
         self._refused = 0

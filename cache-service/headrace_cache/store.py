@@ -253,12 +253,13 @@ class Store:
         if slot != NO_SLOT:
             return NOWHERE, Outcome.BUSY
         charge = charged_bytes(facts.size_bytes)
-        if not self.quotas.can_hold(self.index.tenant(facts.tenant), charge):
+        record = self._record(facts)
+        if not self.quotas.can_hold(record.tenant, charge):
             return self._refuse(facts, Outcome.TOO_LARGE)
         # one entry may always be written, however small the budget is
         if self.reserved_bytes and self.reserved_bytes + charge > self.reserved_bytes_max:
             return self._refuse(facts, Outcome.SKIPPED)
-        slot = self.index.enter(facts.key, self._record(facts), Tier.PENDING)
+        slot = self.index.enter(facts.key, record, Tier.PENDING)
         self._policy.admit(slot, self.index.facts(slot, charge), now_ms)
         place = self._room.make(slot, facts.size_bytes, now_ms)
         if place is None:
@@ -407,14 +408,14 @@ class Store:
     def _record(self, facts: EntryFacts) -> Record:
         cost_ms = facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT
         return Record(
-            parent=facts.parent,
-            depth=facts.depth,
-            size_bytes=facts.size_bytes,
-            crc=facts.crc,
-            band=facts.band,
-            tenant=self.index.tenant(facts.tenant),
-            cost_us=math.ceil(1000 * cost_ms),
-            layout=int.from_bytes(facts.layout),
+            facts.parent,
+            facts.depth,
+            facts.size_bytes,
+            facts.crc,
+            facts.band,
+            self.index.tenant(facts.tenant),
+            math.ceil(1000 * cost_ms),
+            int.from_bytes(facts.layout),
         )
 
     def _tallies(self, slot: int) -> tuple[Tally, Tally]:

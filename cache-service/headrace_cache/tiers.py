@@ -164,8 +164,7 @@ class Tiers:
         assert self.disk is not None, "asked only with a disk"
         facts = loaded.facts
         wall_ms = self._clock.wall_ns() // 1_000_000
-        facts = replace(
-            facts,
+        facts = facts._replace(
             band=facts.band if band is None else min(facts.band, band),
             pin_ms=max(0, self.disk.pinned_until_ms(facts.key) - wall_ms),
         )

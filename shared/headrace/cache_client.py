@@ -129,6 +129,35 @@ class CacheClient:
         finally:
             run.close()
 
+    async def read_into(
+        self,
+        hashes: Sequence[bytes],
+        targets: Sequence[memoryview],
+        *,
+        band: Band | None = None,
+        tenant: str = "",
+        layout: bytes = b"",
+        trace: Mapping[str, str] | None = None,
+        kind: str = KV,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Copy the leading run of `hashes` that the service holds to `targets`; how many that are.
+
+        One writable target for each hash; what has another length is not taken, nor what is behind
+        it. Targets past the run may hold anything then. The other arguments are `read`'s.
+        """
+        assert len(targets) == len(hashes), "a place for each entry"
+        assert not any(target.readonly for target in targets), "places can be written to"
+        check_layout(layout)
+        keys = keys_of(hashes, kind)
+        if not keys:
+            return 0
+        wish = Wish(keys, band, tenant, layout, trace or {})
+        left_s = _countdown(self._timeout_s if timeout_s is None else timeout_s)
+        run = await read_run(self._gets, wish, self.counts, left_s, targets)
+        run.close()
+        return len(run.hashes)
+
     async def get_run(
         self,
         hashes: Sequence[bytes],

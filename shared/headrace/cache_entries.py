@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.copying import copy_bytes
 from headrace.frames import (
     COST_MAX,
     DEPTH_MAX,
@@ -77,7 +78,7 @@ class PutEntry:
         return len(self.data)
 
     def fill(self, view: memoryview) -> None:
-        view[:] = self.data
+        copy_bytes(view, self.data)
 
     def payload(self) -> Buffer:
         return self.data

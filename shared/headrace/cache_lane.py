@@ -22,7 +22,7 @@ from headrace.arena_view import ArenaView
 from headrace.clock import Clock
 from headrace.errors import WireError
 from headrace.frame_codec import decode_answer, encode
-from headrace.frame_protocol import FrameProtocol
+from headrace.frame_protocol import FrameProtocol, Place
 from headrace.frames import (
     Address,
     Answer,
@@ -131,11 +131,19 @@ class Connection(FrameProtocol[Answer]):
 
     def __init__(self) -> None:
         super().__init__(decode_answer, self._choose)
+        self._filling = 0
+        """The request whose answer is being received into its caller's memory, if any is."""
         self.arena: ArenaView | None = None
         self._pending: dict[int, asyncio.Future[tuple[Answer, Parts]]] = {}
+        self._places: dict[int, Sequence[memoryview]] = {}
+        """By request: the caller's memory, for an answer whose entries have its lengths."""
         self._returning: set[asyncio.Task[None]] = set()
 
-    def _choose(self, answer: Answer) -> Sequence[bool]:
+    def _choose(self, answer: Answer) -> Sequence[Place]:
+        places = self._places.get(answer.id, ())[: len(answer.sizes)]
+        if places and list(map(len, places)) == list(answer.sizes):
+            self._filling = answer.id
+            return places
         # a late answer's entries are skipped, not stored
         return [answer.id in self._pending] * len(answer.sizes)
 
@@ -146,6 +154,7 @@ class Connection(FrameProtocol[Answer]):
             connection.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
 
     def frame_received(self, message: Answer, parts: Parts) -> None:
+        self._filling = 0
         future = self._pending.get(message.id)
         if future is not None and not future.done():
             future.set_result((message, parts))
@@ -184,17 +193,30 @@ class Connection(FrameProtocol[Answer]):
                 future.set_exception(ConnectionResetError("the cache service hung up"))
 
     async def ask(
-        self, request: Request, payload: Sequence[Buffer], stall_s: float
+        self,
+        request: Request,
+        payload: Sequence[Buffer],
+        stall_s: float,
+        places: Sequence[memoryview] = (),
     ) -> tuple[Answer, Parts]:
-        """Send `request` and wait for its answer. Raises ConnectionError."""
+        """Send `request` and wait for its answer. Raises ConnectionError.
+
+        `places` is where the answer's entries go if they have its lengths. Nothing is written there
+        once the wait is over: an answer that is half there then ends the connection.
+        """
         future: asyncio.Future[tuple[Answer, Parts]]
         future = asyncio.get_running_loop().create_future()
         self._pending[request.id] = future
+        if places:
+            self._places[request.id] = places
         try:
             await self.send([encode(request), *payload], stall_s)
             return await future
         finally:
             del self._pending[request.id]
+            self._places.pop(request.id, None)
+            if self._filling == request.id:
+                self.abort()
             # an outcome that nobody waits for any more is no error
             if future.done() and not future.cancelled():
                 future.exception()
@@ -232,11 +254,12 @@ class Lane:
         timeout_s: float,
         payload: Sequence[Buffer] = (),
         on: Connection | None = None,
+        places: Sequence[memoryview] = (),
     ) -> Answered[A] | None:
         """The answer to the request that `build` makes, or None within `timeout_s`.
 
         `build` gets an id, and the arena if it is mapped. `on` is the connection to ask by, had
-        from `reach`, if another would not do.
+        from `reach`, if another would not do. `places` are Connection.ask's.
         """
         if on is None and not self._breaker.allows(self._clock.now_ms()):
             self._counts.skipped += 1
@@ -245,7 +268,7 @@ class Lane:
             async with asyncio.timeout(timeout_s):
                 connection = on or await self._connected()
                 request = build(next(self._ids), connection.arena)
-                answer, parts = await connection.ask(request, payload, timeout_s)
+                answer, parts = await connection.ask(request, payload, timeout_s, places)
             if not isinstance(answer, expected):
                 connection.abort()
                 raise WireError(f"answer of another kind: {type(answer).__name__}")

@@ -17,6 +17,7 @@ from headrace.arena_view import ArenaView
 from headrace.cache_lane import Answered, ClientCounts, Connection, Lane
 from headrace.cache_threads import in_thread
 from headrace.checksum import checksum
+from headrace.copying import copy_bytes
 from headrace.errors import WireError
 from headrace.frames import DISK, KEYS_MAX, Counted, EntryKey, Get, Lend, Lent, RunOf, Verify
 from headrace.types import Band
@@ -73,16 +74,24 @@ class Wish:
 
 
 async def read_run(
-    lane: Lane, wish: Wish, counts: ClientCounts, left_s: Callable[[], float]
+    lane: Lane,
+    wish: Wish,
+    counts: ClientCounts,
+    left_s: Callable[[], float],
+    targets: Sequence[memoryview] | None = None,
 ) -> ReadRun:
-    """The leading run of `wish` that the service has; the caller closes it."""
+    """The leading run of `wish` that the service has; the caller closes it.
+
+    With `targets`, one for each key, it is copied there as it is checked. An entry of another
+    length than its target ends the run.
+    """
     run = ReadRun()
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     try:
         more = True
         while more and len(run.blocks) < len(wish.keys) and left_s() > 0:
-            more = await _read_round(lane, wish, run, counts, left_s)
+            more = await _read_round(lane, wish, run, counts, left_s, targets)
     except BaseException:
         run.close()
         raise
@@ -98,16 +107,24 @@ async def _read_round(
     run: ReadRun,
     counts: ClientCounts,
     left_s: Callable[[], float],
+    targets: Sequence[memoryview] | None,
 ) -> bool:
     """Add to `run` what one request brings; whether it is worth asking for what is behind."""
     first = len(run.blocks)
-    answered = await lane.ask(wish.build(first), RunOf, left_s())
+    into = () if targets is None else targets[first : first + KEYS_PER_ROUND]
+    answered = await lane.ask(wish.build(first), RunOf, left_s(), places=into)
     if answered is None:
         return False
     answer = answered.answer
     asked = wish.keys[first : first + (KEYS_MAX if isinstance(answer, Lent) else KEYS_PER_ROUND)]
     blocks = _blocks(answered, run, len(asked))
-    good = await _leading_good(blocks, answer.crcs)
+    if targets is None:
+        good = await _leading_good(blocks, answer.crcs)
+    else:
+        places = targets[first : first + len(blocks)]
+        fits = [len(block) == len(place) for block, place in zip(blocks, places, strict=True)]
+        blocks = blocks[: fits.index(False)] if False in fits else blocks
+        good = await _leading_good(blocks, answer.crcs, places)
     for key, block in zip(asked, blocks[:good], strict=False):
         run.hashes.append(key.hash)
         run.blocks.append(block)
@@ -147,10 +164,17 @@ def _note_tier(run: ReadRun, answer: RunOf) -> None:
         run.tier = "arena" if isinstance(answer, Lent) else "remote"
 
 
-async def _leading_good(blocks: Sequence[memoryview], crcs: Sequence[int]) -> int:
-    """How many of `blocks`, from the first on, have their CRC."""
+async def _leading_good(
+    blocks: Sequence[memoryview],
+    crcs: Sequence[int],
+    targets: Sequence[memoryview] | None = None,
+) -> int:
+    """How many of `blocks`, from the first on, have their CRC; there or, copied, in `targets`."""
 
     def check(first: int, last: int) -> list[bool]:
+        if targets is not None:
+            some = slice(first, last)
+            return list(map(_copied_well, targets[some], blocks[some], crcs[some]))
         return [
             checksum(block) == crc
             for block, crc in zip(blocks[first:last], crcs[first:last], strict=True)
@@ -158,3 +182,10 @@ async def _leading_good(blocks: Sequence[memoryview], crcs: Sequence[int]) -> in
 
     flags = await in_thread(check, [len(block) for block in blocks])
     return flags.index(False) if False in flags else len(flags)
+
+
+def _copied_well(target: memoryview, block: memoryview, crc: int) -> bool:
+    """Copy, then check the copy: it is still in the CPU's caches."""
+    if block is not target:  # it was received elsewhere, or lies in the arena
+        copy_bytes(target, block)
+    return checksum(target) == crc

@@ -207,6 +207,7 @@ def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
     return tuple(_decode_facts(row) for row in rows)
 
 
+_BANDS = tuple(Band)
 _FACTS_TYPES = (str, bytes, bytes, int, int, int, int, str, int, float, bytes, int)
 
 
@@ -227,7 +228,7 @@ def _decode_facts(row: Any) -> EntryFacts:
         raise WireError(f"entry: pinned for {pin_ms} ms, not 0 to {PIN_MS_MAX}")
     key = EntryKey(_kind(kind), key_hash)
     return EntryFacts(
-        key, parent, depth, size, crc, Band(band), _tenant(tenant), tokens, ms, _layout(layout),
+        key, parent, depth, size, crc, _BANDS[band], _tenant(tenant), tokens, ms, _layout(layout),
         pin_ms,
     )  # fmt: skip
 

@@ -150,6 +150,7 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
         self._writable = asyncio.Event()
         self._turn = asyncio.Lock()
         self.closed = False
+        self._scrap = memoryview(bytearray(1))
 
     @abstractmethod
     def frame_received(self, message: S, parts: list[memoryview | None]) -> None:
@@ -179,7 +180,8 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
         self._writable.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # asyncio's signature
-        return self._reader.buffer()
+        # what a closed connection still receives goes nowhere
+        return self._scrap if self.closed else self._reader.buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.closed:

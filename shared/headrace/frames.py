@@ -79,8 +79,7 @@ class EntryKey(NamedTuple):
     hash: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class EntryFacts:
+class EntryFacts(NamedTuple):
     """What a put says of one entry, beside its bytes.
 
     `parent` is the hash of the block before it (empty: none) and `depth` its place in the chain,

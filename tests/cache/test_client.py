@@ -24,6 +24,7 @@ from headrace.cache_lane import BREAK_MS_MAX, BREAK_MS_MIN, FAILURES_MAX, Breake
 from headrace.cache_reads import KEYS_PER_ROUND
 from headrace.checksum import checksum
 from headrace.clock import ManualClock
+from headrace.copying import LOCKED_BYTES_MAX, copy_bytes
 from headrace.frame_codec import PREFIX, decode_request, encode
 from headrace.frames import KV, PROMPT, Counted, EntryKey, Found, Get, Hello, Welcome
 from headrace.types import Band
@@ -106,6 +107,80 @@ async def test_a_reader_of_a_higher_class_keeps_an_entry_alive() -> None:
             await client.put([entry])
         assert [key == entries[0].hash for key, _ in await client.get_run([hash_of(1)])] == [False]
         assert server.store.tallies.by_kind["kv"].evictions > 0
+
+
+async def test_a_run_is_read_right_into_its_readers_memory(listen: str) -> None:
+    """What has another length than its place ends the run, and nothing behind it is touched."""
+    entries = chain("a", 3, 100_000)
+    memory = bytearray(3 * 100_000)
+    places = [memoryview(memory)[at : at + 100_000] for at in (0, 100_000, 200_000)]
+    store = make_store(1 << 20, folder=folder_of(listen))
+    async with serving(listen, store=store) as (_, url), client_of(url) as client:
+        assert await client.read_into(hashes(entries), places) == 0
+        assert await client.put(entries)
+        short = [places[0], places[1][:-1], places[2]]
+        assert await client.read_into(hashes(entries), short) == 1
+        assert memory == bytes(entries[0].data) + bytes(200_000)
+        assert await client.read_into(hashes(entries), places) == 3
+        assert memory == b"".join(bytes(entry.data) for entry in entries)
+
+
+async def test_a_corrupt_entry_is_not_read_into_place_as_good(listen: str) -> None:
+    entries = chain("a", 3, 100_000)
+    store = make_store(1 << 20, folder=folder_of(listen))
+    async with serving(listen, store=store) as (_, url), client_of(url) as client:
+        assert await client.put(entries)
+        store.data(store.index.find(EntryKey(KV, entries[1].hash)))[7] ^= 1
+        places = [memoryview(bytearray(100_000)) for _ in entries]
+        assert await client.read_into(hashes(entries), places) == 1
+        assert await client.has(hashes(entries)) == [True, False, True]
+
+
+async def test_nothing_is_written_to_places_once_their_reader_has_gone_on() -> None:
+    """An answer that stops halfway: the reader gets nothing in time, and the rest goes nowhere."""
+    entry = chain("a", 1, 100_000)[0]
+    data = bytes(entry.data)
+    more = asyncio.Event()
+    over = asyncio.Event()
+
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        prefix = await reader.readexactly(PREFIX.size)
+        request = decode_request(await reader.readexactly(PREFIX.unpack(prefix)[1]))
+        writer.write(encode(Found(request.id, (len(data),), (checksum(data),), False)))
+        writer.write(data[:50_000])
+        await more.wait()
+        writer.write(data[50_000:])
+        writer.close()
+        over.set()
+
+    server = await asyncio.start_server(half, "127.0.0.1", 0)
+    url = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    place = memoryview(bytearray(len(data)))
+    client = CacheClient(url, timeout_s=PATIENCE_S, arena=False)
+    assert await client.read_into([entry.hash], [place], timeout_s=0.3) == 0
+    place[:] = bytes(len(data))
+    more.set()
+    await over.wait()
+    await asyncio.sleep(0.05)
+    assert place == bytes(len(data))
+    await client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, LOCKED_BYTES_MAX, LOCKED_BYTES_MAX + 1, 300_000])
+@pytest.mark.parametrize(
+    "build", [bytes, bytearray, memoryview, lambda d: memoryview(bytearray(d))]
+)
+def test_copies_are_whatever_they_are_copied_from(
+    size: int, build: Callable[[bytes], bytes | bytearray | memoryview]
+) -> None:
+    """Small and large, from memory that may be written to and not, and never past their place."""
+    data = (b"headrace" * (size // 8 + 1))[:size]
+    memory = bytearray(size + 2)
+    copy_bytes(memoryview(memory)[1:-1], build(data))
+    assert memory == b"\0" + data + b"\0"
+    with pytest.raises(ValueError, match="do not fit"):
+        copy_bytes(memoryview(memory), build(data))
 
 
 async def test_a_corrupt_entry_is_dropped_and_counts_as_a_miss(listen: str) -> None:

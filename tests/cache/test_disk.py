@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from headrace.clock import ManualClock
 from headrace.errors import SettingsError
 from headrace.frames import KV, EntryKey
 from headrace_cache import disk
-from headrace_cache.disk import BUDGET_BYTES_MIN, DiskTier
+from headrace_cache.disk import BUDGET_BYTES_MIN, DiskTier, offer_bytes_for
 from headrace_cache.disk_terms import Came
 
 BUDGET_BYTES = 4 * 1024 * 1024
@@ -99,13 +100,15 @@ class SlowFiles(FaultyFiles):
         return super().append(fd, buffers)
 
 
-def test_offers_that_find_no_room_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("ram_mib", "mib"), [(1, 8), (48, 8), (512, 64), (100_000, 128)])
+def test_what_may_wait_for_the_disk_goes_with_the_memory_there_is(ram_mib: int, mib: int) -> None:
+    assert offer_bytes_for(ram_mib << 20) == mib << 20
+
+
+def test_offers_that_find_no_room_are_refused(tmp_path: Path) -> None:
     """The disk is slow: a bounded number of bytes waits for it, the rest is told so at once."""
-    monkeypatch.setattr(disk, "OFFER_BYTES_MAX", 50_000)
     files = SlowFiles(tmp_path)
-    with open_tier(tmp_path, files=files) as tier:
+    with open_tier(tmp_path, files=files, offer_bytes_max=50_000) as tier:
         taken = [name for name in range(100) if offer(tier, name)]
         assert 9 <= len(taken) <= 11
         assert tier.stats()["not_taken"] == 100 - len(taken)
@@ -276,9 +279,10 @@ for name in range(10**9):
 def test_kill_minus_9_of_a_writing_process(tmp_path: Path) -> None:
     """A real process, killed while it writes: all that it held is whole, its lock is gone."""
     rng = random.Random(3)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for _ in range(2):
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, env=environment
         )
         assert process.stdout is not None
         for _ in range(rng.randint(4, 8)):

@@ -19,6 +19,9 @@ GROWTH_SLOTS_MIN = 32
 COST_US_MAX = (1 << 32) - 1
 USES_MAX = (1 << 16) - 1
 
+REASON = "{}, used {}x, idle {} ms, {:g} ms to recompute {} bytes"
+LABELS = tuple(band.label for band in Band)
+
 
 class Chains(ABC):
     """Facts by slot in arrays; subclasses decide the order in which leaves leave.
@@ -62,6 +65,10 @@ class Chains(ABC):
     def _freed(self, slot: int) -> None:
         """`slot`, resident, may leave from now on: its last child left or its pin ended."""
 
+    def _free_at_first(self, slot: int) -> None:
+        """`slot`, just admitted, may leave until its first child comes: mostly the next to come."""
+        self._freed(slot)
+
     @abstractmethod
     def _bound(self, slot: int) -> None:
         """`slot`, resident, may no longer leave: it got a child or a pin."""
@@ -103,7 +110,7 @@ class Chains(ABC):
             self._children[facts.parent] += 1
         self._entered(slot, facts.name)
         if self._is_free(slot):
-            self._freed(slot)
+            self._free_at_first(slot)
         if self._guards[slot]:  # its children came before it, one of them is pinned
             self.pinned_bytes += facts.size_bytes
             self._guard_above(slot)
@@ -228,11 +235,14 @@ class Chains(ABC):
         while self._pinned_bytes_max is not None and self.pinned_bytes > self._pinned_bytes_max:
             self.unpin(min(self._pins, key=lambda slot: (self._pins[slot], slot)))
 
-    def _reason(self, slot: int, now_ms: int) -> str:
+    def _reason(self, slot: int, now_ms: int) -> tuple[float | str, ...]:
+        """Values for REASON."""
         return (
-            f"{Band(self._band[slot]).label}, used {self._uses[slot]}x, "
-            f"idle {now_ms - self._used_ms[slot]} ms, "
-            f"{self._cost_us[slot] / 1000:g} ms to recompute {self._size[slot]} bytes"
+            LABELS[self._band[slot]],
+            self._uses[slot],
+            now_ms - self._used_ms[slot],
+            self._cost_us[slot] / 1000,
+            self._size[slot],
         )
 
     def check_integrity(self) -> None:

@@ -10,7 +10,6 @@ Rejected: names of 32 bytes, which cost a policy 200 bytes an entry for the dict
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from headrace.types import Band
@@ -24,8 +23,7 @@ Spare = MutableMapping[int, int]
 which takes a tenant's entry while anything is left of its share: at most one entry too much."""
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the policy is told of an entry.
 
     `size_bytes` is what it takes from the budget. `parent` is the slot of the entry before it,
@@ -44,12 +42,20 @@ class Facts:
 
 
 class Victim(NamedTuple):
-    """An entry that has to leave, and why it rather than another."""
+    """An entry that has to leave, and why it rather than another.
+
+    `text` is a template for `values`, as most victims leave without being asked for their reason.
+    """
 
     slot: int
     size_bytes: int
     score: float
-    reason: str
+    text: str
+    values: tuple[float | str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        return self.text.format(*self.values)
 
 
 class EvictionPolicy(Protocol):

@@ -5,7 +5,8 @@ often used and as long idle as this one, promises. Age lowers it, or raises it w
 so; use raises it as far as use has foretold use. Cost per byte is relative to that of all
 residents, in steps of a factor of two; where nobody measured it, an entry counts as average.
 
-Invariants: leaves stand in cells of equal score; the lowest cell's longest-standing slot leaves;
+Invariants: leaves stand in cells of equal score, all but the last to come, as its child is likely
+to be next; the lowest cell's longest-standing slot leaves;
 a slot stands in the cell of its age, at most a sweep too young.
 Rejected: a fixed floor for each class with GreedyDual's aging (.07, .22, .33 of all blocks hit
 where this has .13, .23, .33: 3,000, 10,000 and 30,000 blocks of a public conversation trace), and
@@ -21,8 +22,8 @@ from collections.abc import Callable, Mapping
 
 from headrace.types import Band
 from headrace_cache.policy.cells import NO_CELL, Cells
-from headrace_cache.policy.chains import Chains
-from headrace_cache.policy.eviction import Spare, Victim
+from headrace_cache.policy.chains import REASON, Chains
+from headrace_cache.policy.eviction import NO_SLOT, Spare, Victim
 from headrace_cache.policy.reuse import BUCKETS, STARTS, ReuseModel, bucket_of
 
 WEIGHTS: Mapping[Band, float] = {Band.INTERACTIVE: 64.0, Band.STANDARD: 8.0, Band.BATCH: 1.0}
@@ -34,6 +35,8 @@ USE_STEPS = 4
 WORTH_STEPS = 16
 WORTH_MIDDLE = 8
 """Steps of two in cost per byte; the average entry is in the middle one."""
+
+HALF_STEP = math.sqrt(2)
 
 SWEEP_USES_MIN = 64
 MOVES_MAX = 4096
@@ -47,6 +50,8 @@ REMEMBERED_TIMES = 4
 TAG_BITS = 24
 REMEMBERED_USES_MAX = 255
 
+LOWEST = "lowest keep-score {:.3g} a turnover: " + REASON
+
 CLASSES = [(band, step) for band in Band for step in range(USE_STEPS)]
 
 
@@ -58,6 +63,7 @@ class KeepScore(Chains):
         self._model = ReuseModel([step for _, step in CLASSES], list(range(1, USE_STEPS + 1)))
         self._weights = [WEIGHTS[band] for band, _ in CLASSES]
         self._cells = Cells()
+        self._fresh = NO_SLOT
         self._orders: dict[int, list[tuple[float, int]]] = {}
         self._last = array("Q")
         self._name = array("Q")
@@ -82,6 +88,7 @@ class KeepScore(Chains):
         self._note_use(slot)
 
     def _used(self, slot: int) -> None:
+        self._place_fresh()
         if self._cells.cell_of(slot) != NO_CELL:
             self._cells.remove(slot)
             self._note_use(slot)
@@ -90,10 +97,21 @@ class KeepScore(Chains):
             self._note_use(slot)
 
     def _left(self, slot: int) -> None:
+        self._place_fresh()
         self._account(slot, -1)
         self._remember(slot)
         if self._cells.cell_of(slot) != NO_CELL:
             self._cells.remove(slot)
+
+    def _free_at_first(self, slot: int) -> None:
+        self._place_fresh()
+        self._fresh = slot
+
+    def _place_fresh(self) -> None:
+        """Give who came last a cell: it has no child yet."""
+        slot, self._fresh = self._fresh, NO_SLOT
+        if slot != NO_SLOT:
+            self._freed(slot)
 
     def _freed(self, slot: int) -> None:
         cell = self._cell_now(slot)
@@ -102,7 +120,10 @@ class KeepScore(Chains):
         self._cells.add(slot, cell)
 
     def _bound(self, slot: int) -> None:
-        self._cells.remove(slot)
+        if slot == self._fresh:
+            self._fresh = NO_SLOT
+        else:
+            self._cells.remove(slot)
 
     def _note_use(self, slot: int) -> None:
         self._model.used(self._name[slot], self._class(slot))
@@ -142,14 +163,17 @@ class KeepScore(Chains):
     # scores
 
     def _class(self, slot: int) -> int:
-        return self._band[slot] * USE_STEPS + min(self._uses[slot], USE_STEPS) - 1
+        uses = self._uses[slot]
+        return self._band[slot] * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1
 
     def _worth_step(self, slot: int) -> int:
         if not self._cost_us[slot]:
             return WORTH_MIDDLE
         usual = self._costs_us / self._costed_bytes
-        step = WORTH_MIDDLE + round(math.log2(self._cost_us[slot] / self._size[slot] / usual))
-        return min(max(step, 0), WORTH_STEPS - 1)
+        # frexp's exponent is the logarithm, rounded up
+        _, step = math.frexp(HALF_STEP * self._cost_us[slot] / self._size[slot] / usual)
+        step += WORTH_MIDDLE - 1
+        return 0 if step < 0 else step if step < WORTH_STEPS else WORTH_STEPS - 1
 
     def _cell_now(self, slot: int) -> int:
         """tenant, worth, class and age as one number."""
@@ -196,6 +220,7 @@ class KeepScore(Chains):
     def _choose(
         self, size_bytes: int, now_ms: int, allowed: Callable[[int], bool], spare: Spare | None
     ) -> list[Victim]:
+        self._place_fresh()
         chosen: list[Victim] = []
         held: list[int] = []
         freed_bytes = 0
@@ -208,7 +233,8 @@ class KeepScore(Chains):
                 continue
             if spare is not None:
                 spare[self._tenant[slot]] -= self._size[slot]
-            chosen.append(Victim(slot, self._size[slot], score, self._why(slot, score, now_ms)))
+            values = (score * self.entries, *self._reason(slot, now_ms))
+            chosen.append(Victim(slot, self._size[slot], score, LOWEST, values))
             freed_bytes += self._size[slot]
             self.remove(slot)
         for slot in held:
@@ -227,12 +253,9 @@ class KeepScore(Chains):
                 best = order[0]
         return best
 
-    def _why(self, slot: int, score: float, now_ms: int) -> str:
-        turnover = score * self.entries
-        return f"lowest keep-score {turnover:.3g} a turnover: {self._reason(slot, now_ms)}"
-
     def check_integrity(self) -> None:
         super().check_integrity()
+        self._place_fresh()
         self._cells.check_integrity()
         self._model.check_integrity()
         standing = {slot for cell in self._cells for slot in self._cells.standing(cell)}

@@ -10,10 +10,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 from headrace_cache.policy.cells import NO_CELL, Cells
-from headrace_cache.policy.chains import Chains
+from headrace_cache.policy.chains import REASON, Chains
 from headrace_cache.policy.eviction import Spare, Victim
 
 MayLeave = Callable[[int], bool]
+
+NEXT = "its turn in the queue: " + REASON
 
 
 class Queued(Chains):
@@ -61,8 +63,8 @@ class Queued(Chains):
         while freed_bytes < size_bytes and (slot := self._next_victim(may_leave)) is not None:
             if spare is not None:
                 spare[self._tenant[slot]] -= self._size[slot]
-            reason = f"its turn in the queue: {self._reason(slot, now_ms)}"
-            chosen.append(Victim(slot, self._size[slot], 0.0, reason))
+            values = self._reason(slot, now_ms)
+            chosen.append(Victim(slot, self._size[slot], 0.0, NEXT, values))
             freed_bytes += self._size[slot]
             self.remove(slot)
         return chosen

@@ -26,6 +26,9 @@ class Share:
     min_bytes: int = 0
 
 
+NO_SHARE = Share()
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Who has to give `size_bytes`, and why: an argument of the policy's `victims`.
@@ -58,7 +61,7 @@ class Quotas:
         return self._used.get(tenant, 0)
 
     def share_of(self, tenant: int) -> Share:
-        return self._shares.get(tenant, Share())
+        return self._shares.get(tenant, NO_SHARE)
 
     def refusal(self, tenant: int, share: Share) -> str:
         """Why `share` cannot be granted to `tenant`; empty if it can."""
@@ -106,6 +109,8 @@ class Quotas:
         watermark, others above their quota, all above their minimum, and the tenant itself, as
         what the rest has left may be pinned or in use.
         """
+        if self._fits(tenant, size_bytes):
+            return True
         for stage in (self._own_quota, self._over_quota, self._above_minimum, self._own_entries):
             call = stage(tenant, size_bytes)
             if call is not None and not take(call):
@@ -113,6 +118,8 @@ class Quotas:
         return self._fits(tenant, size_bytes)
 
     def _fits(self, tenant: int, size_bytes: int) -> bool:
+        if not self._shares:
+            return self.used_bytes + size_bytes <= self.high_bytes
         most = self.share_of(tenant).max_bytes
         fits_quota = most is None or self.used_by(tenant) + size_bytes <= most
         return fits_quota and self.used_bytes + size_bytes <= self.high_bytes

@@ -12,9 +12,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 
-from headrace_cache.policy.chains import Chains
+from headrace_cache.policy.chains import REASON, Chains
 from headrace_cache.policy.eviction import Spare, Victim
 from headrace_cache.policy.heap import NOWHERE, Ranks, SlotHeap
+
+LOWEST = "lowest score {:.3f} among leaves: " + REASON
 
 
 class Ranked(Chains):
@@ -100,8 +102,8 @@ class Ranked(Chains):
 
     def _victim(self, slot: int, now_ms: int) -> Victim:
         score = self._ranks.score[slot]
-        reason = f"lowest score {score:.3f} among leaves: {self._reason(slot, now_ms)}"
-        return Victim(slot, self._size[slot], score, reason)
+        values = (score, *self._reason(slot, now_ms))
+        return Victim(slot, self._size[slot], score, LOWEST, values)
 
     def _lowest(self, spare: Spare | None) -> int | None:
         """The least worthy slot among the tenants that have something to spare."""
