@@ -6,6 +6,7 @@ Written with the standard library's `ast`, so that nothing has to be importable 
 from __future__ import annotations
 
 import ast
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,13 @@ IMPURE = {
 
 def sources(package: str) -> Iterator[tuple[Path, ast.Module]]:
     for path in sorted(PACKAGES[package].rglob("*.py")):
-        yield path, ast.parse(path.read_text(), filename=str(path))
+        # Python 3.11 raises SystemError where a collection runs finalizers while it builds a tree
+        gc.disable()
+        try:
+            tree = ast.parse(path.read_text(), filename=str(path))
+        finally:
+            gc.enable()
+        yield path, tree
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

@@ -64,6 +64,8 @@ class Dispatcher:
         finally:
             leading.cancel()
             await asyncio.wait({leading})
+            if not leading.cancelled():
+                leading.exception()  # seen, also where a stop ends this and nobody asks for it
             await self.term.close()
             self.term = None
         try:

@@ -49,6 +49,7 @@ facts = st.builds(
     cost_tokens=st.integers(0, 10**9),
     cost_ms=st.floats(0, 1e9),
     layout=st.one_of(st.just(b""), st.binary(min_size=8, max_size=8)),
+    pin_ms=st.just(0),  # a put's wish; a record has the instant at which its pin ends
 )
 heads = st.builds(Head, st.just(Op.ENTRY), facts, st.integers(0, TIME_MS_MAX))
 

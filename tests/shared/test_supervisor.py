@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -353,12 +354,13 @@ def test_a_socket_folder_of_somebody_else_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a shared /tmp: a link that was put there first would hand the data over."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    folder = embedded.runtime_dir(tmp_path)
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(embedded.SettingsError, match="not a folder of yours"):
-        embedded.runtime_dir(tmp_path)
+    with tempfile.TemporaryDirectory(prefix="hr-") as short:  # a socket's address is limited
+        monkeypatch.setenv("XDG_RUNTIME_DIR", short)
+        folder = embedded.runtime_dir(tmp_path)
+        folder.rmdir()
+        folder.symlink_to(tmp_path)
+        with pytest.raises(embedded.SettingsError, match="not a folder of yours"):
+            embedded.runtime_dir(tmp_path)
 
 
 # --- before anything starts
