@@ -7,7 +7,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCE := shared gateway worker cache-service tests deploy $(wildcard bench)
 ARGS   ?=
-# test files run side by side
+# test files run side by side, in their order: the long ones are not left for the end
 JOBS   ?= 2
 
 export VENV
@@ -19,7 +19,7 @@ up: $(VENV)/.installed-embedded
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/headrace pull smollm2
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 all: lint types test
 
