@@ -8,7 +8,8 @@ time of this one thread, apart for deciding and booking (`next`, `handed_off`), 
 and ends (`done`); decisions/s means deciding and booking, `all in` all of it. Two states of the
 fleet: one with some room everywhere, and one where each end frees the only place. Then the same
 over queue lengths from 100 to 100,000: if a decision's cost grows logarithmically, each row adds
-about the same.
+about the same. Each row ends with a hash of all decisions so far, who goes where for what reason:
+a change of the policy that is only about speed leaves it as it was.
 
 `process`: a gateway process leads and hands jobs that stand in the intake stream to scripted
 workers, which finish each at once: jobs/s from intake to finish, and CPU time per job of the
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import random
 import time
@@ -104,6 +106,7 @@ class Crowd:
         ]
         self.policy.set_workers(self._facts, self.now_ms)
         self.running: list[tuple[str, Job]] = []
+        self.told = hashlib.blake2b(digest_size=4)
         self._slots = args.workers * args.max_jobs
 
     def make(self) -> Queued:
@@ -148,7 +151,9 @@ class Crowd:
                 self.policy.handed_off(decision, self.now_ms)
         if decision is None:
             return False
-        self.running.append((decision.route.worker, decision.item.job))
+        job, route = decision.item.job, decision.route
+        self.told.update(f"{job.id} {decision.virtual!r} {route.worker} {route.reason}".encode())
+        self.running.append((route.worker, job))
         return True
 
     def end_one(self, clock: Clock) -> None:
@@ -218,21 +223,22 @@ def policy_part(args: argparse.Namespace) -> dict[str, Any]:
     print(
         f"{args.workers} workers, {args.tenants} tenants, CPU time of one core\n"
         f"{'fleet':<8}{'queued':>8}{'decisions/s':>13}{'all in/s':>10}"
-        f"{'us: decide':>12}{'take in':>9}{'end':>7}{'found no room':>15}"
+        f"{'us: decide':>12}{'take in':>9}{'end':>7}{'found no room':>15}{'hash':>10}"
     )
     for fleet, share in (("room", ROOM_SHARE), ("full", 10.0)):
         crowd = Crowd(args)
         crowd.start_some(share)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for length in LENGTHS if args.table else (args.queued,):
             crowd.fill(length)
             crowd.measure(200)  # what a first look costs more
             row = crowd.measure(args.decisions) | {"queued": length, "running": len(crowd.running)}
-            rows.append(row)
+            told = crowd.told.hexdigest()
+            rows.append(row | {"hash": told})
             print(
                 f"{fleet:<8}{length:>8}{row['per_s']:>13.0f}{row['per_s_all_in']:>10.0f}"
                 f"{row['decide']:>12.0f}{row['take in']:>9.0f}{row['end']:>7.0f}"
-                f"{row['blocked']:>15.2f}",
+                f"{row['blocked']:>15.2f}{told:>10}",
                 flush=True,
             )
             if length == args.queued:

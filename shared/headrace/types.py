@@ -154,7 +154,8 @@ class Job:
     @property
     def expected_output(self) -> int:
         """Output tokens predicted; what runs longer is paid for by preemption in the engine."""
-        return min(self.sampling.max_tokens, self.expected_tokens or EXPECTED_OUTPUT_TOKENS)
+        expected, most = self.expected_tokens or EXPECTED_OUTPUT_TOKENS, self.sampling.max_tokens
+        return expected if expected < most else most
 
     @property
     def cost_tokens(self) -> int:

@@ -360,7 +360,7 @@ def test_what_was_given_fades_but_its_order_does_not() -> None:
     given_lately.add("a", 100, 0)
     given_lately.add("b", 60, 1_000)
     unit = given_lately.unit(1_000)
-    assert given_lately.of("a") / unit == pytest.approx(50)
+    assert given_lately.sums["a"] / unit == pytest.approx(50)
     assert given_lately.total / unit == pytest.approx(110)
     assert given_lately.least == "c"
     given_lately.add("c", 1, 200_000)

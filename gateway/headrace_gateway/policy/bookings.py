@@ -169,16 +169,16 @@ def booking_of(job: Job, remaining: int, uncached_tokens: int, *, found: bool) -
         job.tenant,
         job.weight,
         job.band,
-        prompt=len(job.prompt),
-        logged=logged,
-        max_tokens=job.sampling.max_tokens,
-        expected=logged + remaining,
-        waiting=uncached_tokens,
-        charged=uncached_tokens,
-        corrects=job.attempt == 1 and not found,
-        baseline=found,
-        output=logged,
-        shares=_shares(job.blocks),
+        len(job.prompt),
+        logged,
+        job.sampling.max_tokens,
+        logged + remaining,  # expected
+        uncached_tokens,  # waiting
+        uncached_tokens,  # charged
+        job.attempt == 1 and not found,  # corrects
+        found,  # baseline
+        logged,  # output
+        _shares(job.blocks),
     )
 
 
@@ -192,6 +192,7 @@ class Bookings:
         "is_open",
         "jobs",
         "load",
+        "place",
         "profiles",
         "refusals",
         "reserved",
@@ -211,6 +212,8 @@ class Bookings:
         self.reserved = [0] * len(Band)
         self.held = 0
         self.load = 0
+        self.place = (0, facts.worker)
+        """Load and name: where an open worker stands among the others."""
         self.shares: dict[int, int] = {}
         self.shared = 0
         """Steps of prefixes that more than one job has."""

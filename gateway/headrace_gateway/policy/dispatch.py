@@ -112,17 +112,18 @@ class DispatchPolicy:
     def handed_off(self, decision: Decision, now_ms: int) -> None:
         """Book `decision`: it leaves the queue, its tenant pays for the prompt."""
         item, worker, uncached = decision.item, decision.route.worker, decision.uncached_tokens
-        self.queue.take(item.job.id, _to_pay(decision))
-        self.workload.book(worker, item.job, uncached, now_ms)
-        self.index.expect(worker, item.job.blocks, now_ms)
+        job = item.job
+        self.queue.take(job.id, _to_pay(item, uncached))
+        self.workload.book(worker, job, uncached, now_ms)
+        self.index.expect(worker, job.blocks, now_ms)
         self.breakers.dispatched(worker, now_ms)
-        self.throughput.dispatched(item.job.band, uncached + item.job.expected_output)
+        self.throughput.dispatched(job.band, uncached + job.expected_output)
 
     def refused(self, decision: Decision, *, again: bool) -> None:
         """The hand-off did not happen; with `again` the job waits on, else it is gone."""
-        job = decision.item.job
+        item, job = decision.item, decision.item.job
         self.workload.cancel(decision.route.worker, job.id)
-        self.queue.put_back(decision.item, _to_pay(decision))
+        self.queue.put_back(item, _to_pay(item, decision.uncached_tokens))
         if not again:
             self.queue.remove(job.id)
 
@@ -187,9 +188,9 @@ class DispatchPolicy:
         self.shared.check_integrity()
 
 
-def _to_pay(decision: Decision) -> int:
+def _to_pay(item: Queued, uncached_tokens: int) -> int:
     """Prompt tokens that the tenant pays for: a job whose worker died has been paid for."""
-    return 0 if decision.item.rescued_from else decision.uncached_tokens
+    return 0 if item.rescued_from else uncached_tokens
 
 
 def reason_of_lateness(item: Queued, now_ms: int) -> str:

@@ -82,7 +82,9 @@ class Expectations:
         young = self._young
         for place in places:
             key = keys[place]
-            young[key] = young.get(key, 0) | bit
+            others = young.get(key)
+            # most keys have one worker, and the same number serves for all of these
+            young[key] = others | bit if others else bit
 
     def remove(self, bit: int, keys: Sequence[int]) -> None:
         """The worker `bit` does not hold these blocks any more."""
@@ -112,7 +114,9 @@ class Expectations:
         step, last = 1, 1
         while step < len(places):
             key = keys[places[step]]
-            both = alive & (young(key, 0) | old(key, 0))
+            both = alive & young(key, 0)
+            if both != alive:
+                both |= alive & old(key, 0)
             if both != alive:
                 found.append(Holders(last, alive ^ both))
                 alive = both

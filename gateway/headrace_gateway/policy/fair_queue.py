@@ -64,12 +64,14 @@ def work_of(job: Job) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One waiting job and its order among its tenant's; `number` is its sequence."""
+    """One waiting job and its order among its tenant's; `number` is its sequence. `work` and what
+    it adds to its tenant's counter (`virtual`) are what is expected."""
 
     item: Queued
     due_ms: int
     number: int
     work: int
+    virtual: float
     live: bool = True
 
 
@@ -150,17 +152,18 @@ class _Queue:
                 self._clean()
 
     def first(self) -> _Line | None:
-        """Whose turn it is."""
+        """Whose turn it is; the first of its jobs waits."""
         heap = self._heap
         while heap:
             virtual, _, _, sequence, number, line = heap[0]
             if number != line.number:
                 heapq.heappop(heap)
-            elif line.first()[2] == sequence and line.counter.value == virtual:
+                continue
+            _, _, first, slot = line.jobs[0]
+            if first == sequence and slot.live and line.counter.value == virtual:
                 self._counters.advance(self._band, virtual)
                 return line
-            else:
-                heapq.heapreplace(heap, self._entry(line, self._key(line)))
+            heapq.heapreplace(heap, self._entry(line, self._key(line)))
         return None
 
     def least(self) -> float | None:
@@ -170,25 +173,28 @@ class _Queue:
 
     def order(self, limit: int) -> list[_Slot]:
         """The first `limit` jobs in the order in which they go if all do the expected work."""
-        start = [(*self._key(line), line) for line in self.lines.values()]
+        found: list[_Slot] = []
+        if limit <= 0:
+            return found
+        start = [(line.counter.value, *line.first(), line) for line in self.lines.values()]
         heapq.heapify(start)
         copies: dict[str, list[Entry]] = {}
-        found: list[_Slot] = []
         while start and len(found) < limit:
-            virtual, _, _, _, line = start[0]
+            virtual, _, _, _, slot, line = start[0]
+            found.append(slot)
+            if line.count == 1:
+                heapq.heappop(start)
+                continue
             jobs = copies.get(line.tenant)
             if jobs is None:
                 jobs = copies[line.tenant] = line.jobs.copy()
-            slot = heapq.heappop(jobs)[3]
-            found.append(slot)
+            heapq.heappop(jobs)
             while jobs and not jobs[0][3].live:
                 heapq.heappop(jobs)
-            if not jobs:
+            if jobs:
+                heapq.heapreplace(start, (virtual + slot.virtual, *jobs[0], line))
+            else:
                 heapq.heappop(start)
-                continue
-            job = slot.item.job
-            virtual += virtual_tokens(job.weight, input_tokens_of(job), job.expected_output)
-            heapq.heapreplace(start, (virtual, *jobs[0][:3], line))
         return found
 
     def check_integrity(self) -> None:
@@ -290,7 +296,7 @@ class FairQueue:
         for band, queue in enumerate(self._queues):
             line = queue.first()
             if line is not None:
-                slot = line.first()[3]
+                slot = line.jobs[0][3]
                 due = bool(ranked) and self._shares.is_due(band, slot.work)
                 (ahead if due else ranked).append(slot.item)
         return ahead + ranked
@@ -378,7 +384,9 @@ class FairQueue:
         if job.id in self._slots:
             return False
         self._sequence += 1
-        slot = _Slot(item, due_ms(job), self._sequence, work_of(job))
+        tokens, output = input_tokens_of(job), job.expected_output
+        virtual = virtual_tokens(job.weight, tokens, output)
+        slot = _Slot(item, due_ms(job), self._sequence, work_of(job), virtual)
         self._slots[job.id] = slot
         self._queues[job.band].push(slot, lift)
         self._counts[job.band] += 1

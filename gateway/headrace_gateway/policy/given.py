@@ -26,20 +26,19 @@ class Given:
     def __init__(self, half_life_ms: int = HALF_LIFE_MS) -> None:
         self._half_life_ms = half_life_ms
         self._epoch_ms: int | None = None
-        self._sums: dict[str, float] = {}
+        self._unit: tuple[int | None, float] = (None, 1.0)
+        self.sums: dict[str, float] = {}
+        """By worker, in units of the epoch: comparable with each other and multiples of `unit`. Not
+        to be changed by others."""
         self._heap: list[tuple[float, str]] = []
         self.total = 0.0
 
     def set_workers(self, workers: Iterable[str]) -> None:
         """Those that count; new ones have been given nothing."""
-        kept = {worker: self._sums.get(worker, 0.0) for worker in workers}
-        if kept.keys() != self._sums.keys():
-            self._sums = kept
+        kept = {worker: self.sums.get(worker, 0.0) for worker in workers}
+        if kept.keys() != self.sums.keys():
+            self.sums = kept
             self._sort()
-
-    def of(self, worker: str) -> float:
-        """In units of the epoch: comparable with other sums and multiples of `unit`."""
-        return self._sums.get(worker, 0.0)
 
     @property
     def least(self) -> str:
@@ -47,19 +46,26 @@ class Given:
         heap = self._heap
         while heap:
             known, worker = heap[0]
-            given = self._sums[worker]
+            given = self.sums[worker]
             if known == given:
                 return worker
             heapq.heapreplace(heap, (given, worker))
         return ""
 
     def unit(self, now_ms: int) -> float:
+        at_ms, unit = self._unit
+        if at_ms != now_ms:
+            unit = self._unit_at(now_ms)
+            self._unit = now_ms, unit
+        return unit
+
+    def _unit_at(self, now_ms: int) -> float:
         if self._epoch_ms is None:
             self._epoch_ms = now_ms
         half_lives = (now_ms - self._epoch_ms) / self._half_life_ms
         if half_lives > _HALF_LIVES_MAX:
             fade = 0.5 ** min(half_lives, 1_000.0)
-            self._sums = {worker: each * fade for worker, each in self._sums.items()}
+            self.sums = {worker: each * fade for worker, each in self.sums.items()}
             self._sort()
             self._epoch_ms, half_lives = now_ms, 0.0
         # a clock that was set back makes what is given now count little, for a while
@@ -69,17 +75,17 @@ class Given:
         """`worker` was given `tokens` of work."""
         assert tokens >= 0, "what was given is not taken back"
         more = tokens * self.unit(now_ms)
-        before = self._sums.get(worker)
+        before = self.sums.get(worker)
         if before is not None:
-            self._sums[worker] = before + more
+            self.sums[worker] = before + more
             self.total += more
 
     def check_integrity(self) -> None:
-        assert sorted(worker for _, worker in self._heap) == sorted(self._sums), "one entry each"
-        assert all(known <= self._sums[worker] for known, worker in self._heap), "never too high"
-        total = sum(self._sums.values())
+        assert sorted(worker for _, worker in self._heap) == sorted(self.sums), "one entry each"
+        assert all(known <= self.sums[worker] for known, worker in self._heap), "never too high"
+        total = sum(self.sums.values())
         assert abs(total - self.total) <= 1e-6 * (1 + total), "sums add up"
 
     def _sort(self) -> None:
-        self._heap = sorted((each, worker) for worker, each in self._sums.items())
-        self.total = sum(self._sums.values())
+        self._heap = sorted((each, worker) for worker, each in self.sums.items())
+        self.total = sum(self.sums.values())

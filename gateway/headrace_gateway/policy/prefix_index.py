@@ -30,6 +30,9 @@ WORKER_BLOCKS_MAX = 262_144
 TOTAL_BLOCKS_MAX = 1_048_576
 """Pairs of worker and block; about 150 bytes each."""
 WALKED = 16
+NAMED_MAX = 2_048
+"""Sets of slots whose workers' names are kept at hand: the holders of a hot prefix stay the same
+for many decisions."""
 
 
 class PrefixIndex:
@@ -39,6 +42,7 @@ class PrefixIndex:
         self._total_max = total_max
         self._slots: dict[str, int] = {}
         self._names: dict[int, str] = {}
+        self._named: dict[int, list[str]] = {}
         self._retired: deque[tuple[int, int]] = deque()
         self.bits: dict[str, int] = {}
         """The bit of each worker in Holders, for who asks for many; not to be changed."""
@@ -104,6 +108,7 @@ class PrefixIndex:
         del self._held[worker]
         slot = self._slots.pop(worker)
         del self._names[slot]
+        self._named.clear()
         # expectations may still name it: it is used again when these have ended
         self._retired.append((self._expected.generation + 2, slot))
 
@@ -162,16 +167,23 @@ class PrefixIndex:
         return found
 
     def names(self, slots: int, limit: int) -> list[str] | None:
-        """The workers of a set of slots; None if they are more than `limit`."""
+        """The workers of a set of slots, not to be changed; None if they are more than `limit`."""
         if slots.bit_count() > limit:
             return None
-        return [self._names[slot] for slot in _slots_of(slots)]
+        named = self._named.get(slots)
+        if named is None:
+            if len(self._named) >= NAMED_MAX:
+                self._named.clear()
+            named = self._named[slots] = [self._names[slot] for slot in _slots_of(slots)]
+        return named
 
     def check_integrity(self) -> None:
         assert self._count == sum(map(len, self._held.values())), "pairs add up"
         assert self._count <= self._total_max, "the total is bounded"
         assert self._slots == {name: slot for slot, name in self._names.items()}
         assert self.bits == {name: 1 << slot for name, slot in self._slots.items()}
+        for slots, named in self._named.items():
+            assert named == [self._names[slot] for slot in _slots_of(slots)], "kept names are true"
         assert self._slots.keys() == self._held.keys(), "a worker has a slot and a table"
         seen: dict[int, int] = {}
         for worker, held in self._held.items():
@@ -194,6 +206,7 @@ class PrefixIndex:
                 slot = self._retired.popleft()[1]
             self._slots[worker] = slot
             self._names[slot] = worker
+            self._named.clear()
             self.bits[worker] = 1 << slot
             self._live |= 1 << slot
             self._held[worker] = {}

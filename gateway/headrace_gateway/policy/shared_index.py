@@ -108,9 +108,11 @@ class SharedIndex:
         `blocks` are the prompt's keys, BLOCK_KEY_BYTES each.
         """
         sets = [held.keys for held in self._nodes.values() if held.keys]
+        if not sets:
+            return 0
         view = memoryview(blocks).cast("Q")
         total = len(view)
-        if not sets or first >= total or _first_missing(view, (first,), sets) == first:
+        if first >= total or _first_missing(view, (first,), sets) == first:
             return 0
         strides = (*range(first + STRIDE, total, STRIDE), total - 1)
         bad = _first_missing(view, strides, sets)

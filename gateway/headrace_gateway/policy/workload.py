@@ -78,12 +78,17 @@ class Standing(NamedTuple):
     full: bool
 
 
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time; for those that each decision makes several of."""
+
+
 class Workload:
     """The bookings of one model's workers."""
 
     def __init__(self, expect: Expect, config: WorkloadConfig | None = None) -> None:
         self._expect = expect
         self._config = config or WorkloadConfig()
+        self._decode_weight = self._config.decode_weight
         self._workers: dict[str, Bookings] = {}
         self._order: list[tuple[int, str]] = []
         self._open: tuple[str, ...] = ()
@@ -142,9 +147,10 @@ class Workload:
 
         `found`: it was there already, so its first report only says what has been charged before.
         """
-        if self.booked(worker, job.id):
-            self.cancel(worker, job.id)
         known = self._at(worker)
+        if job.id in known.jobs:
+            self.cancel(worker, job.id)
+            known = self._at(worker)
         remaining = self._remaining(job)
         known.put(booking_of(job, remaining, uncached_tokens, found=found))
         self._reorder(worker, known)
@@ -188,9 +194,10 @@ class Workload:
 
     def demand(self, job: Job, now_ms: int) -> Demand:
         """What `job` asks of any worker at wall-clock `now_ms`."""
-        level = int(job.band) if priority.is_pressing(job, now_ms) else ALL
+        band = int(job.band)
+        level = band if band != ALL and priority.is_pressing(job, now_ms) else ALL
         held = len(job.prompt) + len(job.logged)
-        return Demand(int(job.band), held, self._remaining(job), level)
+        return Demand(band, held, self._remaining(job), level)
 
     def room(self, worker: str, job: Job, now_ms: int) -> Verdict:
         """Whether `job` may go to `worker` now."""
@@ -310,13 +317,17 @@ class Workload:
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
         """The first `limit` of `workers` that take jobs, least load first, then by name; those that
         are known to be full come last."""
-        found = []
+        free: list[tuple[int, str]] = []
+        full: list[tuple[int, str]] = []
+        get = self._workers.get
         for worker in workers:
-            known = self._workers.get(worker)
+            known = get(worker)
             if known is not None and known.is_open:
-                found.append((known.shut[ALL] is NO_SLOT, known.load, worker))
-        found.sort()
-        return [worker for _, _, worker in found[:limit]]
+                (full if known.shut[ALL] is NO_SLOT else free).append(known.place)
+        free.sort()
+        if full and (limit is None or len(free) < limit):
+            free += sorted(full)
+        return [worker for _, worker in free[:limit]]
 
     @property
     def least_given(self) -> str:
@@ -331,20 +342,21 @@ class Workload:
 
     def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
         """How `workers` stand for a job of `band`, without those that take no jobs."""
-        workloads, given, mean = self._workers, self._given, self.prefill_per_s
+        workloads, given, mean = self._workers, self._given.sums, self.prefill_per_s
+        lower = range(band + 1, len(Band))
         found = []
         for worker in workers:
             known = workloads.get(worker)
             if known is None or not known.is_open:
                 continue
             work, slowness = known.load, 1.0
-            if band != ALL:
-                work -= sum(known.waiting[band + 1 :])
+            for each in lower:
+                work -= known.waiting[each]
             if known.speeds.prefill_per_s:
                 slowness = known.speeds.slowness(mean)
             full = known.shut[ALL] is NO_SLOT
-            had = given.of(worker)
-            found.append(Standing(worker, work, had, len(known.jobs), slowness, full))
+            facts = (worker, work, given.get(worker, 0.0), len(known.jobs), slowness, full)
+            found.append(_tuple(Standing, facts))
         return found
 
     def sharers(self, worker: str, key: int) -> int:
@@ -373,6 +385,7 @@ class Workload:
                     assert name in maybe or not fits, "it was refused everywhere else"
         for each in self._workers.values():
             assert each.load == self._load_of(each), "a load is that of the bookings"
+            assert not each.is_open or each.place == (each.load, each.facts.worker)
             assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
             each.check_integrity()
         self._given.check_integrity()
@@ -402,18 +415,19 @@ class Workload:
         return uncached_tokens + self._config.output_weight * remaining
 
     def _load_of(self, known: Bookings) -> int:
-        return sum(known.waiting) + round(self._config.decode_weight * known.held)
+        return sum(known.waiting) + round(self._decode_weight * known.held)
 
     def _reopen(self, worker: str, known: Bookings) -> None:
         if not known.is_open:
             known.is_open = True
-            insort(self._order, (known.load, worker))
+            known.place = (known.load, worker)
+            insort(self._order, known.place)
 
     def _close(self, worker: str, known: Bookings) -> None:
         if known.is_open:
             known.is_open = False
             self._refusals.forget(worker)
-            del self._order[bisect_left(self._order, (known.load, worker))]
+            del self._order[bisect_left(self._order, known.place)]
 
     def _changed(self, worker: str, known: Bookings) -> None:
         """What did not fit on `worker` may fit now."""
@@ -432,8 +446,10 @@ class Workload:
         """Bring a worker's load and place in the order up to its sums."""
         load = self._load_of(known)
         if load != known.load and known.is_open:
-            del self._order[bisect_left(self._order, (known.load, worker))]
-            insort(self._order, (load, worker))
+            order = self._order
+            del order[bisect_left(order, known.place)]
+            known.place = (load, worker)
+            insort(order, known.place)
         known.load = load
 
     def _note_speed(self, before: float, after: float) -> None:
