@@ -159,6 +159,12 @@ class Connection(FrameProtocol[Request]):
             self._queue(reply)
 
     def _queue(self, reply: Reply) -> None:
+        """Send `reply`: now if it is small and nothing is before it, else by a task."""
+        if self._writer is None and not reply.payload and self.try_send(reply.head):
+            self._host.sent(self, reply)
+            if self._paused:
+                self._set_paused()
+            return
         self._unsent.append(reply)
         self._unsent_bytes += reply.size_bytes
         self._set_paused()

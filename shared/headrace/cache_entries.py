@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.copying import copy_bytes
+from headrace.checksum import checksum
+from headrace.copying import copy_bytes, copy_checked
 from headrace.frames import (
     COST_MAX,
     DEPTH_MAX,
@@ -47,6 +48,11 @@ class WriteEntry:
     layout: bytes = b""
     pin_ms: int = 0
 
+    def fill_checked(self, view: memoryview) -> int:
+        """`fill`, and the CRC of what is in `view` then."""
+        self.fill(view)
+        return checksum(view)
+
     def payload(self) -> Buffer:
         """The bytes, for a service whose arena is not mapped here."""
         data = bytearray(self.size_bytes)
@@ -79,6 +85,9 @@ class PutEntry:
 
     def fill(self, view: memoryview) -> None:
         copy_bytes(view, self.data)
+
+    def fill_checked(self, view: memoryview) -> int:
+        return copy_checked(view, self.data)
 
     def payload(self) -> Buffer:
         return self.data

@@ -165,7 +165,7 @@ class Connection(FrameProtocol[Answer]):
 
     def give_back(self, lease: int) -> None:
         """Tell the service that what it lent or reserved is not used any more. Never waits."""
-        if lease and not self.closed:
+        if lease and not self.closed and not self.try_send(encode(Release(0, lease))):
             task = asyncio.get_running_loop().create_task(self._send_release(lease))
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
@@ -210,7 +210,9 @@ class Connection(FrameProtocol[Answer]):
         if places:
             self._places[request.id] = places
         try:
-            await self.send([encode(request), *payload], stall_s)
+            head = encode(request)
+            if payload or not self.try_send(head):
+                await self.send([head, *payload], stall_s)
             return await future
         finally:
             del self._pending[request.id]

@@ -15,7 +15,7 @@ import structlog
 from headrace.arena_view import ArenaView
 from headrace.cache_entries import Entry, batches, facts_of
 from headrace.cache_lane import Connection, Lane
-from headrace.cache_threads import in_thread
+from headrace.cache_threads import in_threads
 from headrace.checksum import checksum
 from headrace.errors import WireError
 from headrace.frames import Buffer, Commit, Counted, Put, Reserve, Reserved
@@ -61,11 +61,11 @@ async def _send(
     trace: Mapping[str, str],
     timeout_s: float,
 ) -> int | None:
-    def work(first: int, last: int) -> list[tuple[Buffer, int]]:
-        payloads = [entry.payload() for entry in batch[first:last]]
-        return [(payload, checksum(payload)) for payload in payloads]
+    def work(number: int) -> tuple[Buffer, int]:
+        payload = batch[number].payload()
+        return payload, checksum(payload)
 
-    filled = await in_thread(work, [entry.size_bytes for entry in batch])
+    filled = await in_threads(work, [entry.size_bytes for entry in batch])
     facts = tuple(facts_of(entry, crc) for entry, (_, crc) in zip(batch, filled, strict=True))
     answered = await lane.ask(
         lambda message_id, _: Put(message_id, facts, trace),
@@ -163,11 +163,8 @@ async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int])
         if place != NOWHERE
     ]
 
-    def work(first: int, last: int) -> list[int]:
-        crcs = []
-        for entry, view in given[first:last]:
-            entry.fill(view)
-            crcs.append(checksum(view))
-        return crcs
+    def work(number: int) -> int:
+        entry, view = given[number]
+        return entry.fill_checked(view)
 
-    return await in_thread(work, [entry.size_bytes for entry, _ in given])
+    return await in_threads(work, [entry.size_bytes for entry, _ in given])

@@ -201,6 +201,15 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
         if self._transport is not None:
             self._transport.abort()
 
+    def try_send(self, buffer: Buffer) -> bool:
+        """Send a frame that is one small buffer, unless that would have to wait; whether it was."""
+        if self._turn.locked() or not self._writable.is_set():
+            return False
+        if self.closed or self.transport.is_closing():
+            return False
+        self.transport.write(buffer)
+        return True
+
     async def send(self, buffers: Sequence[Buffer], stall_s: float) -> None:
         """Send one frame. The buffers must stay as they are until they have left.
 
