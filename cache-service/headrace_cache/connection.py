@@ -98,7 +98,6 @@ class Connection(FrameProtocol[Request]):
         self._unsent_bytes = 0
         self._awaited: set[asyncio.Task[None]] = set()
         self._writer: asyncio.Task[None] | None = None
-        self._paused = False
         self._began_ns = 0
         self._began_s = 0.0
         self._heard_ms = host.clock.now_ms()
@@ -182,12 +181,11 @@ class Connection(FrameProtocol[Request]):
             or self._host.stopping
         )
         if full != self._paused and not self.closed and not self.transport.is_closing():
-            self._paused = full
             if full:
-                self.transport.pause_reading()
+                self.pause_reading()
             else:
-                self.transport.resume_reading()
                 self._heard_ms = self._host.clock.now_ms()
+                self.resume_reading()
 
     async def _write_unsent(self) -> None:
         stall_s = self._host.limits.stall_ms_max / 1000

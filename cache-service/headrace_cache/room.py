@@ -78,9 +78,16 @@ class Room:
             self._quotas.took(tenant, charge)
         return place
 
-    def make_at_once(self, tenant: int, sizes: Sequence[int]) -> list[int] | None:
-        """Places for entries of `tenant`, to be owned next; None if somebody has to leave."""
+    def make_at_once(self, tenant: int, sizes: Sequence[int], now_ms: int) -> list[int] | None:
+        """Places for entries of `tenant`, to be owned next; None if that takes one by one.
+
+        Where there is no room, those leave who would have left by now had `trim` been called more.
+        """
         charge = sum(map(charged_bytes, sizes))
+        missing_bytes = self._quotas.used_bytes + charge - self._quotas.high_bytes
+        if missing_bytes > 0:
+            over_bytes = self._quotas.used_bytes - self._quotas.low_bytes
+            self._trim(min(over_bytes, missing_bytes), now_ms)
         if not self._quotas.fits(tenant, charge):
             return None
         places = self._arena.take_all(sizes)
@@ -121,9 +128,14 @@ class Room:
             return False
         usual_bytes = max(1, self._quotas.used_bytes // max(1, self._index.counts[Tier.RAM]))
         some_bytes = min(over_bytes, TRIM_ENTRIES_MAX * usual_bytes)
+        return self._trim(some_bytes, now_ms) > 0 and some_bytes < over_bytes
+
+    def _trim(self, size_bytes: int, now_ms: int) -> int:
+        """Have `size_bytes` leave, if that is more than none; how many entries left."""
+        if size_bytes <= 0:
+            return 0
         spare = self._quotas.spare() if self._shares else None
-        call = Call(some_bytes, spare, "above the low watermark")
-        return self._evict(call, now_ms) > 0 and some_bytes < over_bytes
+        return self._evict(Call(size_bytes, spare, "above the low watermark"), now_ms)
 
     def set_quota(self, tenant: str, share: Share, now_ms: int) -> str:
         """Why `share` cannot be granted; '' when it holds, and what exceeds it has left."""

@@ -8,7 +8,7 @@ before anything comes in (`room.py`), so that the budget always holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -163,15 +163,7 @@ class Store:
             for slot in slots:
                 index.raise_band(slot, band)
         sizes = tuple(map(index.size_bytes.__getitem__, slots))
-        saved_us = 0
-        for tallies, some in self._tallied(slots):
-            some_us = sum(map(index.cost_us.__getitem__, some))
-            some_bytes = sum(map(index.size_bytes.__getitem__, some))
-            saved_us += some_us
-            for tally in tallies:
-                tally.hits += len(some)
-                tally.hit_bytes += some_bytes
-                tally.saved_us += some_us
+        saved_us = self.tallies.note_hits(index, slots)
         if not more and len(slots) < len(keys):
             self.tallies.kind(keys[0].kind).misses += len(keys) - len(slots)
         loan = Loan(
@@ -262,9 +254,7 @@ class Store:
             self._tickets.setdefault(holder, {})[ticket] = writing
         return Reservation(ticket, tuple(places), tuple(outcomes))
 
-    def _reserve_at_once(
-        self, entries: Sequence[EntryFacts], now_ms: int
-    ) -> list[int] | None:
+    def _reserve_at_once(self, entries: Sequence[EntryFacts], now_ms: int) -> list[int] | None:
         """What `_reserve_one` does for each; None if they are not all new, or have no room yet."""
         index, tenant = self.index, entries[0].tenant
         keys = {facts.key for facts in entries}
@@ -276,7 +266,7 @@ class Store:
         if self.reserved_bytes + sum(charges) > self.reserved_bytes_max:
             return None
         number = index.tenant(tenant)
-        places = self._room.make_at_once(number, [facts.size_bytes for facts in entries])
+        places = self._room.make_at_once(number, [facts.size_bytes for facts in entries], now_ms)
         if places is None:
             return None
         self.reserved_bytes += sum(charges)
@@ -348,12 +338,7 @@ class Store:
             if told is not None:
                 for slot in slots:
                     told(slot)
-        for tallies, some in self._tallied(slots):
-            some_bytes = sum(map(sizes.__getitem__, some))
-            for tally in tallies:
-                tally.entries += len(some)
-                tally.bytes += some_bytes
-                tally.kept += len(some)
+        self.tallies.note_kept(self.index, slots)
 
     def _give_up(self, writing: _Writing) -> None:
         self.reserved_bytes -= charged_bytes(self.index.size_bytes[writing.slot])
@@ -386,12 +371,7 @@ class Store:
 
     def _leaving(self, slots: Sequence[int]) -> None:
         """The policy has chosen `slots`."""
-        for tallies, some in self._tallied(slots):
-            some_bytes = sum(map(self.index.size_bytes.__getitem__, some))
-            for tally in tallies:
-                tally.evictions += len(some)
-                tally.entries -= len(some)
-                tally.bytes -= some_bytes
+        self.tallies.note_evicted(self.index, slots)
         for slot in slots:
             if self.evicted is not None:
                 self.evicted(self.facts(slot), self.data(slot))
@@ -465,17 +445,6 @@ class Store:
     def _tallies(self, slot: int) -> tuple[Tally, Tally]:
         index = self.index
         return self.tallies.both(KINDS[index.kind[slot]], index.tenant_name(index.tenant_of[slot]))
-
-    def _tallied(
-        self, slots: Sequence[int]
-    ) -> Iterator[tuple[tuple[Tally, Tally], Sequence[int]]]:
-        """`slots` by whose they are, with the tallies of each."""
-        owners = self.index.tenant_of, self.index.kind
-        groups: dict[tuple[int, int], list[int]] = {}
-        for slot in slots:
-            groups.setdefault((owners[0][slot], owners[1][slot]), []).append(slot)
-        for (tenant, kind), some in groups.items():
-            yield self.tallies.both(KINDS[kind], self.index.tenant_name(tenant)), some
 
     def _refuse(self, facts: EntryFacts, outcome: Outcome) -> tuple[int, Outcome]:
         tenant = self.index.tenant_name(self.index.tenant(facts.tenant))

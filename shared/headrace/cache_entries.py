@@ -108,7 +108,8 @@ def check_layout(layout: bytes) -> None:
 
 def check_entry(entry: Entry) -> None:
     """Assert what the service would hang up on."""
-    keys_of((entry.hash,), entry.kind)
+    assert entry.kind in KINDS, f"kind is one of {KINDS}"
+    assert len(entry.hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
     assert len(entry.parent) in (0, HASH_BYTES), f"a parent is empty or {HASH_BYTES} bytes"
     if isinstance(entry, PutEntry):
         assert memoryview(entry.data).format == "B", "entries are bytes: cast other memoryviews"
@@ -124,29 +125,24 @@ def check_entry(entry: Entry) -> None:
 
 def facts_of(entry: Entry, crc: int = 0) -> EntryFacts:
     return EntryFacts(
-        key=EntryKey(entry.kind, entry.hash),
-        parent=entry.parent,
-        depth=entry.depth,
-        size_bytes=entry.size_bytes,
-        crc=crc,
-        band=entry.band,
-        tenant=entry.tenant,
-        cost_tokens=entry.cost_tokens,
-        cost_ms=entry.cost_ms,
-        layout=entry.layout,
-        pin_ms=entry.pin_ms,
-    )
+        EntryKey(entry.kind, entry.hash), entry.parent, entry.depth, entry.size_bytes, crc,
+        entry.band, entry.tenant, entry.cost_tokens, float(entry.cost_ms), entry.layout,
+        entry.pin_ms,
+    )  # fmt: skip
 
 
-def batches(entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX) -> list[list[Entry]]:
-    """`entries` in order, cut where a batch would grow too large."""
+def batches(
+    entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX, first_bytes_max: int = 0
+) -> list[list[Entry]]:
+    """`entries` in order, cut where a batch would grow too large; 0: the first as large as any."""
     cut: list[list[Entry]] = []
-    size_bytes = 0
+    room_bytes = 0
     for entry in entries:
-        size_bytes += entry.size_bytes
-        full = bool(cut) and len(cut[-1]) >= BATCH_ENTRIES_MAX
-        if not cut or full or size_bytes > size_bytes_max:
+        size_bytes = entry.size_bytes
+        room_bytes -= size_bytes
+        if not cut or room_bytes < 0 or len(cut[-1]) >= BATCH_ENTRIES_MAX:
+            limit_bytes = size_bytes_max if cut or not first_bytes_max else first_bytes_max
+            room_bytes = limit_bytes - size_bytes
             cut.append([])
-            size_bytes = entry.size_bytes
         cut[-1].append(entry)
     return cut

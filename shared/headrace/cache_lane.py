@@ -134,6 +134,8 @@ class Connection(FrameProtocol[Answer]):
         self._filling = 0
         """The request whose answer is being received into its caller's memory, if any is."""
         self.arena: ArenaView | None = None
+        self.writers = 0
+        """Batches that are being written in place."""
         self._pending: dict[int, asyncio.Future[tuple[Answer, Parts]]] = {}
         self._places: dict[int, Sequence[memoryview]] = {}
         """By request: the caller's memory, for an answer whose entries have its lengths."""

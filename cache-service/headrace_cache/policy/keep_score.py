@@ -221,8 +221,6 @@ class KeepScore(Chains):
         return self._band[slot] * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1
 
     def _worth_step(self, slot: int) -> int:
-        if not self._cost_us[slot]:
-            return WORTH_MIDDLE
         usual = self._costs_us / self._costed_bytes
         # frexp's exponent is the logarithm, rounded up
         _, step = math.frexp(HALF_STEP * self._cost_us[slot] / self._size[slot] / usual)
@@ -231,9 +229,11 @@ class KeepScore(Chains):
 
     def _cell_now(self, slot: int) -> int:
         """tenant, worth, class and age as one number."""
-        group = self._tenant[slot] * WORTH_STEPS + self._worth_step(slot)
-        bucket = bucket_of(self._model.clock - self._last[slot])
-        return (group * len(CLASSES) + self._class(slot)) * BUCKETS + bucket
+        worth = self._worth_step(slot) if self._cost_us[slot] else WORTH_MIDDLE
+        uses = self._uses[slot]
+        group = (self._tenant[slot] * WORTH_STEPS + worth) * len(CLASSES)
+        class_ = self._band[slot] * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1
+        return (group + class_) * BUCKETS + bucket_of(self._model.clock - self._last[slot])
 
     def _score(self, cell: int) -> float:
         rest, bucket = divmod(cell, BUCKETS)

@@ -131,16 +131,24 @@ class ReuseModel:
             watched = self._watched.items()
             self._watched = {name: seen for name, seen in watched if not name >> shift}
 
-    def _learn(self) -> None:
-        ended = [list(counts) for counts in self._given_up]
+    def waiting(self) -> list[list[float]]:
+        """How many watched names, by class and age, were not used again so far."""
+        waiting = [[0.0] * BUCKETS for _ in self._families]
         # the longest unused comes first, so each bucket's names stand together
         watched, last = list(self._watched.values()), len(self._watched)
         for bucket in range(BUCKETS):
             youngest = self.clock - STARTS[bucket + 1] if bucket < BUCKETS - 1 else -1
             first = bisect_left(watched, youngest + 1 << CLASS_BITS)
             for class_, count in Counter(map(_class_of, watched[first:last])).items():
-                ended[class_][bucket] += count
+                waiting[class_][bucket] += count
             last = first
+        return waiting
+
+    def _learn(self) -> None:
+        ended = [
+            [gone + still for gone, still in zip(*each, strict=True)]
+            for each in zip(self._given_up, self.waiting(), strict=True)
+        ]
         families: dict[int, tuple[list[float], list[float]]] = {}
         for class_, family in enumerate(self._families):
             reused, gone = families.setdefault(family, ([0.0] * BUCKETS, [0.0] * BUCKETS))
