@@ -4,8 +4,11 @@ Client and service are processes of their own. `shm` reads and writes in place, 
 send entries as frames. A client keeps one, two or four batches in flight. Every put is of new keys,
 so that once the budget is full each also evicts.
 What is got is checked by CRC, as always; `get` copies it into the client's own memory, `view` uses
-it where it lies. memcpy is measured in the same process, over the same sizes, from cold sources
-(a ring larger than the CPU's caches) into the mapping of a file in /dev/shm.
+it where it lies. A put is all of it: naming the entries, their places, the copy, the checksum, and
+whatever leaves for them; a get is from the call to checked bytes in the caller's memory.
+memcpy is one thread's, in the same process, over the same sizes, from a ring larger than the CPU's
+caches to one of the same size in a file in /dev/shm, whose pages are mapped: source and target are
+cold, for a copy as for a put and a get (which read the last CHAINS_READ batches in turn).
 """
 
 from __future__ import annotations
@@ -140,9 +143,11 @@ async def measure(
         async with client.read(resident[-1 - number % CHAINS_READ]) as run:
             assert len(run.blocks) == entries, "everything was there"
 
-    # once through the budget, so that memory is there and evictions are part of it
+    # once through the budget, so that memory is there and evictions are part of it; read, too:
+    # gets have a connection and a mapping of their own, whose pages are mapped by their first use
     for number in range(BUDGET_BYTES // batch_bytes + 1):
         await put(number)
+        await view(number)
     first = len(resident)
     how = (batch_bytes, seconds, in_flight)
     rates = {"put": await timed(lambda n: put(first + n), *how)}

@@ -23,7 +23,7 @@ import stat
 from array import array
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -173,6 +173,22 @@ class Arena:
             self._add_free(start + count, rest)
         self._live += count
         return HEADER_BYTES + start * GRANULE_BYTES
+
+    def take_all(self, sizes: Sequence[int]) -> list[int] | None:
+        """Places of live extents that are NOBODY's yet, or None, if not all fit as they are."""
+        places: list[int] = []
+        for size_bytes in sizes:
+            place = self.take(size_bytes, NOBODY)
+            if place is None:
+                for taken in places:
+                    self.free(taken)
+                return None
+            places.append(place)
+        return places
+
+    def own(self, place: int, owner: int) -> None:
+        """The live extent at `place` is the owner's from now on."""
+        self._owner[(place - HEADER_BYTES) // GRANULE_BYTES] = owner
 
     def free(self, place: int) -> None:
         """End the live extent at `place`."""

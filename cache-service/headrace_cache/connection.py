@@ -98,7 +98,6 @@ class Connection(FrameProtocol[Request]):
         self._unsent_bytes = 0
         self._awaited: set[asyncio.Task[None]] = set()
         self._writer: asyncio.Task[None] | None = None
-        self._paused = False
         self._began_ns = 0
         self._began_s = 0.0
         self._heard_ms = host.clock.now_ms()
@@ -159,6 +158,12 @@ class Connection(FrameProtocol[Request]):
             self._queue(reply)
 
     def _queue(self, reply: Reply) -> None:
+        """Send `reply`: now if it is small and nothing is before it, else by a task."""
+        if self._writer is None and not reply.payload and self.try_send(reply.head):
+            self._host.sent(self, reply)
+            if self._paused:
+                self._set_paused()
+            return
         self._unsent.append(reply)
         self._unsent_bytes += reply.size_bytes
         self._set_paused()
@@ -176,12 +181,11 @@ class Connection(FrameProtocol[Request]):
             or self._host.stopping
         )
         if full != self._paused and not self.closed and not self.transport.is_closing():
-            self._paused = full
             if full:
-                self.transport.pause_reading()
+                self.pause_reading()
             else:
-                self.transport.resume_reading()
                 self._heard_ms = self._host.clock.now_ms()
+                self.resume_reading()
 
     async def _write_unsent(self) -> None:
         stall_s = self._host.limits.stall_ms_max / 1000

@@ -37,6 +37,7 @@ class Tier(IntEnum):
 
 
 READABLE: int = Tier.RAM | Tier.DISK
+_RAM, _DISK = int(Tier.RAM), int(Tier.DISK)
 
 
 class Record(NamedTuple):
@@ -174,24 +175,37 @@ class Index:
 
         An entry that lies somewhere already keeps its record.
         """
-        slot = self._slots[key.kind].get(key.hash, NO_SLOT)
+        kind, key_hash = key
+        slot = self._slots[kind].get(key_hash, NO_SLOT)
         if slot == NO_SLOT:
             slot = self._take_slot(key, record.depth)
         if not self.tiers[slot]:
             self._describe(slot, record)
-            self._link(slot, key.kind, record)
+            self._link(slot, kind, record)
         self.place(slot, tier, place)
         return slot
 
     def place(self, slot: int, tier: Tier, place: int = NO_PLACE) -> None:
         """Note that `slot`, which lies somewhere already or is just being entered, lies there."""
-        if not self.tiers[slot] & tier:
-            self.tiers[slot] |= tier
+        tiers, bit = self.tiers[slot], int(tier)
+        if not tiers & bit:
+            self.tiers[slot] = tiers | bit
             self.counts[tier] += 1
-        if tier is Tier.RAM:
+        if bit == _RAM:
             self.ram_place[slot] = place
-        elif tier is Tier.DISK:
+        elif bit == _DISK:
             self.disk_place[slot] = place
+
+    def written(self, slots: Sequence[int], places: Sequence[int], crcs: Sequence[int]) -> None:
+        """Note that `slots`, which were PENDING, lie in RAM now."""
+        tiers, change = self.tiers, _RAM | Tier.PENDING
+        for slot, place, crc in zip(slots, places, crcs, strict=True):
+            assert tiers[slot] & change == Tier.PENDING, "what is written was not there"
+            tiers[slot] ^= change
+            self.ram_place[slot] = place
+            self.crc[slot] = crc
+        self.counts[Tier.PENDING] -= len(slots)
+        self.counts[Tier.RAM] += len(slots)
 
     def leave(self, slot: int, tier: Tier) -> bool:
         """Note that `slot` no longer lies in `tier`; True if it lies nowhere now."""
@@ -203,10 +217,12 @@ class Index:
         if left:
             return False
         parent, self.parent[slot] = self.parent[slot], NO_SLOT
-        self._drop_unknown(slot)
+        if not self.children[slot]:
+            self._drop_unknown(slot)
         if parent != NO_SLOT:
             self.children[parent] -= 1
-            self._drop_unknown(parent)
+            if not self.tiers[parent]:
+                self._drop_unknown(parent)
         return True
 
     def raise_band(self, slot: int, band: Band) -> None:

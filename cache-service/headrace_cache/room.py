@@ -8,10 +8,10 @@ moved while anybody has it lent, or writes to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from headrace_cache.arena import GRANULE_BYTES, NOBODY, Arena, granules
+from headrace_cache.arena import GRANULE_BYTES, NOBODY, Arena
 from headrace_cache.index import Index, Tier
 from headrace_cache.leases import Leases
 from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy
@@ -31,7 +31,7 @@ TRIES_MAX = 8
 
 def charged_bytes(size_bytes: int) -> int:
     """What an entry takes from the budget."""
-    return granules(size_bytes) * GRANULE_BYTES + ENTRY_OVERHEAD_BYTES
+    return -(-size_bytes // GRANULE_BYTES) * GRANULE_BYTES + ENTRY_OVERHEAD_BYTES
 
 
 class Room:
@@ -40,8 +40,8 @@ class Room:
     def __init__(
         self, index: Index, policy: EvictionPolicy, arena: Arena, leases: Leases, quotas: Quotas
     ) -> None:
-        self.leaving: Callable[[int], None] = lambda _: None
-        """Told of the slot of an entry that is evicted, before it is gone."""
+        self.leaving: Callable[[Sequence[int]], None] = lambda _: None
+        """Told of the slots of entries that are evicted, before they are gone."""
         self._index = index
         self._policy = policy
         self._arena = arena
@@ -78,6 +78,23 @@ class Room:
             self._quotas.took(tenant, charge)
         return place
 
+    def make_at_once(self, tenant: int, sizes: Sequence[int], now_ms: int) -> list[int] | None:
+        """Places for entries of `tenant`, to be owned next; None if that takes one by one.
+
+        Where there is no room, those leave who would have left by now had `trim` been called more.
+        """
+        charge = sum(map(charged_bytes, sizes))
+        missing_bytes = self._quotas.used_bytes + charge - self._quotas.high_bytes
+        if missing_bytes > 0:
+            over_bytes = self._quotas.used_bytes - self._quotas.low_bytes
+            self._trim(min(over_bytes, missing_bytes), now_ms)
+        if not self._quotas.fits(tenant, charge):
+            return None
+        places = self._arena.take_all(sizes)
+        if places is not None:
+            self._quotas.took(tenant, charge)
+        return places
+
     def _take_place(self, slot: int, size_bytes: int) -> int | None:
         place = self._arena.take(size_bytes, slot)
         if place is None and self._arena.compact(size_bytes, self._may_move, self._moved):
@@ -93,13 +110,15 @@ class Room:
         def allowed(slot: int) -> bool:
             return slot == newcomer or self._may_leave(slot)
 
-        victims = self._policy.victims(call.size_bytes, now_ms, allowed, call.spare)
-        for victim in victims:
-            if victim.slot == newcomer:
-                self._outranked = newcomer
-                continue
-            self.leaving(victim.slot)
-            self.vacate(victim.slot)
+        asked = self._may_leave if newcomer == NO_SLOT else allowed
+        victims = self._policy.victims(call.size_bytes, now_ms, asked, call.spare)
+        slots = [victim.slot for victim in victims]
+        if newcomer in slots:
+            self._outranked = newcomer
+            slots.remove(newcomer)
+        self.leaving(slots)
+        for slot in slots:
+            self.vacate(slot)
         return len(victims)
 
     def trim(self, now_ms: int) -> bool:
@@ -109,9 +128,14 @@ class Room:
             return False
         usual_bytes = max(1, self._quotas.used_bytes // max(1, self._index.counts[Tier.RAM]))
         some_bytes = min(over_bytes, TRIM_ENTRIES_MAX * usual_bytes)
+        return self._trim(some_bytes, now_ms) > 0 and some_bytes < over_bytes
+
+    def _trim(self, size_bytes: int, now_ms: int) -> int:
+        """Have `size_bytes` leave, if that is more than none; how many entries left."""
+        if size_bytes <= 0:
+            return 0
         spare = self._quotas.spare() if self._shares else None
-        call = Call(some_bytes, spare, "above the low watermark")
-        return self._evict(call, now_ms) > 0 and some_bytes < over_bytes
+        return self._evict(Call(size_bytes, spare, "above the low watermark"), now_ms)
 
     def set_quota(self, tenant: str, share: Share, now_ms: int) -> str:
         """Why `share` cannot be granted; '' when it holds, and what exceeds it has left."""

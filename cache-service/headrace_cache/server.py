@@ -329,7 +329,8 @@ class CacheServer:
 
     def sent(self, connection: Connection, reply: Reply) -> None:
         """`reply` was handed to the kernel."""
-        self.store.end(connection.seat, reply.lease)
+        if reply.lease:
+            self.store.end(connection.seat, reply.lease)
         reply.span.end(self.clock.wall_ns())
         elapsed_s = asyncio.get_running_loop().time() - reply.began_s
         self.metrics.seconds.labels(reply.op).observe(elapsed_s)
@@ -348,6 +349,8 @@ class CacheServer:
 
 
 def _put_span(request: Put | Reserve, outcomes: Sequence[Outcome], began_ns: int) -> Span:
+    if not request.trace:
+        return trace.INVALID_SPAN
     return _server_span(
         "cache put",
         request.trace,

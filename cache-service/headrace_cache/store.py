@@ -158,26 +158,24 @@ class Store:
         """
         slots, more = self.readable(keys, limit_bytes, layout)
         index = self.index
-        for slot in slots:
-            self._policy.touch(slot, now_ms, band)
-            if band is not None:
+        self._policy.touch_all(slots, now_ms, band)
+        if band is not None:
+            for slot in slots:
                 index.raise_band(slot, band)
-            for tally in self._tallies(slot):
-                tally.hits += 1
-                tally.hit_bytes += index.size_bytes[slot]
-                tally.saved_us += index.cost_us[slot]
+        sizes = tuple(map(index.size_bytes.__getitem__, slots))
+        saved_us = self.tallies.note_hits(index, slots)
         if not more and len(slots) < len(keys):
             self.tallies.kind(keys[0].kind).misses += len(keys) - len(slots)
         loan = Loan(
             self.leases.new_number() if slots else 0,
-            tuple(index.ram_place[slot] for slot in slots),
-            tuple(index.size_bytes[slot] for slot in slots),
-            tuple(index.crc[slot] for slot in slots),
+            tuple(map(index.ram_place.__getitem__, slots)),
+            sizes,
+            tuple(map(index.crc.__getitem__, slots)),
             more,
-            sum(index.cost_us[slot] for slot in slots),
+            saved_us,
         )
         if slots:
-            self.leases.begin(holder, loan.lease, loan.places, loan.bytes, now_ms)
+            self.leases.begin(holder, loan.lease, loan.places, sum(sizes), now_ms)
         return loan
 
     def hold(self, holder: int, slots: Sequence[int], now_ms: int) -> int:
@@ -196,6 +194,9 @@ class Store:
             return [], False
         run = self.index.find_run(keys[0].kind, [key.hash for key in keys], Tier.RAM)
         wanted = int.from_bytes(layout)
+        size_bytes = sum(map(self.index.size_bytes.__getitem__, run))
+        if size_bytes <= limit_bytes and not wanted:
+            return run, False
         size_bytes = 0
         for count, slot in enumerate(run):
             if wanted and self.index.layout[slot] != wanted:
@@ -223,6 +224,14 @@ class Store:
 
     def reserve(self, holder: int, entries: Sequence[EntryFacts], now_ms: int) -> Reservation:
         """Places for `holder` to write `entries` to, parents first; room is made for them."""
+        places_at_once = self._reserve_at_once(entries, now_ms)
+        if places_at_once is not None:
+            ticket = self.leases.new_number()
+            self._tickets.setdefault(holder, {})[ticket] = [
+                _Writing(self.arena.owner(place), place, facts.pin_ms)
+                for place, facts in zip(places_at_once, entries, strict=True)
+            ]
+            return Reservation(ticket, tuple(places_at_once), (Outcome.KEPT,) * len(entries))
         writing: list[_Writing] = []
         places: list[int] = []
         outcomes: list[Outcome] = []
@@ -244,6 +253,29 @@ class Store:
         if writing:
             self._tickets.setdefault(holder, {})[ticket] = writing
         return Reservation(ticket, tuple(places), tuple(outcomes))
+
+    def _reserve_at_once(self, entries: Sequence[EntryFacts], now_ms: int) -> list[int] | None:
+        """What `_reserve_one` does for each; None if they are not all new, or have no room yet."""
+        index, tenant = self.index, entries[0].tenant
+        keys = {facts.key for facts in entries}
+        if len(keys) < len(entries) or any(facts.tenant != tenant for facts in entries):
+            return None
+        if any(index.find(key, _WRITTEN) != NO_SLOT for key in keys):
+            return None
+        charges = [charged_bytes(facts.size_bytes) for facts in entries]
+        if self.reserved_bytes + sum(charges) > self.reserved_bytes_max:
+            return None
+        number = index.tenant(tenant)
+        places = self._room.make_at_once(number, [facts.size_bytes for facts in entries], now_ms)
+        if places is None:
+            return None
+        self.reserved_bytes += sum(charges)
+        slots = [index.enter(facts.key, self._record(facts), Tier.PENDING) for facts in entries]
+        told = list(map(index.facts, slots, charges))
+        self._policy.admit_all(slots, told, now_ms)
+        for place, slot in zip(places, slots, strict=True):
+            self.arena.own(place, slot)
+        return places
 
     def _reserve_one(self, facts: EntryFacts, now_ms: int) -> tuple[int, Outcome]:
         slot = self.index.find(facts.key, _WRITTEN)
@@ -291,27 +323,22 @@ class Store:
         for writing, crc in zip(writings, crcs, strict=True):
             if crc < 0:
                 self._give_up(writing)
-            else:
-                self._settle(writing, crc, now_ms)
-        return sum(crc >= 0 for crc in crcs)
+        written = [(each, crc) for each, crc in zip(writings, crcs, strict=True) if crc >= 0]
+        self._settle([each for each, _ in written], [crc for _, crc in written], now_ms)
+        return len(written)
 
-    def _settle(self, writing: _Writing, crc: int, now_ms: int) -> None:
-        slot = writing.slot
-        self.index.crc[slot] = crc
-        self.index.place(slot, Tier.RAM, writing.place)
-        self.index.leave(slot, Tier.PENDING)
-        size_bytes = self.index.size_bytes[slot]
-        self.reserved_bytes -= charged_bytes(size_bytes)
-        if writing.pin_ms:
-            self._policy.pin(slot, now_ms + writing.pin_ms)
-        if self.settled is not None:
-            self.settled(slot)
-        if self.moved is not None:
-            self.moved(slot)
-        for tally in self._tallies(slot):
-            tally.entries += 1
-            tally.bytes += size_bytes
-            tally.kept += 1
+    def _settle(self, writings: Sequence[_Writing], crcs: Sequence[int], now_ms: int) -> None:
+        slots, sizes = [each.slot for each in writings], self.index.size_bytes
+        self.index.written(slots, [each.place for each in writings], crcs)
+        self.reserved_bytes -= sum(charged_bytes(sizes[slot]) for slot in slots)
+        for writing in writings:
+            if writing.pin_ms:
+                self._policy.pin(writing.slot, now_ms + writing.pin_ms)
+        for told in (self.settled, self.moved):
+            if told is not None:
+                for slot in slots:
+                    told(slot)
+        self.tallies.note_kept(self.index, slots)
 
     def _give_up(self, writing: _Writing) -> None:
         self.reserved_bytes -= charged_bytes(self.index.size_bytes[writing.slot])
@@ -342,17 +369,14 @@ class Store:
 
     # leaving
 
-    def _leaving(self, slot: int) -> None:
-        """The policy has chosen `slot`."""
-        size_bytes = self.index.size_bytes[slot]
-        for tally in self._tallies(slot):
-            tally.evictions += 1
-            tally.entries -= 1
-            tally.bytes -= size_bytes
-        if self.evicted is not None:
-            self.evicted(self.facts(slot), self.data(slot))
-        if self.moved is not None:
-            self.moved(slot)
+    def _leaving(self, slots: Sequence[int]) -> None:
+        """The policy has chosen `slots`."""
+        self.tallies.note_evicted(self.index, slots)
+        for slot in slots:
+            if self.evicted is not None:
+                self.evicted(self.facts(slot), self.data(slot))
+            if self.moved is not None:
+                self.moved(slot)
 
     def trim(self, now_ms: int) -> bool:
         """Have some entries leave ahead of need; whether there is more to do.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from headrace.copying import copy_bytes
+from headrace.checksum import checksum
+from headrace.copying import copy_bytes, copy_checked
 from headrace.frames import (
     COST_MAX,
     DEPTH_MAX,
@@ -47,6 +48,11 @@ class WriteEntry:
     layout: bytes = b""
     pin_ms: int = 0
 
+    def fill_checked(self, view: memoryview) -> int:
+        """`fill`, and the CRC of what is in `view` then."""
+        self.fill(view)
+        return checksum(view)
+
     def payload(self) -> Buffer:
         """The bytes, for a service whose arena is not mapped here."""
         data = bytearray(self.size_bytes)
@@ -80,6 +86,9 @@ class PutEntry:
     def fill(self, view: memoryview) -> None:
         copy_bytes(view, self.data)
 
+    def fill_checked(self, view: memoryview) -> int:
+        return copy_checked(view, self.data)
+
     def payload(self) -> Buffer:
         return self.data
 
@@ -99,7 +108,8 @@ def check_layout(layout: bytes) -> None:
 
 def check_entry(entry: Entry) -> None:
     """Assert what the service would hang up on."""
-    keys_of((entry.hash,), entry.kind)
+    assert entry.kind in KINDS, f"kind is one of {KINDS}"
+    assert len(entry.hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
     assert len(entry.parent) in (0, HASH_BYTES), f"a parent is empty or {HASH_BYTES} bytes"
     if isinstance(entry, PutEntry):
         assert memoryview(entry.data).format == "B", "entries are bytes: cast other memoryviews"
@@ -115,29 +125,24 @@ def check_entry(entry: Entry) -> None:
 
 def facts_of(entry: Entry, crc: int = 0) -> EntryFacts:
     return EntryFacts(
-        key=EntryKey(entry.kind, entry.hash),
-        parent=entry.parent,
-        depth=entry.depth,
-        size_bytes=entry.size_bytes,
-        crc=crc,
-        band=entry.band,
-        tenant=entry.tenant,
-        cost_tokens=entry.cost_tokens,
-        cost_ms=entry.cost_ms,
-        layout=entry.layout,
-        pin_ms=entry.pin_ms,
-    )
+        EntryKey(entry.kind, entry.hash), entry.parent, entry.depth, entry.size_bytes, crc,
+        entry.band, entry.tenant, entry.cost_tokens, float(entry.cost_ms), entry.layout,
+        entry.pin_ms,
+    )  # fmt: skip
 
 
-def batches(entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX) -> list[list[Entry]]:
-    """`entries` in order, cut where a batch would grow too large."""
+def batches(
+    entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX, first_bytes_max: int = 0
+) -> list[list[Entry]]:
+    """`entries` in order, cut where a batch would grow too large; 0: the first as large as any."""
     cut: list[list[Entry]] = []
-    size_bytes = 0
+    room_bytes = 0
     for entry in entries:
-        size_bytes += entry.size_bytes
-        full = bool(cut) and len(cut[-1]) >= BATCH_ENTRIES_MAX
-        if not cut or full or size_bytes > size_bytes_max:
+        size_bytes = entry.size_bytes
+        room_bytes -= size_bytes
+        if not cut or room_bytes < 0 or len(cut[-1]) >= BATCH_ENTRIES_MAX:
+            limit_bytes = size_bytes_max if cut or not first_bytes_max else first_bytes_max
+            room_bytes = limit_bytes - size_bytes
             cut.append([])
-            size_bytes = entry.size_bytes
         cut[-1].append(entry)
     return cut

@@ -134,6 +134,8 @@ class Connection(FrameProtocol[Answer]):
         self._filling = 0
         """The request whose answer is being received into its caller's memory, if any is."""
         self.arena: ArenaView | None = None
+        self.writers = 0
+        """Batches that are being written in place."""
         self._pending: dict[int, asyncio.Future[tuple[Answer, Parts]]] = {}
         self._places: dict[int, Sequence[memoryview]] = {}
         """By request: the caller's memory, for an answer whose entries have its lengths."""
@@ -165,7 +167,7 @@ class Connection(FrameProtocol[Answer]):
 
     def give_back(self, lease: int) -> None:
         """Tell the service that what it lent or reserved is not used any more. Never waits."""
-        if lease and not self.closed:
+        if lease and not self.closed and not self.try_send(encode(Release(0, lease))):
             task = asyncio.get_running_loop().create_task(self._send_release(lease))
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
@@ -210,7 +212,9 @@ class Connection(FrameProtocol[Answer]):
         if places:
             self._places[request.id] = places
         try:
-            await self.send([encode(request), *payload], stall_s)
+            head = encode(request)
+            if payload or not self.try_send(head):
+                await self.send([head, *payload], stall_s)
             return await future
         finally:
             del self._pending[request.id]

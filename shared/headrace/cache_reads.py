@@ -15,9 +15,9 @@ import structlog
 
 from headrace.arena_view import ArenaView
 from headrace.cache_lane import Answered, ClientCounts, Connection, Lane
-from headrace.cache_threads import in_thread
+from headrace.cache_threads import in_threads
 from headrace.checksum import checksum
-from headrace.copying import copy_bytes
+from headrace.copying import copy_checked
 from headrace.errors import WireError
 from headrace.frames import DISK, KEYS_MAX, Counted, EntryKey, Get, Lend, Lent, RunOf, Verify
 from headrace.types import Band
@@ -171,21 +171,11 @@ async def _leading_good(
 ) -> int:
     """How many of `blocks`, from the first on, have their CRC; there or, copied, in `targets`."""
 
-    def check(first: int, last: int) -> list[bool]:
-        if targets is not None:
-            some = slice(first, last)
-            return list(map(_copied_well, targets[some], blocks[some], crcs[some]))
-        return [
-            checksum(block) == crc
-            for block, crc in zip(blocks[first:last], crcs[first:last], strict=True)
-        ]
+    def check(number: int) -> bool:
+        block = blocks[number]
+        if targets is None or block is targets[number]:  # received right there
+            return checksum(block) == crcs[number]
+        return copy_checked(targets[number], block) == crcs[number]
 
-    flags = await in_thread(check, [len(block) for block in blocks])
+    flags = await in_threads(check, list(map(len, blocks)))
     return flags.index(False) if False in flags else len(flags)
-
-
-def _copied_well(target: memoryview, block: memoryview, crc: int) -> bool:
-    """Copy, then check the copy: it is still in the CPU's caches."""
-    if block is not target:  # it was received elsewhere, or lies in the arena
-        copy_bytes(target, block)
-    return checksum(target) == crc

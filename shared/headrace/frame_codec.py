@@ -116,20 +116,8 @@ def _encode_keys(keys: Sequence[EntryKey]) -> dict[str, Any]:
 
 
 def _encode_facts(facts: EntryFacts) -> list[Any]:
-    return [
-        facts.key.kind,
-        facts.key.hash,
-        facts.parent,
-        facts.depth,
-        facts.size_bytes,
-        facts.crc,
-        int(facts.band),
-        facts.tenant,
-        facts.cost_tokens,
-        float(facts.cost_ms),
-        facts.layout,
-        facts.pin_ms,
-    ]
+    key, *rest = facts
+    return [*key, *rest]
 
 
 def decode_request(header: bytes) -> Request:
@@ -200,37 +188,48 @@ def _decode_get(f: Fields, message_id: int, build: type[G]) -> G:
     )
 
 
-def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
-    rows = f.get("entries", list)
-    if not 1 <= len(rows) <= KEYS_MAX:
-        raise WireError(f"entries: {len(rows)} are not 1 to {KEYS_MAX}")
-    return tuple(_decode_facts(row) for row in rows)
-
-
 _BANDS = tuple(Band)
 _FACTS_TYPES = (str, bytes, bytes, int, int, int, int, str, int, float, bytes, int)
 
 
-def _decode_facts(row: Any) -> EntryFacts:
-    if not isinstance(row, list) or tuple(map(type, row)) != _FACTS_TYPES:
+def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
+    """A field of all rows at a time: most of a put's decoding is this."""
+    rows = f.get("entries", list)
+    if not 1 <= len(rows) <= KEYS_MAX:
+        raise WireError(f"entries: {len(rows)} are not 1 to {KEYS_MAX}")
+    if not all(isinstance(row, list) and len(row) == len(_FACTS_TYPES) for row in rows):
+        raise WireError("entry: its fields are not those agreed")
+    columns = list(zip(*rows, strict=True))
+    if not all(
+        set(map(type, column)) == {kind} for column, kind in zip(columns, _FACTS_TYPES, strict=True)
+    ):
         raise WireError("entry: its fields are not of the agreed types")
-    kind, key_hash, parent, depth, size, crc, band, tenant, tokens, ms, layout, pin_ms = row
-    if len(key_hash) != HASH_BYTES or len(parent) not in (0, HASH_BYTES):
+    kinds, hashes, parents, depths, sizes, crcs, bands, tenants, tokens, times, layouts, pins = (
+        columns
+    )
+    if set(map(len, hashes)) != {HASH_BYTES} or not set(map(len, parents)) <= {0, HASH_BYTES}:
         raise WireError(f"entry: a hash has {HASH_BYTES} bytes")
-    if not 1 <= size <= ENTRY_BYTES_MAX:
-        raise WireError(f"entry: size {size} is not 1 to {ENTRY_BYTES_MAX} bytes")
-    if not (0 <= depth <= DEPTH_MAX and 0 <= crc < 1 << 32 and 0 <= band < len(Band)):
-        raise WireError("entry: depth, crc or band is out of range")
+    _within("size", sizes, 1, ENTRY_BYTES_MAX)
+    _within("depth", depths, 0, DEPTH_MAX)
+    _within("crc", crcs, 0, (1 << 32) - 1)
+    _within("band", bands, 0, len(Band) - 1)
+    _within("cost", tokens, 0, int(COST_MAX))
+    _within("pin", pins, 0, PIN_MS_MAX)
     # a NaN, which would disorder the eviction heap, fails every comparison
-    if not (0 <= tokens <= COST_MAX and 0 <= ms <= COST_MAX):
+    if not all(0 <= cost_ms <= COST_MAX for cost_ms in times):
         raise WireError("entry: the cost is out of range")
-    if not 0 <= pin_ms <= PIN_MS_MAX:
-        raise WireError(f"entry: pinned for {pin_ms} ms, not 0 to {PIN_MS_MAX}")
-    key = EntryKey(_kind(kind), key_hash)
-    return EntryFacts(
-        key, parent, depth, size, crc, _BANDS[band], _tenant(tenant), tokens, ms, _layout(layout),
-        pin_ms,
-    )  # fmt: skip
+    for check, values in ((_kind, kinds), (_tenant, tenants), (_layout, layouts)):
+        for value in set(values):
+            check(value)
+    keys = map(EntryKey, kinds, hashes)
+    named = map(_BANDS.__getitem__, bands)
+    rest = (tenants, tokens, times, layouts, pins)
+    return tuple(map(EntryFacts, keys, parents, depths, sizes, crcs, named, *rest))
+
+
+def _within(what: str, numbers: Sequence[int], least: int, most: int) -> None:
+    if min(numbers) < least or max(numbers) > most:
+        raise WireError(f"entry: {what} {min(numbers)} to {max(numbers)} is not {least} to {most}")
 
 
 def _decode_ask(f: Fields, message_id: int) -> Ask:

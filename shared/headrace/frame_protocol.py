@@ -1,5 +1,8 @@
 """Frames over an asyncio connection: received without a copy, sent under flow control.
 
+A frame's start is read together with what is right behind it, a few KB at most, as most frames are
+no longer than that; those bytes alone are copied.
+
 Invariants: each entry is received straight into the place it will stay in, or skipped without
 one; memory is taken for it only when its bytes are due; frames never interleave, and a frame whose
 sending was given up midway takes its connection with it, as its receiver could no longer tell where
@@ -12,14 +15,21 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar, cast
 
 from headrace.errors import WireError
 from headrace.frame_codec import HEADER_BYTES_MAX, MAGIC, PREFIX
 from headrace.frames import PAYLOAD_BYTES_MAX, Buffer
+from headrace.outlet import Outlet
 
 SKIP_BYTES = 64 * 1024
+
+AHEAD_BYTES = 4 * 1024
+"""Read at a time where a frame may start: it bounds the small frames that come at once."""
+
+DIRECT_BYTES_MIN = 64 * 1024
+"""A payload larger than that is sent from where it lies."""
 
 WRITE_HIGH_BYTES = 4 * 1024 * 1024
 """What a transport may hold unsent before its sender has to wait."""
@@ -41,8 +51,7 @@ Place = bool | memoryview
 class FrameReader(Generic[S]):
     """Turns a stream of bytes into frames, received where they will stay.
 
-    Ask `buffer()` where the next bytes belong, write some there, tell `advance()` how many. As a
-    buffer never reaches past its section, one `advance()` completes at most one frame.
+    Ask `buffer()` where the next bytes belong, write some there, tell `advance()` how many.
     `decode` reads a header; `choose` then says for each entry where its bytes go, if anywhere.
     """
 
@@ -52,6 +61,7 @@ class FrameReader(Generic[S]):
         self._decode = decode
         self._choose = choose
         self._skipping = memoryview(bytearray(SKIP_BYTES))
+        self._ahead = memoryview(bytearray(AHEAD_BYTES))
         self._next_frame()
 
     def _next_frame(self) -> None:
@@ -71,16 +81,37 @@ class FrameReader(Generic[S]):
 
     def buffer(self) -> memoryview:
         """Where the next bytes go; never empty."""
+        return self._ahead if self.idle else self._section()
+
+    def _section(self) -> memoryview:
+        """Where the next bytes of the prefix, the header or the entry belong that is due."""
         if self._target is None:
             return self._skipping[: self._size - self._filled]
         return self._target[self._filled :]
 
-    def advance(self, count: int) -> tuple[S, list[memoryview | None]] | None:
+    def advance(self, count: int) -> Iterator[tuple[S, list[memoryview | None]]]:
         """Take note of `count` bytes written to `buffer()`.
 
-        Returns the frame they complete, if any: its message and its entries' bytes, None for
+        Gives the frames that they complete, each with its message and its entries' bytes, None for
         those that were not wanted. Raises WireError; the reader is then of no further use.
         """
+        if not self.idle:
+            frame = self._take(count)
+            if frame is not None:
+                yield frame
+            return
+        came = self._ahead[:count]
+        while came:
+            section = self._section()
+            some = min(len(section), len(came))
+            section[:some] = came[:some]
+            came = came[some:]
+            frame = self._take(some)
+            if frame is not None:
+                yield frame
+
+    def _take(self, count: int) -> tuple[S, list[memoryview | None]] | None:
+        """`count` more bytes of the section are there; the frame that is whole now, if one is."""
         self._filled += count
         if self._filled < self._size:
             return None
@@ -149,6 +180,9 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._turn = asyncio.Lock()
+        self._outlet: Outlet | None = None
+        self._came: Iterator[tuple[S, list[memoryview | None]]] = iter(())
+        self._paused = False
         self.closed = False
         self._scrap = memoryview(bytearray(1))
 
@@ -172,6 +206,8 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self.closed = True
         self._writable.set()
+        if self._outlet is not None:
+            self._outlet.close()
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -186,20 +222,50 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
     def buffer_updated(self, nbytes: int) -> None:
         if self.closed:
             return
+        self._came = self._reader.advance(nbytes)
+        self._take_frames()
+
+    def _take_frames(self) -> None:
+        """What came in, as long as reading is not paused."""
         try:
-            frame = self._reader.advance(nbytes)
-            if frame is not None:
+            while not self._paused and not self.closed:
+                frame = next(self._came, None)
+                if frame is None:
+                    return
                 self.frame_received(*frame)
         except WireError as error:
             self.malformed(error)
             self.abort()
 
+    def pause_reading(self) -> None:
+        """Take no more frames, not even those that are here."""
+        self._paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take frames again, first those that are here."""
+        self._paused = False
+        self._take_frames()
+        if not self._paused and not self.closed and not self.transport.is_closing():
+            self.transport.resume_reading()
+
     def abort(self) -> None:
         """End the connection now, whatever is unsent."""
         self.closed = True
         self._writable.set()
+        if self._outlet is not None:
+            self._outlet.close()
         if self._transport is not None:
             self._transport.abort()
+
+    def try_send(self, buffer: Buffer) -> bool:
+        """Send a frame that is one small buffer, unless that would have to wait; whether it was."""
+        if self._turn.locked() or not self._writable.is_set():
+            return False
+        if self.closed or self.transport.is_closing():
+            return False
+        self.transport.write(buffer)
+        return True
 
     async def send(self, buffers: Sequence[Buffer], stall_s: float) -> None:
         """Send one frame. The buffers must stay as they are until they have left.
@@ -210,14 +276,33 @@ class FrameProtocol(asyncio.BufferedProtocol, ABC, Generic[S]):
         async with self._turn:
             started = False
             try:
-                for buffer in buffers:
+                head, *payload = buffers
+                await self._wait_writable(stall_s)
+                started = True
+                self.transport.write(head)
+                if sum(map(len, payload)) > DIRECT_BYTES_MIN:
+                    await self._send_direct(payload, stall_s)
+                    return
+                for buffer in payload:
                     await self._wait_writable(stall_s)
-                    started = True
                     self.transport.write(buffer)
             except BaseException:
                 if started:
                     self.abort()
                 raise
+
+    async def _send_direct(self, buffers: Sequence[Buffer], stall_s: float) -> None:
+        await self.flushed(stall_s)
+        try:
+            if self._outlet is None:
+                self._outlet = Outlet(self.transport)
+            await self._outlet.send(buffers, stall_s)
+        except TimeoutError as error:
+            raise ConnectionAbortedError(f"nothing was read for {stall_s} s") from error
+        except ConnectionError:
+            raise
+        except OSError as error:
+            raise ConnectionAbortedError(str(error)) from error
 
     async def flushed(self, stall_s: float) -> None:
         """Wait until the kernel has all that was sent. Raises ConnectionError as `send` does."""

@@ -98,9 +98,7 @@ def feed(reader: FrameReader[Any], stream: bytes, chunk: int) -> list[Any]:
         count = min(len(target), chunk, len(stream))
         target[:count] = stream[:count]
         stream = stream[count:]
-        frame = reader.advance(count)
-        if frame is not None:
-            frames.append(frame)
+        frames += reader.advance(count)
     return frames
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 
 from cache.builders import hash_of
 from cache.test_eviction import SIZE, facts, leave
 from headrace.types import Band
 from headrace_cache.policy.classic import LeastRecentlyUsed
-from headrace_cache.policy.eviction import EvictionPolicy
+from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy
 from headrace_cache.policy.keep_score import KeepScore
 
 
@@ -136,3 +137,41 @@ def test_lru_looks_at_the_last_use_alone() -> None:
         policy.admit(band, facts(band), 0)
     policy.touch(Band.BATCH, 1)
     assert leave(policy, 3) == [Band.INTERACTIVE, Band.STANDARD, Band.BATCH]
+
+
+def test_a_chain_at_once_is_as_its_blocks_one_by_one() -> None:
+    """Admitted and touched in runs or singly, the same entries leave in the same order."""
+    rng = random.Random(11)
+    one_by_one, at_once = KeepScore(), KeepScore()
+    free = list(range(400))
+    chains: list[list[int]] = []
+    for now_ms in range(600):
+        if free and rng.random() < 0.6:
+            slots = [free.pop() for _ in range(min(len(free), rng.randint(1, 9)))]
+            start = rng.choice(rng.choice(chains)) if chains and rng.random() < 0.3 else NO_SLOT
+            told = [
+                facts(
+                    rng.choice(list(Band)),
+                    parent=parent,
+                    cost_us=rng.choice([0, 500, 9_000]),
+                    name=rng.getrandbits(64),
+                )
+                for parent in (start, *slots[:-1])
+            ]
+            at_once.admit_all(slots, told, now_ms)
+            for slot, each in zip(slots, told, strict=True):
+                one_by_one.admit(slot, each, now_ms)
+            chains.append(slots)
+        elif chains and rng.random() < 0.7:
+            slots = rng.choice(chains)[: rng.randint(1, 9)]
+            band = rng.choice([None, *Band])
+            at_once.touch_all(slots, now_ms, band)
+            for slot in slots:
+                one_by_one.touch(slot, now_ms, band)
+        else:
+            gone = [each.slot for each in at_once.victims(3 * SIZE, now_ms)]
+            assert gone == [each.slot for each in one_by_one.victims(3 * SIZE, now_ms)]
+            free += gone
+            chains = [left for each in chains if (left := [s for s in each if s not in gone])]
+        at_once.check_integrity()
+    one_by_one.check_integrity()

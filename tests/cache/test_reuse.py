@@ -6,6 +6,8 @@ import random
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache.builders import hash_of
 from headrace_cache.policy.reuse import (
@@ -14,6 +16,7 @@ from headrace_cache.policy.reuse import (
     PRIOR_HAZARD,
     STARTS,
     WATCHED_MAX,
+    WIDTHS,
     ReuseModel,
     best_rates,
     bucket_of,
@@ -53,6 +56,34 @@ def test_what_was_never_seen_is_as_assumed_and_what_was_seen_overrules_it() -> N
     chances = hazards(NOTHING, counts(b7=10_000), [0.3])
     assert chances[0] < 0.001
     assert chances[20] < 0.001, "what was not seen beyond some age is not taken to begin there"
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=BUCKETS, max_size=BUCKETS))
+def test_the_best_time_to_give_up_is_found_among_all(chances: list[float]) -> None:
+    """Held against the definition: every bucket to begin in, with every one to end in."""
+    rates = best_rates(chances)
+    for first in range(BUCKETS):
+        hits, waited, left, best = 0.0, 0.0, 1.0, 0.0
+        for bucket in range(first, BUCKETS):
+            hits += left * chances[bucket]
+            waited += left * (1.0 - chances[bucket] / 2) * WIDTHS[bucket]
+            left *= 1.0 - chances[bucket]
+            best = max(best, hits / waited)
+        assert rates[first] == pytest.approx(best, rel=1e-9, abs=1e-30)
+
+
+def test_who_still_waits_is_counted_by_class_and_age() -> None:
+    """Held against a look at each: after uses of some thousand names, many of them again."""
+    model, rng, last = ReuseModel([0, 1], [1, 2]), random.Random(4), dict[int, tuple[int, int]]()
+    for _ in range(9_000):
+        name, class_ = name_of(int(rng.paretovariate(0.5))), rng.randrange(2)
+        model.used(name, class_)
+        last[name] = (class_, model.clock)
+    waiting = [list(NOTHING), list(NOTHING)]
+    for class_, used_at in last.values():
+        waiting[class_][bucket_of(model.clock - used_at)] += 1.0
+    assert len(last) > 1_000
+    assert model.waiting() == waiting
 
 
 def test_a_constant_chance_makes_an_entry_worth_less_with_age() -> None:

@@ -101,6 +101,27 @@ async def test_large_batches_are_copied_in_threads_and_arrive_whole(
         assert [data for _, data in run] == [entry.data for entry in entries]
 
 
+async def test_over_a_socket_a_large_batch_goes_in_several_frames(url: str) -> None:
+    """Sent from where it lies, one frame while the next is read; a failing one ends no other."""
+    entries = [
+        PutEntry(hash_of(number), data_of(number, 400_000 + 777 * number)) for number in range(40)
+    ]
+
+    def broken(view: memoryview) -> None:
+        raise RuntimeError("the block is gone")
+
+    async with serving(url) as (server, _), client_of(url, arena=False) as client:
+        assert await client.write(entries)
+        run = await client.get_run(hashes(entries))
+        assert [data for _, data in run] == [entry.data for entry in entries]
+        late = WriteEntry(hash_of("late"), 400_000, broken)
+        with pytest.raises(RuntimeError, match="gone"):
+            await client.write([*(each for each in chain("b", 30, 400_000)), late])
+        assert client.counts.failures == 0
+        assert all(await client.has(hashes(chain("b", 9, 400_000))))
+        await eventually(lambda: server.store.reserved_bytes == 0)
+
+
 async def test_what_a_reader_has_does_not_change_under_it(url: str) -> None:
     """The store is turned over several times while a run is lent: it keeps its bytes."""
     entries = chain("a", 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -336,3 +338,40 @@ def test_any_program_keeps_the_budget_and_serves_the_bytes_that_were_put(
             assert bytes(store.arena.view(loan.places[0], loan.sizes[0])) == data
         assert store.used_bytes <= budget_bytes
         store.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_chain_taken_in_at_once_is_as_its_entries_one_by_one(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stores, one of which never takes the short way, are told the same."""
+    rng = random.Random(seed)
+    short, long = (make_store(room_for(60, 3_000)) for _ in range(2))
+    monkeypatch.setattr(long, "_reserve_at_once", lambda *_: None)
+    for now_ms in range(150):
+        name, length = rng.randrange(40), rng.randint(1, 12)
+        sizes = [rng.randint(1, 5_000) for _ in range(length)]
+        chain = [
+            facts_of(
+                (name, depth),
+                bytes(size),
+                parent=hash_of((name, depth - 1)) if depth else b"",
+                depth=depth,
+                tenant=f"t{name % 2}",
+                pin_ms=50 if rng.random() < 0.05 else 0,
+            )
+            for depth, size in enumerate(sizes)
+        ]
+        crcs = [rng.choice([-1, 7]) for _ in chain]
+        outcomes = []
+        for store in (short, long):
+            reservation = store.reserve(OURSELVES, chain, now_ms)
+            given = sum(place != NOWHERE for place in reservation.places)
+            store.commit(OURSELVES, reservation.ticket, crcs[:given], now_ms)
+            keys = [facts.key for facts in chain]
+            loan, _ = read(store, keys, now_ms)
+            store.check_integrity()
+            outcomes.append((reservation.outcomes, loan.sizes, loan.crcs, loan.saved_us))
+        assert outcomes[0] == outcomes[1]
+    assert short.stats() == long.stats()
+    assert short.tallies.by_kind[KV].evictions > 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from headrace.types import Band
 from headrace_cache.policy.eviction import NO_SLOT, NOT_PINNED, Facts, Spare, Victim
@@ -115,6 +115,14 @@ class Chains(ABC):
             self.pinned_bytes += facts.size_bytes
             self._guard_above(slot)
             self._shed_pins()
+
+    def admit_all(self, slots: Sequence[int], facts: Sequence[Facts], now_ms: int) -> None:
+        for slot, each in zip(slots, facts, strict=True):
+            self.admit(slot, each, now_ms)
+
+    def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
+        for slot in slots:
+            self.touch(slot, now_ms, band)
 
     def touch(self, slot: int, now_ms: int, band: Band | None = None) -> None:
         assert self._resident[slot], "only residents are used"

@@ -9,7 +9,7 @@ Rejected: names of 32 bytes, which cost a policy 200 bytes an entry for the dict
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import NamedTuple, Protocol
 
 from headrace.types import Band
@@ -65,8 +65,16 @@ class EvictionPolicy(Protocol):
         """A new entry came in. It may be a victim at once: then it was worth less than the rest."""
         ...
 
+    def admit_all(self, slots: Sequence[int], facts: Sequence[Facts], now_ms: int) -> None:
+        """As `admit` for each, parents first, and nobody leaves meanwhile."""
+        ...
+
     def touch(self, slot: int, now_ms: int, band: Band | None = None) -> None:
         """A resident entry was used, by a request of `band` if that is known."""
+        ...
+
+    def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
+        """As `touch` for each, in order."""
         ...
 
     def remove(self, slot: int) -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import heapq
 import math
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from headrace.types import Band
 from headrace_cache.policy.cells import NO_CELL, Cells
-from headrace_cache.policy.chains import REASON, Chains
-from headrace_cache.policy.eviction import NO_SLOT, Spare, Victim
+from headrace_cache.policy.chains import COST_US_MAX, REASON, USES_MAX, Chains
+from headrace_cache.policy.eviction import NO_SLOT, Facts, Spare, Victim
 from headrace_cache.policy.reuse import BUCKETS, STARTS, ReuseModel, bucket_of
 
 WEIGHTS: Mapping[Band, float] = {Band.INTERACTIVE: 64.0, Band.STANDARD: 8.0, Band.BATCH: 1.0}
@@ -71,6 +71,8 @@ class KeepScore(Chains):
         self._costs_us = 0
         self._costed_bytes = 0
         self._sweep_at = SWEEP_USES_MIN
+        self._look_at = 0
+        """The clock at which there is something to learn or to sweep."""
 
     def _grow(self, slots: int) -> None:
         super()._grow(slots)
@@ -80,6 +82,51 @@ class KeepScore(Chains):
         self._name.extend(zeros)
 
     # coming, being used, going
+
+    def admit_all(self, slots: Sequence[int], facts: Sequence[Facts], now_ms: int) -> None:
+        """What `admit` does, without its calls: a chain's blocks but for the last go to no cell."""
+        self._reach(max(max(slots), max(each.parent for each in facts)))
+        children, guards, resident = self._children, self._guards, self._resident
+        for slot, each in zip(slots, facts, strict=True):
+            if children[slot] or guards[slot]:  # it was here before
+                self.admit(slot, each, now_ms)
+                continue
+            size_bytes, band, parent, tenant, cost_us, _, name = each
+            assert not resident[slot], "an entry is admitted once"
+            assert parent != slot, "an entry is not its own parent"
+            resident[slot] = 1
+            self._parent[slot] = parent
+            self._size[slot] = size_bytes
+            self._band[slot] = band
+            self._tenant[slot] = tenant
+            self._cost_us[slot] = min(cost_us, COST_US_MAX)
+            self._used_ms[slot] = now_ms
+            self.entries += 1
+            self.used_bytes += size_bytes
+            if parent != NO_SLOT:
+                if parent == self._fresh:
+                    self._fresh = NO_SLOT
+                elif not children[parent]:
+                    self._bind(parent)
+                children[parent] += 1
+            self._entered(slot, name)
+            self._free_at_first(slot)
+
+    def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
+        """What `touch` does, without its calls: of a chain, only the last stands in a cell."""
+        self._place_fresh()
+        uses, bands, cell_of = self._uses, self._band, self._cells.cell_of
+        for slot in slots:
+            if cell_of(slot) != NO_CELL:
+                self.touch(slot, now_ms, band)
+                continue
+            assert self._resident[slot], "only residents are used"
+            if uses[slot] < USES_MAX:
+                uses[slot] += 1
+            if band is not None and band < bands[slot]:
+                bands[slot] = band
+            self._note_use(slot)
+            self._used_ms[slot] = now_ms
 
     def _entered(self, slot: int, name: int) -> None:
         self._account(slot, 1)
@@ -126,8 +173,14 @@ class KeepScore(Chains):
             self._cells.remove(slot)
 
     def _note_use(self, slot: int) -> None:
-        self._model.used(self._name[slot], self._class(slot))
-        self._last[slot] = self._model.clock
+        model = self._model
+        model.used(self._name[slot], self._class(slot))
+        self._last[slot] = model.clock
+        if model.clock >= self._look_at:
+            self._look()
+
+    def _look(self) -> None:
+        """Learn and sweep, whichever is due."""
         if self._model.due:
             self._model.refresh(self.entries)
             self._rescore()
@@ -135,6 +188,7 @@ class KeepScore(Chains):
         if self._model.clock >= self._sweep_at:
             self._sweep()
             self._sweep_at = self._model.clock + max(SWEEP_USES_MIN, len(self._cells))
+        self._look_at = min(self._model.due_at, self._sweep_at)
 
     def _account(self, slot: int, sign: int) -> None:
         if self._cost_us[slot]:
@@ -167,8 +221,6 @@ class KeepScore(Chains):
         return self._band[slot] * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1
 
     def _worth_step(self, slot: int) -> int:
-        if not self._cost_us[slot]:
-            return WORTH_MIDDLE
         usual = self._costs_us / self._costed_bytes
         # frexp's exponent is the logarithm, rounded up
         _, step = math.frexp(HALF_STEP * self._cost_us[slot] / self._size[slot] / usual)
@@ -177,9 +229,11 @@ class KeepScore(Chains):
 
     def _cell_now(self, slot: int) -> int:
         """tenant, worth, class and age as one number."""
-        group = self._tenant[slot] * WORTH_STEPS + self._worth_step(slot)
-        bucket = bucket_of(self._model.clock - self._last[slot])
-        return (group * len(CLASSES) + self._class(slot)) * BUCKETS + bucket
+        worth = self._worth_step(slot) if self._cost_us[slot] else WORTH_MIDDLE
+        uses = self._uses[slot]
+        group = (self._tenant[slot] * WORTH_STEPS + worth) * len(CLASSES)
+        class_ = self._band[slot] * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1
+        return (group + class_) * BUCKETS + bucket_of(self._model.clock - self._last[slot])
 
     def _score(self, cell: int) -> float:
         rest, bucket = divmod(cell, BUCKETS)
@@ -236,10 +290,27 @@ class KeepScore(Chains):
             values = (score * self.entries, *self._reason(slot, now_ms))
             chosen.append(Victim(slot, self._size[slot], score, LOWEST, values))
             freed_bytes += self._size[slot]
-            self.remove(slot)
+            self._take_out(slot)
         for slot in held:
             self._freed(slot)
         return chosen
+
+    def _take_out(self, slot: int) -> None:
+        """What `remove` does for one who stands in a cell: without children and without pins."""
+        self._cells.remove(slot)
+        size_bytes, parent = self._size[slot], self._parent[slot]
+        if self._cost_us[slot]:
+            self._costs_us -= self._cost_us[slot]
+            self._costed_bytes -= size_bytes
+        self._remember(slot)
+        self._resident[slot] = 0
+        self._parent[slot] = NO_SLOT
+        self.entries -= 1
+        self.used_bytes -= size_bytes
+        if parent != NO_SLOT:
+            self._children[parent] -= 1
+            if self._is_free(parent):
+                self._freed(parent)
 
     def _lowest(self, spare: Spare | None) -> tuple[float, int] | None:
         """The least worthy cell among the tenants that have something to spare."""

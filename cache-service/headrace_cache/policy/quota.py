@@ -109,15 +109,16 @@ class Quotas:
         watermark, others above their quota, all above their minimum, and the tenant itself, as
         what the rest has left may be pinned or in use.
         """
-        if self._fits(tenant, size_bytes):
+        if self.fits(tenant, size_bytes):
             return True
         for stage in (self._own_quota, self._over_quota, self._above_minimum, self._own_entries):
             call = stage(tenant, size_bytes)
             if call is not None and not take(call):
                 return False
-        return self._fits(tenant, size_bytes)
+        return self.fits(tenant, size_bytes)
 
-    def _fits(self, tenant: int, size_bytes: int) -> bool:
+    def fits(self, tenant: int, size_bytes: int) -> bool:
+        """Whether there is room for that much more of `tenant`."""
         if not self._shares:
             return self.used_bytes + size_bytes <= self.high_bytes
         most = self.share_of(tenant).max_bytes

@@ -16,6 +16,8 @@ for; one constant that trades recency for use, which is right for one size of ca
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections import Counter
 
 BUCKETS = 40
 """Ages are told apart by half octaves, from YOUNG uses on."""
@@ -39,6 +41,9 @@ first bucket is as wide as several."""
 
 REFRESH_USES_MIN = 1024
 REFRESH_USES_MAX = 16_384
+
+
+_class_of = (CLASSES_MAX - 1).__and__
 
 
 def bucket_of(age: int) -> int:
@@ -77,7 +82,7 @@ class ReuseModel:
         self._watched: dict[int, int] = {}
         self._shift = 64
         self._learned_at = 0
-        self._due = REFRESH_USES_MIN
+        self.due_at = REFRESH_USES_MIN
         self._reused = [[0.0] * BUCKETS for _ in families]
         self._given_up = [[0.0] * BUCKETS for _ in families]
         self.index: list[list[float]] = []
@@ -105,13 +110,13 @@ class ReuseModel:
     @property
     def due(self) -> bool:
         """Enough happened since the last `refresh`."""
-        return self.clock >= self._due
+        return self.clock >= self.due_at
 
     def refresh(self, entries: int) -> None:
         """Learn from what was seen; the cache has `entries` now. Takes a few milliseconds."""
         uses = min(max(REFRESH_USES_MIN, entries // 4), REFRESH_USES_MAX)
         kept = 0.5 ** ((self.clock - self._learned_at) / (HORIZON * max(entries, uses)))
-        self._due, self._learned_at = self.clock + uses, self.clock
+        self.due_at, self._learned_at = self.clock + uses, self.clock
         self._sample(entries)
         self._learn()
         for counts in (*self._reused, *self._given_up):
@@ -126,11 +131,24 @@ class ReuseModel:
             watched = self._watched.items()
             self._watched = {name: seen for name, seen in watched if not name >> shift}
 
+    def waiting(self) -> list[list[float]]:
+        """How many watched names, by class and age, were not used again so far."""
+        waiting = [[0.0] * BUCKETS for _ in self._families]
+        # the longest unused comes first, so each bucket's names stand together
+        watched, last = list(self._watched.values()), len(self._watched)
+        for bucket in range(BUCKETS):
+            youngest = self.clock - STARTS[bucket + 1] if bucket < BUCKETS - 1 else -1
+            first = bisect_left(watched, youngest + 1 << CLASS_BITS)
+            for class_, count in Counter(map(_class_of, watched[first:last])).items():
+                waiting[class_][bucket] += count
+            last = first
+        return waiting
+
     def _learn(self) -> None:
-        ended = [list(counts) for counts in self._given_up]
-        for seen in self._watched.values():
-            age = self.clock - (seen >> CLASS_BITS)
-            ended[seen & (CLASSES_MAX - 1)][bucket_of(age)] += 1.0
+        ended = [
+            [gone + still for gone, still in zip(*each, strict=True)]
+            for each in zip(self._given_up, self.waiting(), strict=True)
+        ]
         families: dict[int, tuple[list[float], list[float]]] = {}
         for class_, family in enumerate(self._families):
             reused, gone = families.setdefault(family, ([0.0] * BUCKETS, [0.0] * BUCKETS))
@@ -174,17 +192,22 @@ def hazards(reused: list[float], ended: list[float], assumed: list[float]) -> li
 
 
 def best_rates(chances: list[float]) -> list[float]:
-    """The most hits per use waited, from each bucket on, over all buckets to give up after."""
+    """The most hits per use waited, from each bucket on, over all buckets to give up after.
+
+    From the last bucket to the first: whoever waits for one bucket goes on to what is behind it as
+    long as that promises more than what he has so far. What is behind is kept in blocks, each with
+    its hits, its waiting and the chance to get through it, that are waited for as a whole.
+    """
     rates = [0.0] * BUCKETS
-    for first in range(BUCKETS):
-        hits, waited, left, best = 0.0, 0.0, 1.0, 0.0
-        for bucket in range(first, BUCKETS):
-            chance = chances[bucket]
-            hits += left * chance
-            waited += left * (1.0 - chance / 2) * WIDTHS[bucket]
-            left *= 1.0 - chance
+    blocks: list[tuple[float, float, float, float]] = []
+    for bucket in range(BUCKETS - 1, -1, -1):
+        chance = chances[bucket]
+        hits, waited, left = chance, (1.0 - chance / 2) * WIDTHS[bucket], 1.0 - chance
+        rate = hits / waited
+        while blocks and blocks[-1][0] > rate:
+            _, more_hits, more_waited, passes = blocks.pop()
+            hits, waited, left = hits + left * more_hits, waited + left * more_waited, left * passes
             rate = hits / waited
-            if rate > best:
-                best = rate
-        rates[first] = best
+        blocks.append((rate, hits, waited, left))
+        rates[bucket] = rate
     return rates
