@@ -7,9 +7,10 @@ is answered does not tell whether another tenant's exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from headrace.cache_admin import (
+    CROSSINGS_MAX,
     Answer,
     Changed,
     EntryInfo,
@@ -22,44 +23,55 @@ from headrace.cache_admin import (
     Request,
     SetQuota,
     Told,
+    Trace,
+    Traced,
     Unpin,
 )
-from headrace.frames import EntryKey
+from headrace.frames import EntryFacts, EntryKey
+from headrace_cache.policy.lineage import Below, Crossings
+
+
+class Chosen(NamedTuple):
+    """Whose entries are meant, of which kind and model; what is empty or None leaves all."""
+
+    tenant: str | None = None
+    kind: str | None = None
+    model: bytes = b""
+
+    def __call__(self, facts: EntryFacts) -> bool:
+        return (
+            self.tenant in (None, facts.tenant)
+            and self.kind in (None, facts.key.kind)
+            and facts.layout.startswith(self.model)
+        )
 
 
 class ManagedStore(Protocol):
-    """What the store offers for this; a `tenant` of None means everybody's entries."""
+    """What the tiers offer for this, as `management.py` defines it."""
 
-    def entries(
-        self,
-        tenant: str | None,
-        kind: str | None,
-        prefix: bytes,
-        limit: int,
-        cursor: int,
-        now_ms: int,
+    async def entries(
+        self, chosen: Chosen, below: Below | None, limit: int, cursor: int, now_ms: int
     ) -> tuple[list[EntryInfo], int]:
-        """Up to `limit` entries from `cursor` on, and the cursor behind them, 0 at the end.
-
-        `prefix` is an entry's hash: it and its descendants; empty: all.
-        """
+        """Up to `limit` entries from `cursor` on, and the cursor behind them, 0 at the end."""
         ...
 
-    def pin(self, keys: Sequence[EntryKey], until_ms: int, tenant: str | None = None) -> int:
+    async def pin(self, keys: Sequence[EntryKey], until_ms: int, tenant: str | None = None) -> int:
         """Pin those of `keys` that are held, as far as pins may go; how many are pinned now."""
         ...
 
-    def unpin(self, keys: Sequence[EntryKey], tenant: str | None = None) -> int:
+    async def unpin(self, keys: Sequence[EntryKey], tenant: str | None = None) -> int:
         """End the pins of `keys`; how many of them are held."""
         ...
 
-    def purge(
-        self, tenant: str | None = None, prefix: bytes = b"", model: bytes = b""
-    ) -> tuple[int, int]:
+    async def purge(self, chosen: Chosen, below: Below | None) -> tuple[int, int]:
         """Drop, in every tier, what meets all conditions that are given: entries and bytes."""
         ...
 
-    def set_quota(self, tenant: str, max_bytes: int, min_bytes: int) -> str:
+    async def crossings(self, first: bytes) -> Crossings:
+        """Where chains go from group to group, and those that lead away from `first`."""
+        ...
+
+    async def set_quota(self, tenant: str, max_bytes: int, min_bytes: int) -> str:
         """'' when the quota holds from now on, else why it cannot."""
         ...
 
@@ -68,23 +80,39 @@ class ManagedStore(Protocol):
         ...
 
 
-def manage(store: ManagedStore, request: Request, now_ms: int) -> Answer:
+async def manage(store: ManagedStore, request: Request, now_ms: int) -> Answer:
     """Do what `request` says. `now_ms` is on the store's clock."""
     match request:
-        case ListEntries(tenant, kind, prefix, limit, cursor):
-            found, next_cursor = store.entries(tenant, kind, prefix, limit, cursor, now_ms)
+        case ListEntries(tenant, kind, prefix, limit, cursor, groups):
+            chosen, below = Chosen(tenant, kind), _below(prefix, groups)
+            found, next_cursor = await store.entries(chosen, below, limit, cursor, now_ms)
             return Listed(tuple(found), next_cursor)
         case Pin(keys, ttl_ms, tenant):
-            return Changed(store.pin(keys, now_ms + ttl_ms, tenant))
+            return Changed(await store.pin(keys, now_ms + ttl_ms, tenant))
         case Unpin(keys, tenant):
-            return Changed(store.unpin(keys, tenant))
-        case Purge(tenant, prefix, model):
-            return Changed(*store.purge(tenant, prefix, model))
+            return Changed(await store.unpin(keys, tenant))
+        case Purge(tenant, prefix, model, groups):
+            chosen = Chosen(tenant, model=model)
+            return Changed(*await store.purge(chosen, _below(prefix, groups)))
+        case Trace(prefix):
+            return _traced(await store.crossings(prefix))
         case SetQuota(tenant, max_bytes, min_bytes):
-            refusal = store.set_quota(tenant, max_bytes, min_bytes)
+            refusal = await store.set_quota(tenant, max_bytes, min_bytes)
             return Refused(refusal) if refusal else Changed(0)
         case ReadStats(tenant):
             return Told(_stats_for(store.stats(), tenant))
+
+
+def _below(prefix: bytes, groups: Sequence[bytes]) -> Below | None:
+    return Below(prefix, frozenset(groups)) if prefix or groups else None
+
+
+def _traced(found: Crossings) -> Answer:
+    if max(len(found.heads), len(found.ends)) > CROSSINGS_MAX:
+        return Refused(
+            f"more than {CROSSINGS_MAX} chains are long: ask by tenant or model, not by prefix"
+        )
+    return Traced(tuple(found.heads), tuple(found.ends))
 
 
 def _stats_for(values: dict[str, Any], tenant: str | None) -> dict[str, Any]:

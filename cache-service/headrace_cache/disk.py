@@ -27,11 +27,19 @@ from headrace.clock import Clock, SystemClock
 from headrace.errors import SettingsError
 from headrace.frames import Buffer, EntryFacts, EntryKey
 from headrace_cache.disk_catalog import Catalog, Place
-from headrace_cache.disk_files import Files
-from headrace_cache.disk_log import BUDGET_SEGMENTS_MIN, SEGMENT_BYTES_MIN, DiskLog
+from headrace_cache.disk_files import Files, read_whole, write_whole
+from headrace_cache.disk_log import (
+    BUDGET_SEGMENTS_MIN,
+    SEGMENT_BYTES_MIN,
+    DiskLog,
+    Forgotten,
+    Match,
+    Page,
+)
 from headrace_cache.disk_reads import Loaded
 from headrace_cache.disk_terms import Came
 from headrace_cache.disk_threads import JobThread
+from headrace_cache.policy.lineage import Below, Crossings, Link
 
 OFFERS_MAX = 4096
 OFFER_BYTES_MAX = 128 * 1024 * 1024
@@ -46,6 +54,8 @@ EVENTS_MAX = 1 << 14
 """Some 4 MB, which is what they take where nobody asks for them."""
 BUDGET_BYTES_MIN = BUDGET_SEGMENTS_MIN * SEGMENT_BYTES_MIN
 CLOSE_S_MAX = 10.0
+NOTE_NAME = "note"
+NOTE_BYTES_MAX = 1 << 20
 
 T = TypeVar("T")
 
@@ -204,27 +214,45 @@ class DiskTier:
         """Drop all of a tenant's entries, as `forget` does."""
         return self._on(self._writer, lambda: self._log.forget_tenant(tenant))
 
-    def forget_where(self, match: Callable[[EntryFacts], bool], below: bytes = b"") -> Future[int]:
+    def forget_where(
+        self, match: Match, below: Below | None = None, links: Sequence[Link] = ()
+    ) -> Future[Forgotten]:
         """Drop the entries that `match` picks, as `forget` does. It is called on a thread.
 
-        `below`: only of the chains that go through the block of that hash, it included.
+        `below`: only of these chains, as far as what is here and `links` tell.
         """
-        return self._on(self._writer, lambda: self._log.forget_where(match, below))
+        return self._on(self._writer, lambda: self._log.forget_where(match, below, links))
 
-    def entries(
-        self, match: Callable[[EntryFacts], bool], limit: int, after: EntryKey | None = None
-    ) -> Future[list[EntryFacts]]:
-        """Up to `limit` entries that `match` picks, in the order of their keys, behind `after`.
+    # looking on
 
-        `match` is called on a thread; `pin_ms` of the facts is 0.
-        """
+    def page(
+        self,
+        match: Match,
+        limit: int,
+        start: int,
+        below: Below | None = None,
+        links: Sequence[Link] = (),
+    ) -> Future[Page]:
+        """Some entries that `match` picks, as DiskLog.page; `pin_ms` of the facts is 0."""
+        return self._on(self._writer, lambda: self._log.page(match, limit, start, below, links))
 
-        def listed() -> list[EntryFacts]:
-            facts = (found.head.facts for found in self._log.records())
-            picked = [each for each in facts if (after is None or each.key > after) and match(each)]
-            return sorted(picked, key=lambda each: each.key)[:limit]
+    def links(self) -> Future[list[Link]]:
+        """Hashes of all entries, with those of their parents."""
+        return self._on(self._writer, self._log.links)
 
-        return self._on(self._writer, listed)
+    def crossings(self, first: bytes, links: Sequence[Link]) -> Future[Crossings]:
+        """As DiskLog.crossings."""
+        return self._on(self._writer, lambda: self._log.crossings(first, links))
+
+    # what is kept beside entries
+
+    def write_note(self, data: bytes) -> Future[None]:
+        """Keep `data` in place of what was kept so; it fails with OSError."""
+        return self._on(self._writer, lambda: write_whole(self._files, NOTE_NAME, data))
+
+    def read_note(self) -> bytes:
+        """What `write_note` kept last; empty if nothing is. Blocks. Raises OSError."""
+        return read_whole(self._files, NOTE_NAME, NOTE_BYTES_MAX)
 
     # what is told
 

@@ -168,6 +168,15 @@ class Catalog:
             records = self._segments.get(segment)
             return records.live if records is not None else 0
 
+    def is_of(self, key: EntryKey, tenant: str) -> bool:
+        """Whether `key` is on disk, and `tenant`'s."""
+        with self._lock:
+            ref = self._refs.get(name_of(key))
+            if ref is None:
+                return False
+            number, record = divmod(ref, RECORDS_MAX)
+            return self._segments[number].tenants[record] == self._tenants.get(tenant)
+
     def tenant_bytes(self, tenant: str) -> int:
         """Bytes of all entries of `tenant`."""
         with self._lock:

@@ -7,6 +7,7 @@ Rejected: Python's file objects, which buffer and retry behind our back.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Sequence
@@ -86,6 +87,10 @@ class Files:
     def unlink(self, name: str) -> None:
         (self.directory / name).unlink()
 
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a file another name; what had that one is gone."""
+        (self.directory / name).rename(self.directory / new_name)
+
 
 def append_all(files: Files, fd: int, buffers: Sequence[Buffer]) -> None:
     """Append all of `buffers`; raises OSError, with any part of them written."""
@@ -108,6 +113,35 @@ def read_all(files: Files, fd: int, buffers: Sequence[bytearray | memoryview], o
         total += count
         left = _after(left, count)
     return total
+
+
+def write_whole(files: Files, name: str, data: bytes) -> None:
+    """Have `data` in the file `name`, or what was there, whatever happens meanwhile."""
+    new_name = f"{name}.new"
+    with contextlib.suppress(FileNotFoundError):
+        files.unlink(new_name)
+    fd = files.create(new_name)
+    try:
+        append_all(files, fd, [data])
+        files.sync(fd)
+    finally:
+        files.close(fd)
+    files.rename(new_name, name)
+    files.sync_names()
+
+
+def read_whole(files: Files, name: str, limit_bytes: int) -> bytes:
+    """What is in the file `name`, `limit_bytes` of it at most; nothing where there is none."""
+    try:
+        fd = files.open(name)
+    except FileNotFoundError:
+        return b""
+    try:
+        buffer = bytearray(min(files.size(fd), limit_bytes))
+        count = read_all(files, fd, [buffer], 0)
+    finally:
+        files.close(fd)
+    return bytes(buffer[:count])
 
 
 def _after(buffers: list[memoryview], count: int) -> list[memoryview]:

@@ -19,6 +19,7 @@ import contextlib
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import structlog
 
@@ -31,6 +32,7 @@ from headrace_cache.disk_reads import DiskReader, Loaded, Shelf
 from headrace_cache.disk_recovery import recover
 from headrace_cache.disk_segment import EMPTY_BYTES, Segment, create_segment, record_bytes
 from headrace_cache.disk_terms import Came, Counts, Emit, Outcome
+from headrace_cache.policy.lineage import Below, Crossings, Link, crossings
 from headrace_cache.segments import Found, Head, Op, Reader, note
 
 SEGMENTS_PER_BUDGET = 32
@@ -54,7 +56,25 @@ NOTES_PER_WRITE = 64
 FORGET_COPIES = 2
 """A note that forgets is written twice: one bad sector must not bring back what was purged."""
 
+SPOT_BITS = 32
+
+Match = Callable[[EntryFacts], bool]
+
 log = structlog.get_logger(__name__)
+
+
+class Forgotten(NamedTuple):
+    """What was dropped, with its bytes, and hashes of all entries of the chains that were meant."""
+
+    sizes: dict[EntryKey, int]
+    inside: set[bytes]
+
+
+class Page(NamedTuple):
+    """Some entries, and the spot from which to go on; None at the end."""
+
+    entries: list[EntryFacts]
+    start: int | None
 
 
 def segment_bytes_for(budget_bytes: int) -> int:
@@ -290,15 +310,56 @@ class DiskLog:
         self._forget_for_good([note(Op.FORGET_TENANT, tenant=tenant)], gone)
         return len(gone) + unread
 
-    def forget_where(self, match: Callable[[EntryFacts], bool], below: bytes = b"") -> int:
-        """Drop what `match` picks, as `forget` does. Reads all heads.
+    def forget_where(
+        self, match: Match, below: Below | None = None, links: Sequence[Link] = ()
+    ) -> Forgotten:
+        """Drop what `match` picks, as `forget` does. Reads all heads, once.
 
-        `below`: only of the chains that go through the block of that hash, it included.
+        `below`: only of these chains, as far as what is here and `links` tell.
         """
         picked = [found.head.facts for found in self.records(dead=True)]
-        if below:
-            picked = chains_through(below, picked)
-        return self.forget(list({facts.key: None for facts in picked if match(facts)}))
+        inside: set[bytes] = set()
+        if below is not None:
+            inside = below.of([*links, *(_link(facts) for facts in picked)])
+            picked = [facts for facts in picked if facts.key.hash in inside]
+        sizes = {facts.key: facts.size_bytes for facts in picked if match(facts)}
+        live = {key: size for key, size in sizes.items() if self.catalog.find(key) is not None}
+        self.forget(list(sizes))
+        return Forgotten(live, inside)
+
+    def links(self) -> list[Link]:
+        """Hashes of all entries, with those of their parents."""
+        return [_link(found.head.facts) for found in self.records()]
+
+    def crossings(self, first: bytes, links: Sequence[Link]) -> Crossings:
+        """Where chains go from group to group, as what is here and `links` tell."""
+        return crossings(first, [*links, *self.links()])
+
+    def page(
+        self,
+        match: Match,
+        limit: int,
+        start: int,
+        below: Below | None = None,
+        links: Sequence[Link] = (),
+    ) -> Page:
+        """The first `limit` entries that `match` picks, in the order of their `spot`s, from `start`
+        on; more, where several stand at the last one's. `below` and `links` as above."""
+        facts = [found.head.facts for found in self.records()]
+        inside = None if below is None else below.of([*links, *map(_link, facts)])
+        picked = [
+            each
+            for each in facts
+            if spot(each.key) >= start
+            and (inside is None or each.key.hash in inside)
+            and match(each)
+        ]
+        picked.sort(key=lambda each: (spot(each.key), each.key))
+        if len(picked) <= limit:
+            return Page(picked, None)
+        last = spot(picked[limit - 1].key)
+        behind = next((at for at in range(limit, len(picked)) if spot(picked[at].key) > last), None)
+        return Page(picked[:behind], None if behind is None else spot(picked[behind].key))
 
     def _forget_for_good(self, notes: Sequence[Head], gone: Sequence[EntryKey]) -> None:
         """Write `notes` and sync them; a full disk loses its oldest segments for it."""
@@ -375,21 +436,13 @@ class DiskLog:
         assert all(not s.is_open or s is self._open for s in self._shelf), "one is appended to"
 
 
-def chains_through(first: bytes, entries: Sequence[EntryFacts]) -> list[EntryFacts]:
-    """Those of `entries` that are the block `first` or come after it, wherever they stand."""
-    children: dict[bytes, list[EntryFacts]] = {}
-    for facts in entries:
-        children.setdefault(facts.parent, []).append(facts)
-    reached = [facts for facts in entries if facts.key.hash == first]
-    seen, at = {first}, 0
-    reached += children.pop(first, [])
-    while at < len(reached):
-        hash_ = reached[at].key.hash
-        at += 1
-        if hash_ not in seen:
-            seen.add(hash_)
-            reached += children.pop(hash_, [])
-    return reached
+def spot(key: EntryKey) -> int:
+    """Where an entry stands in a list: SPOT_BITS of its hash."""
+    return int.from_bytes(key.hash[: SPOT_BITS // 8])
+
+
+def _link(facts: EntryFacts) -> Link:
+    return facts.key.hash, facts.parent
 
 
 def _place(segment: Segment, found: Found) -> Place:

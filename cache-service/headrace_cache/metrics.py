@@ -31,6 +31,43 @@ _COUNTERS = {
     "corrupt": "entries dropped because their CRC was wrong",
 }
 
+_DISK_GAUGES = {
+    "ready": "1 once the disk's entries can be read",
+    "paused": "1 while nothing is written, as writing failed",
+    "budget_bytes": "budget of the files",
+    "used_bytes": "what the files take",
+    "entries": "entries on disk",
+    "bytes": "bytes of entries on disk",
+    "pinned_bytes": "bytes of entries that are pinned on disk",
+    "offers_waiting": "copies that wait to be written",
+    "offer_bytes_waiting": "bytes of copies that wait to be written",
+    "reads_waiting": "requests that wait to be read",
+}
+_DISK_COUNTERS = {
+    "read": "entries read and found right",
+    "read_bytes": "bytes of entries read",
+    "missed": "entries that were to be read and had gone",
+    "promoted": "entries read into RAM for who asked",
+    "promoted_bytes": "bytes of entries read into RAM",
+    "gone": "entries that were to be read into RAM and could not be",
+    "written": "entries written",
+    "written_bytes": "bytes of entries written",
+    "present": "entries offered that were on disk already",
+    "refused": "entries not written: too large, wrong, or the disk in trouble",
+    "not_taken": "entries not taken by the queue of writes",
+    "not_copied": "entries that left RAM without a copy on disk",
+    "disk_full": "pauses of writing because the disk was full",
+    "write_errors": "pauses of writing, for whatever reason",
+    "read_errors": "reads that the system refused",
+    "corrupt": "records that were not what was written",
+    "lost_records": "records that could not be read at the start",
+    "lost_segments": "files that could not be read at the start",
+    "segments_dropped": "files that left to make room",
+    "carried": "entries carried over from a file that left",
+    "forgotten": "entries forgotten because somebody asked for it",
+    "job_failures": "bugs met by the disk's threads",
+}
+
 
 class Metrics:
     """Owns the registry and, once `listen` was called, the HTTP listener."""
@@ -93,6 +130,7 @@ def _families(stats: dict[str, Any]) -> Iterable[Metric]:
         ("connections", "clients connected"),
     ):
         yield GaugeMetricFamily(f"headrace_cache_{name}", help_text, value=stats[name])
+    yield from _disk_families(stats.get("disk", {}))
     for label, tallies in (("kind", stats["by_kind"]), ("tenant", stats["by_tenant"])):
         suffix = "" if label == "kind" else "_tenant"
         for name, help_text in _GAUGES.items():
@@ -107,3 +145,19 @@ def _families(stats: dict[str, Any]) -> Iterable[Metric]:
             for value, tally in tallies.items():
                 counter.add_metric([value], tally[name])
             yield counter
+
+
+def _disk_families(stats: dict[str, Any]) -> Iterable[Metric]:
+    """What the disk counted; nothing without one."""
+    if not stats:
+        return
+    for name, help_text in _DISK_GAUGES.items():
+        yield GaugeMetricFamily(f"headrace_cache_disk_{name}", help_text, value=stats[name])
+    for name, help_text in _DISK_COUNTERS.items():
+        yield CounterMetricFamily(f"headrace_cache_disk_{name}", help_text, value=stats[name])
+    held = GaugeMetricFamily(
+        "headrace_cache_disk_tenant_bytes", "bytes of entries on disk", labels=["tenant"]
+    )
+    for tenant, size_bytes in stats["bytes_by_tenant"].items():
+        held.add_metric([tenant], size_bytes)
+    yield held

@@ -188,6 +188,10 @@ class Room:
             self._quotas.gave(*self._orphans.pop(place))
             self._arena.free(place)
 
+    def granted(self) -> dict[str, Share]:
+        """Quotas that were granted, by tenant."""
+        return {self._index.tenant_name(tenant): share for tenant, share in self._shares.items()}
+
     def shares(self) -> dict[str, Any]:
         """Quotas that were granted, and what is used of them."""
         return {

@@ -319,8 +319,7 @@ class CacheServer:
     async def _manage(self, request: Manage, began_s: float) -> Reply:
         """The answer once the disk did its part. Raises WireError."""
         asked = cache_admin.decode_request(request.values)
-        answer = manage(self.management, asked, self.clock.now_ms())
-        await self.management.settled()
+        answer = await manage(self.management, asked, self.clock.now_ms())
         return Reply("manage", Stats(request.id, cache_admin.encode(answer)), began_s)
 
     def snapshot(self) -> dict[str, Any]:

@@ -390,6 +390,10 @@ class Store:
         """Why `share` cannot be granted; '' when it holds, and what exceeds it has left."""
         return self._room.set_quota(tenant, share, now_ms)
 
+    def shares(self) -> dict[str, Share]:
+        """What was granted to tenants, by their names."""
+        return self._room.granted()
+
     def pin(self, slot: int, until_ms: int) -> bool:
         """Keep an entry until then; False if pins hold too much already."""
         return self._policy.pin(slot, until_ms)

@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from headrace.clock import Clock
+from headrace.errors import WireError
 from headrace.frames import DISK, RAM, EntryFacts, EntryKey
 from headrace.types import Band
 from headrace_cache.disk import DiskTier
@@ -28,6 +29,7 @@ from headrace_cache.disk_catalog import Place
 from headrace_cache.disk_reads import Loaded
 from headrace_cache.index import Tier
 from headrace_cache.policy.eviction import NO_SLOT, NOT_PINNED
+from headrace_cache.promises import decode_shares, encode_shares
 from headrace_cache.store import OURSELVES, Loan, Store
 
 PROMOTED_BYTES_MAX = 64 * 1024 * 1024
@@ -87,8 +89,31 @@ class Tiers:
         if self.disk is None:
             return
         found = self.disk.start()
+        self._take_shares(self.disk)
         found.add_done_callback(lambda done: log.info("disk is read", entries=done.result()))
         self._copier = asyncio.get_running_loop().create_task(self._copy_for_ever())
+
+    def _take_shares(self, disk: DiskTier) -> None:
+        """What was promised to tenants before the last stop holds again, as far as it can."""
+        try:
+            shares = decode_shares(disk.read_note())
+        except (OSError, WireError) as error:
+            log.error("quotas of before are not known", reason=str(error))
+            return
+        for tenant, share in shares.items():
+            refusal = self.store.set_quota(tenant, share, self._clock.now_ms())
+            if refusal:
+                log.error("a quota of before cannot hold", tenant=tenant, reason=refusal)
+
+    async def keep_shares(self) -> str:
+        """Have quotas survive a restart, where there is a disk; '' or why they do not."""
+        if self.disk is None:
+            return ""
+        try:
+            await asyncio.wrap_future(self.disk.write_note(encode_shares(self.store.shares())))
+        except (OSError, RuntimeError) as error:
+            return f"it holds until the next restart only: {error}"
+        return ""
 
     async def close(self) -> None:
         """Write what is not on disk yet, for CLOSE_S_MAX at most."""
@@ -163,10 +188,9 @@ class Tiers:
     def _take_in(self, loaded: Loaded, band: Band | None) -> bool:
         assert self.disk is not None, "asked only with a disk"
         facts = loaded.facts
-        wall_ms = self._clock.wall_ns() // 1_000_000
         facts = facts._replace(
             band=facts.band if band is None else min(facts.band, band),
-            pin_ms=max(0, self.disk.pinned_until_ms(facts.key) - wall_ms),
+            pin_ms=max(0, self.disk.pinned_until_ms(facts.key) - self.wall_ms()),
         )
         self.store.put(facts, loaded.data, self._clock.now_ms())
         there = facts.key in self.store
@@ -213,13 +237,17 @@ class Tiers:
             return 0
         return self.to_wall_ms(until_ms)
 
+    def wall_ms(self) -> int:
+        """The disk's clock."""
+        return self._clock.wall_ns() // 1_000_000
+
     def now_ms(self) -> int:
         """The store's clock."""
         return self._clock.now_ms()
 
     def to_wall_ms(self, until_ms: int) -> int:
         """A time of the store's clock, on the wall clock."""
-        return self._clock.wall_ns() // 1_000_000 + until_ms - self._clock.now_ms()
+        return self.wall_ms() + until_ms - self._clock.now_ms()
 
     def verify(self, key: EntryKey) -> bool:
         """As Store.verify. A copy on disk has a CRC of its own, checked whenever it is read."""

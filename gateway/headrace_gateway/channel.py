@@ -35,6 +35,7 @@ from headrace_gateway.policy.admission import (
 )
 from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.replies import Replies
+from headrace_gateway.shared_flights import SharedFlights
 
 log = structlog.get_logger()
 
@@ -69,6 +70,7 @@ class Channel:
         self.board: Board | None = None
         self.board_error = ""
         self.places = Places(redis, model, gateway_id, self.replies.live, lambda: self.board, clock)
+        self.flights = SharedFlights(url, redis, model, gateway_id, lambda: self.board, clock)
         self.lengths = Lengths()
         self._recent = _Recent()
         self._chores: set[asyncio.Task[None]] = set()
@@ -80,6 +82,7 @@ class Channel:
             self.dispatcher.run(),
             self._poll_board(),
             self.places.run(),
+            self.flights.run(),
             self._trim_loop(),
             self._keep_loop(),
         ]
@@ -171,6 +174,7 @@ class Channel:
 
     async def settle(self) -> None:
         """Wait for cancels that are on their way."""
+        await self.flights.settle()
         if self._chores:
             await asyncio.wait(set(self._chores))
 

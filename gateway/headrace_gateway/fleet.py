@@ -25,6 +25,7 @@ from headrace_gateway.generation import Generation
 from headrace_gateway.limits import Limiter
 from headrace_gateway.policy.admission import Admission, AdmissionLimits, Ask
 from headrace_gateway.policy.lengths import Lengths
+from headrace_gateway.shared_flights import SharedFlights
 
 log = structlog.get_logger()
 
@@ -132,13 +133,20 @@ class Fleet:
         """
         return await self._channel(job.model).submit(job, span)
 
+    def flights(self, model: str) -> SharedFlights:
+        """What all gateways compute of `model` that may be shared. Raises NotFoundError."""
+        return self._channel(model).flights
+
     def counts(self) -> dict[str, int]:
         """What this gateway holds; all zero when nothing streams."""
         channels = self._channels.values()
-        return {
+        counts = {
             "live_generations": sum(len(channel.replies.live) for channel in channels),
             "unread_tokens": sum(channel.replies.unread_tokens for channel in channels),
         }
+        for name in ("led_flights", "followed_flights"):
+            counts[name] = sum(channel.flights.counts()[name] for channel in channels)
+        return counts
 
     def queued(self) -> dict[str, tuple[int, int, int]]:
         """Waiting jobs per band for each model, as the dispatcher published them."""

@@ -5,8 +5,8 @@ computation goes on as long as somebody reads it, and no longer. The leader's fa
 follower that is left behind hands its own job to the fleet, with the tokens that it has seen
 already, so that its text goes on after precisely those. A job with a deadline neither leads nor
 follows, since it would end, or wait, by another one's time.
-Sharing works within one gateway. Rejected: sharing over gateways by a key in Redis, whose death
-everybody would have to watch; what has finished is shared over all of them by the cache service.
+What runs on another gateway (`shared_flights.py`) is one more flight here, whose leader is none of
+its readers: whatever becomes of it, they go on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headrace.clock import Clock
 from headrace.types import Finish, FinishReason, Job, ModelRecord, TokenLogprobs, pack_tokens
@@ -48,6 +48,26 @@ Start = Callable[[Job], Awaitable[Source]]
 """Hands a job to the fleet. Raises what the fleet refuses it with."""
 
 
+class Opened(NamedTuple):
+    """Where a job's tokens come from.
+
+    `job` computes them ('': unknown to other gateways), at `rank`; `followed`: another gateway's.
+    """
+
+    source: Source
+    job: str
+    rank: Rank
+    followed: bool
+
+
+class Elsewhere(Protocol):
+    """What other gateways compute, as `headrace_gateway.shared_flights` defines it."""
+
+    async def open(self, key: bytes, job: Job, rank: Rank, start: Start, spurned: str) -> Opened:
+        """As SharedFlights.open."""
+        ...
+
+
 class Tracked(Source, Protocol):
     """A Source that knows where its tokens come from."""
 
@@ -68,7 +88,8 @@ class Tracked(Source, Protocol):
 class Asked:
     """A deterministic job, the name of its output, and how to have it computed.
 
-    `trace` are the W3C headers of the span that a lookup belongs to.
+    `trace` are the W3C headers of the span that a lookup belongs to. `elsewhere`: None where other
+    gateways are none of its business.
     """
 
     key: bytes
@@ -76,6 +97,7 @@ class Asked:
     record: ModelRecord
     start: Start
     trace: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Elsewhere | None = None
 
     @property
     def rank(self) -> Rank:
@@ -121,6 +143,10 @@ class _Flight:
 
     def __init__(self, cache: PromptCache, asked: Asked, now_ms: int) -> None:
         self.asked = asked
+        self.rank = asked.rank
+        self.job = self.spurned = ""
+        """Who computes this, as other gateways know it; who is followed no more."""
+        self.followed = False
         self.began_ms = now_ms
         self.tokens: array[int] = pack_tokens(())
         self.logprobs: list[TokenLogprobs] = []
@@ -143,6 +169,11 @@ class _Flight:
         self.prompt_logprobs = other.prompt_logprobs
         self.cached_tokens = other.cached_tokens
         self.began_ms = other.began_ms
+        self.spurned = other.job
+
+    def leads(self, asked: Asked) -> bool:
+        """Whether this computation is `asked`'s own."""
+        return self.asked is asked and not self.followed
 
     @property
     def broken(self) -> bool:
@@ -151,12 +182,18 @@ class _Flight:
         return self.failure is not None or early
 
     async def start(self) -> None:
-        """Have it computed. Raises what the fleet refuses the leader's job with."""
-        job = self.asked.job
+        """Have it computed, here or elsewhere. Raises what the fleet refuses the job with."""
+        asked, job = self.asked, self.asked.job
         try:
             if self.tokens:
                 job = replace(job, logged=pack_tokens(self.tokens))
-            self._source = await self.asked.start(job)
+            if asked.elsewhere is None or asked.alone:
+                self._source = await asked.start(job)
+            else:
+                found = await asked.elsewhere.open(
+                    asked.key, job, asked.rank, asked.start, self.spurned
+                )
+                self._source, self.job, self.rank, self.followed = found
         except BaseException as error:
             self._fail(error)
             raise
@@ -222,7 +259,7 @@ class Reader:
         """As `Generation.next`."""
         while True:
             flight = self._flight
-            leads = flight.asked is self._asked
+            leads = flight.leads(self._asked)
             unread = len(flight.tokens) > self._cursor
             if unread or (flight.finish is not None and (leads or not flight.broken)):
                 return self._unread(flight)
@@ -239,7 +276,7 @@ class Reader:
 
     def _unread(self, flight: _Flight) -> Chunk:
         first, self._cursor = self._cursor, len(flight.tokens)
-        leads = flight.asked is self._asked
+        leads = flight.leads(self._asked)
         return Chunk(
             tuple(flight.tokens[first:]),
             flight.finish if leads or not flight.broken else None,
@@ -255,8 +292,9 @@ class Reader:
         self._flight, begins = self._cache.successor(flight, self._asked)
         self._flight.readers.add(self)
         if begins:
-            self.way = self.way if self._flight.tokens else Way.COMPUTED
             await self._flight.start()
+            if not flight.tokens and not self._flight.followed:
+                self.way = Way.COMPUTED
 
     async def cancel(self) -> None:
         """Read no more; what others read goes on."""
@@ -291,6 +329,8 @@ class PromptCache:
         flight = self._begin(asked)
         reader = Reader(self, flight, asked)
         await flight.start()
+        if flight.followed:
+            reader.way = Way.FOLLOWED
         return reader
 
     async def _read(self, entries: PromptEntries, asked: Asked) -> Output | None:
@@ -305,7 +345,7 @@ class PromptCache:
 
     def _joinable(self, asked: Asked) -> _Flight | None:
         flight = None if asked.alone else self._flights.get(asked.key)
-        if flight is None or not may_follow(flight.asked.rank, asked.rank).follows:
+        if flight is None or not may_follow(flight.rank, asked.rank).follows:
             return None
         return flight
 

@@ -22,7 +22,7 @@ from headrace.frames import (
     TENANT_CHARS_MAX,
     EntryKey,
 )
-from headrace.policy.hashing import HASH_BYTES, MODEL_TAG_BYTES
+from headrace.policy.hashing import GROUP_BYTES, HASH_BYTES, MODEL_TAG_BYTES
 from headrace.types import Band
 from headrace.wire import Fields
 
@@ -31,6 +31,9 @@ CURSOR_MAX = 1 << 40
 QUOTA_BYTES_MAX = 1 << 50
 MESSAGE_CHARS_MAX = 500
 LAYOUT_BYTES_MAX = 8
+GROUPS_MAX = 1 << 16
+CROSSINGS_MAX = 8_192
+"""Ways between groups of blocks in one answer, which stays well below a frame's limit."""
 
 IN_RAM = 1
 ON_DISK = 2
@@ -56,7 +59,8 @@ class EntryInfo:
 class ListEntries:
     """Asks for up to `limit` entries from `cursor` on, in an order that only changes disturb.
 
-    `kind`: None for all. `prefix`: the hash of an entry; it and what follows it in its chains.
+    `kind`: None for all. `prefix`: the hash of an entry; it and what follows it in its chains, and
+    all of `groups` (as hashing.py names them), which lie behind it for all that other nodes know.
     """
 
     tenant: str | None = None
@@ -64,6 +68,7 @@ class ListEntries:
     prefix: bytes = b""
     limit: int = 100
     cursor: int = 0
+    groups: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,22 @@ class Unpin:
 class Purge:
     """Drops the entries that meet all that is given; nothing given means all of them.
 
-    `prefix` as in ListEntries; `model` are the first MODEL_TAG_BYTES of its entries' layouts.
+    `prefix` and `groups` as in ListEntries; `model` are the first MODEL_TAG_BYTES of layouts.
     """
 
     tenant: str | None = None
     prefix: bytes = b""
     model: bytes = b""
+    groups: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Asks where chains go from group to group: what a node needs of the others to find all that
+    comes after `prefix`. Names of groups are nobody's secret but their owner's: only who puts
+    several nodes together asks."""
+
+    prefix: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +126,7 @@ class ReadStats:
     tenant: str | None = None
 
 
-Request = ListEntries | Pin | Unpin | Purge | SetQuota | ReadStats
+Request = ListEntries | Pin | Unpin | Purge | SetQuota | ReadStats | Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +159,16 @@ class Refused:
     message: str
 
 
-Answer = Listed | Changed | Told | Refused
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Answers Trace: groups' first blocks with their parents, and the last blocks of groups that
+    come after the prefix."""
+
+    heads: tuple[tuple[bytes, bytes], ...]
+    ends: tuple[bytes, ...]
+
+
+Answer = Listed | Changed | Told | Refused | Traced
 
 
 def encode(message: Request | Answer) -> dict[str, Any]:
@@ -154,24 +178,6 @@ def encode(message: Request | Answer) -> dict[str, Any]:
 
 def _body(message: Request | Answer) -> dict[str, Any]:
     match message:
-        case ListEntries():
-            return {
-                "tenant": message.tenant,
-                "kind": message.kind,
-                "prefix": message.prefix,
-                "limit": message.limit,
-                "cursor": message.cursor,
-            }
-        case Pin():
-            return _encode_keys(message.keys, message.tenant) | {"ttl": message.ttl_ms}
-        case Unpin():
-            return _encode_keys(message.keys, message.tenant)
-        case Purge():
-            return {"tenant": message.tenant, "prefix": message.prefix, "model": message.model}
-        case SetQuota():
-            return {"tenant": message.tenant, "max": message.max_bytes, "min": message.min_bytes}
-        case ReadStats():
-            return {"tenant": message.tenant}
         case Listed():
             return {"rows": [_encode_info(e) for e in message.entries], "cursor": message.cursor}
         case Changed():
@@ -180,6 +186,41 @@ def _body(message: Request | Answer) -> dict[str, Any]:
             return {"values": message.values}
         case Refused():
             return {"message": message.message[:MESSAGE_CHARS_MAX]}
+        case Traced():
+            heads = b"".join(hash_ + parent for hash_, parent in message.heads)
+            return {"heads": heads, "ends": b"".join(message.ends)}
+        case _:
+            return _request_body(message)
+
+
+def _request_body(message: Request) -> dict[str, Any]:
+    match message:
+        case ListEntries():
+            return {
+                "tenant": message.tenant,
+                "kind": message.kind,
+                "prefix": message.prefix,
+                "limit": message.limit,
+                "cursor": message.cursor,
+                "groups": b"".join(message.groups),
+            }
+        case Pin():
+            return _encode_keys(message.keys, message.tenant) | {"ttl": message.ttl_ms}
+        case Unpin():
+            return _encode_keys(message.keys, message.tenant)
+        case Purge():
+            return {
+                "tenant": message.tenant,
+                "prefix": message.prefix,
+                "model": message.model,
+                "groups": b"".join(message.groups),
+            }
+        case Trace():
+            return {"prefix": message.prefix}
+        case SetQuota():
+            return {"tenant": message.tenant, "max": message.max_bytes, "min": message.min_bytes}
+        case ReadStats():
+            return {"tenant": message.tenant}
 
 
 def _encode_keys(keys: Sequence[EntryKey], tenant: str | None) -> dict[str, Any]:
@@ -277,11 +318,38 @@ def _decode_list(f: Fields) -> ListEntries:
         _bytes(f, "prefix", HASH_BYTES),
         _number(f, "limit", 1, LIST_MAX),
         _number(f, "cursor", 0, CURSOR_MAX),
+        _pieces(f, "groups", GROUP_BYTES, GROUPS_MAX),
     )
 
 
+def _pieces(f: Fields, key: str, length: int, most: int) -> tuple[bytes, ...]:
+    """At most so many pieces of `length` bytes, which stand one behind the other."""
+    value = f.get(key, bytes)
+    if len(value) % length or len(value) > length * most:
+        raise WireError(f"{key}: {len(value)} bytes are not up to {most} times {length}")
+    return tuple(value[at : at + length] for at in range(0, len(value), length))
+
+
 def _decode_purge(f: Fields) -> Purge:
-    return Purge(_tenant(f), _bytes(f, "prefix", HASH_BYTES), _bytes(f, "model", MODEL_TAG_BYTES))
+    return Purge(
+        _tenant(f),
+        _bytes(f, "prefix", HASH_BYTES),
+        _bytes(f, "model", MODEL_TAG_BYTES),
+        _pieces(f, "groups", GROUP_BYTES, GROUPS_MAX),
+    )
+
+
+def _decode_trace(f: Fields) -> Trace:
+    prefix = _bytes(f, "prefix", HASH_BYTES)
+    if not prefix:
+        raise WireError("prefix: a chain begins somewhere")
+    return Trace(prefix)
+
+
+def _decode_traced(f: Fields) -> Traced:
+    pairs = _pieces(f, "heads", 2 * HASH_BYTES, CROSSINGS_MAX)
+    heads = tuple((pair[:HASH_BYTES], pair[HASH_BYTES:]) for pair in pairs)
+    return Traced(heads, _pieces(f, "ends", HASH_BYTES, CROSSINGS_MAX))
 
 
 def _decode_quota(f: Fields) -> SetQuota:
@@ -326,11 +394,13 @@ _REQUESTS: dict[str, Callable[[Fields], Request]] = {
     "purge": _decode_purge,
     "quota": _decode_quota,
     "stats": lambda f: ReadStats(_tenant(f)),
+    "trace": _decode_trace,
 }
 _ANSWERS: dict[str, Callable[[Fields], Answer]] = {
     "listed": _decode_listed,
     "changed": lambda f: Changed(f.get("entries", int), f.get("bytes", int)),
     "told": lambda f: Told(f.get("values", dict)),
+    "traced": _decode_traced,
     "refused": lambda f: Refused(f.get("message", str)[:MESSAGE_CHARS_MAX]),
 }
 _NAMES: dict[type, str] = {
@@ -340,6 +410,8 @@ _NAMES: dict[type, str] = {
     Purge: "purge",
     SetQuota: "quota",
     ReadStats: "stats",
+    Trace: "trace",
+    Traced: "traced",
     Listed: "listed",
     Changed: "changed",
     Told: "told",

@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
+from headrace import cache_admin
 from headrace.cache_client import GET_TIMEOUT_S, PUT_TIMEOUT_S, CacheClient
 from headrace.cache_entries import Entry, WriteEntry
 from headrace.cache_lane import ClientCounts
-from headrace.cache_merging import merged_answers, node_of, summed
+from headrace.cache_merging import merged_answers, merged_traces, node_of, summed
 from headrace.cache_reads import ReadRun
 from headrace.clock import Clock, SystemClock
 from headrace.frames import KV
@@ -385,11 +386,15 @@ class CacheCluster:
     async def manage(self, values: dict[str, Any]) -> dict[str, Any] | None:
         """What all nodes answer, as one; None if any did not, as it may not have done its part.
 
-        By prefix a node finds only what it can follow up to it: the part of a chain that lies there
-        without another node's group between.
+        By prefix, all nodes are asked first how their chains go on from group to group.
         """
         await self._known()
         names = list(self._clients)
+        if values.get("prefix") and len(names) > 1:
+            groups = await self._groups_below(values["prefix"])
+            if not isinstance(groups, bytes):
+                return groups
+            values = values | {"groups": groups}
         asked = node_of(values, names)
         answers = await self._all(
             self._clients[name].manage(request) for name, request in asked.items()
@@ -397,6 +402,12 @@ class CacheCluster:
         if not answers or None in answers:
             return None
         return merged_answers([a for a in answers if a is not None], list(asked), names)
+
+    async def _groups_below(self, prefix: bytes) -> bytes | dict[str, Any] | None:
+        """The groups that come after `prefix` on any node; else what to answer instead."""
+        asked = cache_admin.encode(cache_admin.Trace(prefix))
+        answers = await self._all(client.manage(asked) for client in self._clients.values())
+        return merged_traces(prefix, answers)
 
     async def ping(self) -> bool:
         """Whether any node answers."""

@@ -1,13 +1,19 @@
 """An administrator's requests to several cache services, and their answers as one.
 
 Pure. A list is read node by node: the cursor's high bits say which. A quota is divided, since a
-tenant's chains spread over all nodes alike; so is a guarantee.
+tenant's chains spread over all nodes alike; so is a guarantee. A chain goes from node to node,
+group by group: what comes after a block is found by putting together what all nodes say of the
+ways between groups, since all of a group comes after its first block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from headrace.cache_admin import GROUPS_MAX, Refused, Traced, decode_answer, encode
+from headrace.errors import WireError
+from headrace.policy.hashing import group_of, place_of
 
 CURSOR_BITS = 34
 """Of a cursor, within one node; CURSOR_MAX leaves 64 nodes."""
@@ -27,6 +33,52 @@ def summed(maps: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             elif isinstance(value, int | float) and isinstance(have, int | float):
                 total[name] = have + value
     return total
+
+
+def groups_below(prefix: bytes, traced: Iterable[Traced]) -> list[bytes]:
+    """Names of the groups all of whose blocks come after `prefix`, in the order of their names."""
+    heads: dict[bytes, list[bytes]] = {}
+    ends = {prefix}
+    links: list[tuple[bytes, bytes]] = []
+    for each in traced:
+        ends |= set(each.ends)
+        links += each.heads
+    found = {group_of(hash_) for hash_, parent in links if parent in ends}
+    if not place_of(prefix):
+        found.add(group_of(prefix))
+    for hash_, parent in links:
+        heads.setdefault(group_of(parent), []).append(group_of(hash_))
+    left = list(found)
+    while left:
+        for group in heads.pop(left.pop(), ()):
+            if group not in found:
+                found.add(group)
+                left.append(group)
+    return sorted(found)
+
+
+def merged_traces(
+    prefix: bytes, answers: Sequence[dict[str, Any] | None]
+) -> bytes | dict[str, Any] | None:
+    """The groups below `prefix` by what all nodes answered, one name behind the other.
+
+    Else what to answer to who asked: a refusal, or None where a node did not say its part.
+    """
+    traced: list[Traced] = []
+    for values in answers:
+        if values is None:
+            return None
+        try:
+            answer = decode_answer(values)
+        except WireError:
+            return None
+        if not isinstance(answer, Traced):
+            return values
+        traced.append(answer)
+    groups = groups_below(prefix, traced)
+    if len(groups) > GROUPS_MAX:
+        return encode(Refused("too many chains begin so: ask by tenant or model, not by prefix"))
+    return b"".join(groups)
 
 
 def node_of(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:

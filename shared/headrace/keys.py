@@ -20,6 +20,7 @@ Keys of one model share the hash tag `{model}`, so that each Lua script stays on
 | `headrace:{m}:service` | hash tenant → virtual counter | dispatcher | `SERVICE_TTL_MS`, renewed |
 | `headrace:{m}:blocks:<worker>` | msgpack BlockSnapshot | that worker | `BLOCKS_TTL_MS`, renewed |
 | `headrace:{m}:places:<gateway>` | msgpack Positions | dispatcher | `PLACES_TTL_MS`, renewed |
+| `headrace:{m}:flight:<key>` | hash | gateways | `FLIGHT_LEASE_MS`, renewed by who reads |
 | `headrace:limit:{<key>}:…` | see `limits.py` | gateways | until its window is over |
 | `headrace:{m}:events` | stream | the Lua scripts, workers | about `EVENTS_MAX` entries (hints) |
 | `headrace:{:cache}:nodes` | set of addresses | cache services | for ever; one drops the dead |
@@ -50,6 +51,7 @@ SERVICE_TTL_MS = 24 * 3_600_000
 BLOCKS_TTL_MS = 60_000
 PLACES_TTL_MS = 3_000
 NODE_LEASE_MS = 3_000
+FLIGHT_LEASE_MS = 5_000
 CACHE_EVENTS_MAX = 1_000
 CACHE_NODES = "headrace:{:cache}:nodes"
 
@@ -130,6 +132,10 @@ def blocks(model: str, worker: str) -> str:
 
 def places(model: str, gateway_id: str) -> str:
     return f"headrace:{{{model}}}:places:{gateway_id}"
+
+
+def flight(model: str, key: bytes) -> str:
+    return f"headrace:{{{model}}}:flight:{key.hex()}"
 
 
 def limit_used(key_id: str) -> str:

@@ -111,6 +111,58 @@ redis.call('DEL', KEYS[3], KEYS[4], KEYS[6], KEYS[7])
 return 'ok'
 """
 
+_FLIGHT_NOW = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+FLIGHT_JOIN = f"""
+-- KEYS flight; ARGV job, rank, payload, lease_ms, job that is not followed any more
+-- The job that computes what all who ask the same wait for: the one that stands here, unless it
+-- comes later than the asker or is given up, else the asker's own from now on. Answers its id,
+-- since when, and its payload. A reader's lease is a field of its own.
+{_FLIGHT_NOW}
+local held = redis.call('HMGET', KEYS[1], 'job', 'rank', 'since', 'payload')
+local ends = string.format('%.0f', now + ARGV[4])
+if held[1] and held[1] ~= ARGV[5] and tonumber(held[2]) <= tonumber(ARGV[2]) then
+  redis.call('HSET', KEYS[1], 'r:' .. ARGV[1], ends)
+  return {{held[1], tonumber(held[3]), held[4]}}
+end
+redis.call('DEL', KEYS[1])
+redis.call('HSET', KEYS[1], 'job', ARGV[1], 'rank', ARGV[2], 'since', string.format('%.0f', now),
+  'payload', ARGV[3], 'r:' .. ARGV[1], ends)
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return {{ARGV[1], now, ARGV[3]}}
+"""
+
+FLIGHT_STAY = f"""
+-- KEYS flight; ARGV job, reader, lease_ms. The reader goes on reading; 0: nobody new follows `job`.
+if redis.call('HGET', KEYS[1], 'job') ~= ARGV[1] then return 0 end
+{_FLIGHT_NOW}
+redis.call('HSET', KEYS[1], 'r:' .. ARGV[2], string.format('%.0f', now + ARGV[3]))
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+return 1
+"""
+
+FLIGHT_LEAVE = f"""
+-- KEYS flight; ARGV job, reader. How many others read on; -1 where that is not known.
+if redis.call('HGET', KEYS[1], 'job') ~= ARGV[1] then return -1 end
+{_FLIGHT_NOW}
+redis.call('HDEL', KEYS[1], 'r:' .. ARGV[2])
+local held, others = redis.call('HGETALL', KEYS[1]), 0
+for i = 1, #held, 2 do
+  if held[i]:sub(1, 2) == 'r:' and tonumber(held[i + 1]) > now then others = others + 1 end
+end
+if others == 0 then redis.call('DEL', KEYS[1]) end
+return others
+"""
+
+FLIGHT_END = """
+-- KEYS flight; ARGV job. Nobody new follows `job`.
+if redis.call('HGET', KEYS[1], 'job') == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
 _LIMIT_USE = """
 -- What a key has used of its minute, requests and tokens, drained evenly since it was stored.
 -- Redis' own time, so that the gateways' clocks do not matter.

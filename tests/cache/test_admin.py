@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from headrace import wire
 from headrace.cache_admin import (
+    CROSSINGS_MAX,
     CURSOR_MAX,
     LIST_MAX,
     QUOTA_BYTES_MAX,
@@ -26,6 +27,8 @@ from headrace.cache_admin import (
     Refused,
     SetQuota,
     Told,
+    Trace,
+    Traced,
     Unpin,
     decode_answer,
     decode_request,
@@ -35,13 +38,15 @@ from headrace.errors import WireError
 from headrace.frames import DEPTH_MAX, ENTRY_BYTES_MAX, KINDS, KV, PIN_MS_MAX, PROMPT, EntryKey
 from headrace.policy.hashing import MODEL_TAG_BYTES, layout_hash, model_tag
 from headrace.types import Band
-from headrace_cache.admin import manage
+from headrace_cache.admin import Chosen, manage
+from headrace_cache.policy.lineage import Below, Crossings
 
 hashes = st.binary(min_size=32, max_size=32)
 keys = st.builds(EntryKey, st.sampled_from(KINDS), hashes)
 key_lists = st.lists(keys, min_size=1, max_size=4).map(tuple)
 tenants = st.none() | st.text(min_size=1, max_size=8)
 optional_hash = st.just(b"") | hashes
+groups = st.lists(st.binary(min_size=4, max_size=4), max_size=3).map(tuple)
 requests = st.one_of(
     st.builds(
         ListEntries,
@@ -50,6 +55,7 @@ requests = st.one_of(
         optional_hash,
         st.integers(1, LIST_MAX),
         st.integers(0, CURSOR_MAX),
+        groups,
     ),
     st.builds(Pin, key_lists, st.integers(1, PIN_MS_MAX), tenants),
     st.builds(Unpin, key_lists, tenants),
@@ -58,7 +64,9 @@ requests = st.one_of(
         tenants,
         optional_hash,
         st.just(b"") | st.binary(min_size=MODEL_TAG_BYTES, max_size=MODEL_TAG_BYTES),
+        groups,
     ),
+    st.builds(Trace, hashes),
     st.builds(
         SetQuota,
         st.text(min_size=1, max_size=8),
@@ -84,6 +92,11 @@ answers = st.one_of(
     st.builds(Changed, st.integers(0, 2**40), st.integers(0, 2**50)),
     st.builds(Told, st.dictionaries(st.text(max_size=4), st.integers(0, 2**40), max_size=3)),
     st.builds(Refused, st.text(max_size=40)),
+    st.builds(
+        Traced,
+        st.lists(st.tuples(hashes, hashes), max_size=3).map(tuple),
+        st.lists(hashes, max_size=3).map(tuple),
+    ),
 )
 
 
@@ -108,7 +121,7 @@ def test_a_changed_field_is_refused_or_within_the_limits(message: Any, data: st.
     """Never anything but WireError; what is let through is itself a message that can be sent."""
     values = encode(message)
     values[data.draw(st.sampled_from(sorted(values)))] = data.draw(STRANGE)
-    asks = isinstance(message, ListEntries | Pin | Unpin | Purge | SetQuota | ReadStats)
+    asks = isinstance(message, ListEntries | Pin | Unpin | Purge | SetQuota | ReadStats | Trace)
     decode = decode_request if asks else decode_answer
     with contextlib.suppress(WireError):
         found = decode(values)
@@ -138,20 +151,15 @@ class Shelf:
     rows: list[EntryInfo]
     pins: dict[EntryKey, int] = field(default_factory=dict)
     quotas: dict[str, tuple[int, int]] = field(default_factory=dict)
+    copies: int = 1
 
-    def entries(
-        self,
-        tenant: str | None,
-        kind: str | None,
-        prefix: bytes,
-        limit: int,
-        cursor: int,
-        now_ms: int,
+    async def entries(
+        self, chosen: Chosen, below: Below | None, limit: int, cursor: int, now_ms: int
     ) -> tuple[list[EntryInfo], int]:
         fit = [
             replace(row, pin_ms=max(0, self.pins.get(row.key, 0) - now_ms))
-            for row in self._of(tenant)
-            if kind in (None, row.key.kind) and (not prefix or row.key.hash == prefix)
+            for row in self._of(chosen.tenant)
+            if chosen.kind in (None, row.key.kind) and (not below or row.key.hash == below.first)
         ]
         more = cursor + limit < len(fit)
         return fit[cursor : cursor + limit], cursor + limit if more else 0
@@ -159,23 +167,25 @@ class Shelf:
     def _of(self, tenant: str | None) -> list[EntryInfo]:
         return [row for row in self.rows if tenant in (None, row.tenant)]
 
-    def pin(self, keys: Sequence[EntryKey], until_ms: int, tenant: str | None = None) -> int:
+    async def pin(self, keys: Sequence[EntryKey], until_ms: int, tenant: str | None = None) -> int:
         held = [row.key for row in self._of(tenant) if row.key in keys]
         self.pins |= dict.fromkeys(held, until_ms)
         return len(held)
 
-    def unpin(self, keys: Sequence[EntryKey], tenant: str | None = None) -> int:
+    async def unpin(self, keys: Sequence[EntryKey], tenant: str | None = None) -> int:
         held = [row.key for row in self._of(tenant) if row.key in keys]
         return sum(self.pins.pop(key, None) is not None for key in held)
 
-    def purge(
-        self, tenant: str | None = None, prefix: bytes = b"", model: bytes = b""
-    ) -> tuple[int, int]:
-        gone = [row for row in self._of(tenant) if row.layout.startswith(model)]
+    async def purge(self, chosen: Chosen, below: Below | None) -> tuple[int, int]:
+        assert below is None, "nobody asks this one by prefix"
+        gone = [row for row in self._of(chosen.tenant) if row.layout.startswith(chosen.model)]
         self.rows = [row for row in self.rows if row not in gone]
         return len(gone), sum(row.size_bytes for row in gone)
 
-    def set_quota(self, tenant: str, max_bytes: int, min_bytes: int) -> str:
+    async def crossings(self, first: bytes) -> Crossings:
+        return Crossings([(row.key.hash, first) for row in self.rows] * self.copies, [])
+
+    async def set_quota(self, tenant: str, max_bytes: int, min_bytes: int) -> str:
         self.quotas[tenant] = (max_bytes, min_bytes)
         return "the minimums exceed the budget" if min_bytes > 1_000 else ""
 
@@ -196,48 +206,48 @@ def shelf() -> Shelf:
     )
 
 
-def test_a_tenant_sees_and_changes_its_own() -> None:
+async def test_a_tenant_sees_and_changes_its_own() -> None:
     """What is asked of a foreign entry is answered as for one that is not there."""
     store = shelf()
-    listed = manage(store, ListEntries("red"), 0)
+    listed = await manage(store, ListEntries("red"), 0)
     assert isinstance(listed, Listed)
     assert [entry.tenant for entry in listed.entries] == ["red"] * 3
     foreign, unknown = EntryKey(KV, b"b" * 32), EntryKey(KV, b"z" * 32)
     for key in (foreign, unknown):
-        assert manage(store, Pin((key,), 5, "red"), 0) == Changed(0)
-        assert manage(store, Unpin((key,), "red"), 0) == Changed(0)
-    assert manage(store, Purge("red"), 0) == Changed(3, 300)
+        assert await manage(store, Pin((key,), 5, "red"), 0) == Changed(0)
+        assert await manage(store, Unpin((key,), "red"), 0) == Changed(0)
+    assert await manage(store, Purge("red"), 0) == Changed(3, 300)
     assert [entry.tenant for entry in store.rows] == ["blue"]
-    assert manage(store, ReadStats("red"), 0) == Told({"by_tenant": {}, "quotas": {}})
+    assert await manage(store, ReadStats("red"), 0) == Told({"by_tenant": {}, "quotas": {}})
 
 
-def test_pins_end_by_the_stores_clock() -> None:
+async def test_pins_end_by_the_stores_clock() -> None:
     store = shelf()
     key = EntryKey(KV, b"a" * 32)
-    assert manage(store, Pin((key,), 500, "red"), 1_000) == Changed(1)
+    assert await manage(store, Pin((key,), 500, "red"), 1_000) == Changed(1)
     assert store.pins == {key: 1_500}
-    listed = manage(store, ListEntries(prefix=b"a" * 32), 1_200)
+    listed = await manage(store, ListEntries(prefix=b"a" * 32), 1_200)
     assert isinstance(listed, Listed)
     assert [entry.pin_ms for entry in listed.entries] == [300]
-    assert manage(store, Unpin((key,)), 1_200) == Changed(1)
+    assert await manage(store, Unpin((key,)), 1_200) == Changed(1)
 
 
-def test_a_models_entries_are_found_by_their_layout() -> None:
+async def test_a_models_entries_are_found_by_their_layout() -> None:
     """Whatever their dtype and kind, and no other model's."""
     store = shelf()
     assert layout_hash("m", "float32").startswith(model_tag("m"))
     assert layout_hash("m", "float32") != layout_hash("m", "int8")
     assert len(layout_hash("m", "float32")) == 8
-    assert manage(store, Purge(model=model_tag("n")), 0) == Changed(2, 200)
+    assert await manage(store, Purge(model=model_tag("n")), 0) == Changed(2, 200)
     assert {entry.layout[:MODEL_TAG_BYTES] for entry in store.rows} == {model_tag("m")}
 
 
-def test_a_page_says_where_to_go_on() -> None:
+async def test_a_page_says_where_to_go_on() -> None:
     store = shelf()
     seen: list[EntryInfo] = []
     cursor = 0
     while True:
-        page = manage(store, ListEntries(limit=3, cursor=cursor), 0)
+        page = await manage(store, ListEntries(limit=3, cursor=cursor), 0)
         assert isinstance(page, Listed)
         seen += page.entries
         cursor = page.cursor
@@ -246,9 +256,20 @@ def test_a_page_says_where_to_go_on() -> None:
     assert seen == store.rows
 
 
-def test_a_quota_that_cannot_hold_is_refused_with_its_reason() -> None:
+async def test_a_quota_that_cannot_hold_is_refused_with_its_reason() -> None:
     store = shelf()
-    assert manage(store, SetQuota("red", 500, 100), 0) == Changed(0)
-    assert manage(store, SetQuota("red", 0, 5_000), 0) == Refused("the minimums exceed the budget")
-    told = manage(store, ReadStats("red"), 0)
+    assert await manage(store, SetQuota("red", 500, 100), 0) == Changed(0)
+    assert await manage(store, SetQuota("red", 0, 5_000), 0) == Refused(
+        "the minimums exceed the budget"
+    )
+    told = await manage(store, ReadStats("red"), 0)
     assert told == Told({"by_tenant": {"red": {"entries": 1}}, "quotas": {"red": (0, 5_000)}})
+
+
+async def test_more_chains_than_a_frame_holds_are_refused() -> None:
+    store = shelf()
+    assert isinstance(await manage(store, Trace(b"p" * 32), 0), Traced)
+    store.copies = CROSSINGS_MAX
+    refused = await manage(store, Trace(b"p" * 32), 0)
+    assert isinstance(refused, Refused)
+    assert "by tenant" in refused.message

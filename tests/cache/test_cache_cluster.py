@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -20,7 +21,7 @@ from headrace.cache_directory import Directory, Followed, open_cache
 from headrace.cache_merging import summed
 from headrace.frames import KV
 from headrace.policy.cache_nodes import HOT_READS, Node
-from headrace.policy.hashing import GROUP_BLOCKS, block_hashes, group_of, root_hash
+from headrace.policy.hashing import GROUP_BLOCKS, block_hashes, group_of, next_hash, root_hash
 from headrace.types import BLOCK_TOKENS, CacheNode
 from headrace_cache.server import CacheServer
 from support.valkey import Valkey
@@ -265,6 +266,47 @@ async def test_administrators_see_one_cache(tmp_path: Path) -> None:
         purged = decode_answer(await cluster.manage(encode_admin(Purge())))
         assert isinstance(purged, Changed) and purged.entries == len(chain)
         assert total(servers) == 0
+
+
+async def test_a_prefix_is_purged_on_all_nodes(tmp_path: Path) -> None:
+    """Its groups lie on three nodes, each linked by blocks on another; what branches off before
+    stays, in the same group too."""
+    chain = long_chain(1, 6 * GROUP_BLOCKS)
+    fork = GROUP_BLOCKS + 5
+    branch = branch_of(chain, fork - 3, 2 * GROUP_BLOCKS)
+    async with nodes(3, tmp_path) as servers, cluster_of([*servers]) as cluster:
+        assert await cluster.write(chain) and await cluster.write(branch)
+        asked = ListEntries(prefix=chain[fork].hash, limit=1_000)
+        seen, cursor = [], 0
+        while True:
+            page = decode_answer(await cluster.manage(encode_admin(replace(asked, cursor=cursor))))
+            assert isinstance(page, Listed)
+            seen += [info.key.hash for info in page.entries]
+            cursor = page.cursor
+            if not cursor:
+                break
+        assert sorted(seen) == sorted(hashes_of(chain[fork:]))
+        purge = encode_admin(Purge(prefix=chain[fork].hash))
+        purged = decode_answer(await cluster.manage(purge))
+        assert isinstance(purged, Changed) and purged.entries == len(chain) - fork
+        left = hashes_of([*chain[:fork], *branch])
+        assert all(await cluster.has(left)) and total(servers) == len(left)
+        assert not any(await cluster.has(hashes_of(chain[fork:])))
+        purge = encode_admin(Purge(prefix=chain[0].hash))
+        purged = decode_answer(await cluster.manage(purge))
+        assert isinstance(purged, Changed) and purged.entries == len(left)
+        assert total(servers) == 0
+
+
+def branch_of(chain: Sequence[PutEntry], at: int, length: int) -> list[PutEntry]:
+    """`length` other entries behind the one at `at`."""
+    made: list[PutEntry] = []
+    parent = chain[at].hash
+    for number in range(length):
+        hash_ = next_hash(parent, [number] * BLOCK_TOKENS)
+        made.append(PutEntry(hash_, hash_ * 4, parent, at + 1 + number))
+        parent = hash_
+    return made
 
 
 def test_numbers_are_added_through_nested_maps() -> None:

@@ -23,6 +23,7 @@ from headrace.frames import KV, EntryKey
 from headrace_cache import disk
 from headrace_cache.disk import BUDGET_BYTES_MIN, DiskTier, offer_bytes_for
 from headrace_cache.disk_terms import Came
+from headrace_cache.policy.lineage import Below
 
 BUDGET_BYTES = 4 * 1024 * 1024
 PATIENCE_S = 20.0
@@ -156,7 +157,10 @@ def test_purges_and_pins_outlive_a_restart(tmp_path: Path) -> None:
         assert tier.pin([key_of(1)], clock.wall_ms() + DAY_MS).result(PATIENCE_S) == 1
         assert tier.forget_tenant("a").result(PATIENCE_S) == 15
         assert tier.forget([key_of(3), key_of("absent")]).result(PATIENCE_S) == 1
-        assert tier.forget_where(lambda facts: facts.key == key_of(5)).result(PATIENCE_S) == 1
+        assert (
+            len(tier.forget_where(lambda facts: facts.key == key_of(5)).result(PATIENCE_S).sizes)
+            == 1
+        )
         assert tier.tenant_bytes("a") == 0 and tier.tenant_bytes("b") == 13 * 5000
     with open_tier(tmp_path, clock=clock) as tier:
         held = [name for name in range(30) if tier.find(key_of(name)) is not None]
@@ -181,25 +185,30 @@ def test_a_chain_is_forgotten_from_a_block_on(tmp_path: Path) -> None:
             data = data_of(name, 1000)
             above = hash_of(parent) if parent is not None else b""
             assert tier.offer(facts_of(name, data, parent=above, tenant="ab"[name == 6]), data)
-        gone = tier.forget_where(lambda facts: facts.tenant == "a", hash_of(2))
-        assert gone.result(PATIENCE_S) == 3
-        gone = tier.forget_where(lambda facts: facts.tenant == "a", hash_of(1))
-        assert gone.result(PATIENCE_S) == 2
+        gone = tier.forget_where(lambda facts: facts.tenant == "a", Below(hash_of(2)))
+        assert gone.result(PATIENCE_S).sizes == {key_of(name): 1000 for name in (2, 3, 4)}
+        gone = tier.forget_where(lambda facts: facts.tenant == "a", Below(hash_of(1)))
+        assert len(gone.result(PATIENCE_S).sizes) == 2
     with open_tier(tmp_path) as tier:
         assert [name for name in parents if tier.find(key_of(name))] == [0, 6, 7, 8]
 
 
 def test_entries_are_listed_in_pages(tmp_path: Path) -> None:
+    """In one order, each once; also of one chain alone."""
     with open_tier(tmp_path) as tier:
         for name in range(20):
-            assert offer(tier, name, tenant="ab"[name % 2])
-        keys: list[EntryKey] = []
-        while page := tier.entries(
-            lambda facts: facts.tenant == "a", 4, keys[-1] if keys else None
-        ).result(PATIENCE_S):
-            assert len(page) <= 4
-            keys += [facts.key for facts in page]
-        assert keys == sorted(key_of(name) for name in range(0, 20, 2))
+            data = data_of(name, 100)
+            above = hash_of(name - 2) if name > 1 else b""
+            assert tier.offer(facts_of(name, data, parent=above, tenant="ab"[name % 2]), data)
+        for below, first in ((None, 0), (Below(hash_of(8)), 8)):
+            keys: list[EntryKey] = []
+            start: int | None = 0
+            while start is not None:
+                page = tier.page(lambda facts: facts.tenant == "a", 4, start, below)
+                entries, start = page.result(PATIENCE_S)
+                assert 0 < len(entries) <= 4
+                keys += [facts.key for facts in entries]
+            assert keys == sorted(key_of(name) for name in range(first, 20, 2))
 
 
 def test_events_that_nobody_fetches_are_counted_as_lost(

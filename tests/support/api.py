@@ -232,6 +232,9 @@ class ScriptedFleet:
         self.asks.append(ask)
         return self.admission
 
+    def flights(self, model: str) -> None:
+        """There is no other gateway."""
+
     async def submit(self, job: Job, span: Span) -> ScriptedGeneration:
         if self.refusal is not None:
             raise self.refusal

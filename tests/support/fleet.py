@@ -60,19 +60,28 @@ class ScriptedWorker:
     """A worker without an engine: the test says which tokens it writes and when."""
 
     def __init__(
-        self, redis: Redis, name: str, *, max_jobs: int = 4, lease_ms: int = 60_000
+        self,
+        redis: Redis,
+        name: str,
+        *,
+        max_jobs: int = 4,
+        lease_ms: int = 60_000,
+        model: ModelRecord = MODEL,
+        tokens: int = 1_000,
     ) -> None:
         self.redis = redis
         self.name = name
+        self.model = model.name
+        self.tokens = tokens
         self.member = Membership(
-            redis, MODEL, name, Capacity(1_000, max_jobs), lease_ms, SystemClock()
+            redis, model, name, Capacity(tokens, max_jobs), lease_ms, SystemClock()
         )
 
     async def join(self) -> None:
-        assert await self.member.join(WorkerStatus(WorkerState.READY, 0, 0, 1_000, 0))
+        assert await self.member.join(WorkerStatus(WorkerState.READY, 0, 0, self.tokens, 0))
 
     async def entries(self, kind: str = "job") -> list[tuple[str, bytes]]:
-        rows = await self.redis.xrange(keys.jobs(MODEL.name, self.name))
+        rows = await self.redis.xrange(keys.jobs(self.model, self.name))
         return [(e.id, e.data) for e in parse_entries(rows) if e.kind == kind]
 
     async def jobs(self) -> list[tuple[str, Job]]:
@@ -81,12 +90,19 @@ class ScriptedWorker:
     async def write(self, job: Job, first: int, *tokens: int) -> None:
         """Tokens as an engine step would publish them."""
         frame = wire.encode_deltas([Delta(job.id, job.attempt, first, tokens)])
-        await self.redis.xadd(keys.replies(MODEL.name, job.gateway), {"d": frame})
+        await self.redis.xadd(keys.replies(self.model, job.gateway), {"d": frame})
 
-    async def finish(self, entry: str, job: Job, first: int, *tokens: int) -> bool:
+    async def finish(
+        self,
+        entry: str,
+        job: Job,
+        first: int,
+        *tokens: int,
+        reason: FinishReason = FinishReason.LENGTH,
+    ) -> bool:
         """End the job; False when another attempt has the job by now."""
-        m = MODEL.name
-        delta = Delta(job.id, job.attempt, first, tokens, Finish(FinishReason.LENGTH))
+        m = self.model
+        delta = Delta(job.id, job.attempt, first, tokens, Finish(reason))
         progress = JobProgress(job.id, len(job.prompt), 0, first + len(tokens))
         answer = await Scripts(self.redis).call(
             scripts.FINISH,
@@ -105,14 +121,14 @@ class ScriptedWorker:
                 job.cost_tokens,
                 keys.JOB_LINGER_MS,
                 keys.REPLIES_TTL_MS,
-                encode_done(JobDone(self.name, progress, FinishReason.LENGTH)),
+                encode_done(JobDone(self.name, progress, reason)),
             ],
         )
         return bool(answer == 1)
 
     async def die(self) -> None:
         """As kill -9 and an ended lease: nothing else is tidied up."""
-        await self.redis.delete(keys.lease(MODEL.name, self.name))
+        await self.redis.delete(keys.lease(self.model, self.name))
 
 
 async def eventually(check: Callable[[], object], limit_s: float = 10.0) -> None:

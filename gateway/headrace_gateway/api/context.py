@@ -24,7 +24,7 @@ from headrace_gateway.limits import Limiter
 from headrace_gateway.metrics import GatewayMetrics
 from headrace_gateway.policy.admission import Admission, Ask
 from headrace_gateway.policy.lengths import Lengths
-from headrace_gateway.prompt_cache import PromptCache
+from headrace_gateway.prompt_cache import Elsewhere, PromptCache
 from headrace_gateway.prompt_entries import PromptEntries
 from headrace_gateway.settings import GatewaySettings
 from headrace_gateway.templates import ChatTemplates
@@ -62,6 +62,8 @@ class FleetSeam(Protocol):
     def lengths(self, model: str) -> Lengths: ...
 
     def admit(self, model: str, ask: Ask) -> Admission: ...
+
+    def flights(self, model: str) -> Elsewhere | None: ...
 
     async def submit(self, job: Job, span: Span) -> GenerationSeam: ...
 

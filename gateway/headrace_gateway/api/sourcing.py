@@ -86,7 +86,8 @@ class Sources:
             "prompt cache", telemetry.under(self._span), SpanKind.CLIENT
         )
         try:
-            asked = Asked(key, job, record, self._submit, telemetry.inject(span))
+            elsewhere = self._gateway.fleet.flights(record.name)
+            asked = Asked(key, job, record, self._submit, telemetry.inject(span), elsewhere)
             source = await self._gateway.prompt_cache.open(asked)
             span.set_attribute(WAY_ATTRIBUTE, source.way.value)
             span.set_attribute("headrace.prompt_cache.saved_ms", source.saved_ms)

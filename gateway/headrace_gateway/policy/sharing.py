@@ -22,11 +22,25 @@ _DOMAIN = b"headrace-prompt-entry\x01"
 """Its last byte is the version: of the key, and of what is kept under it."""
 
 
+RANK_SHIFT = 32
+"""A priority is far below 2^31, and Redis' numbers are exact up to 2^53."""
+CANCELLED_LOOKS_MAX = 2
+"""Its tokens may still be on their way, and say to who reads that it needs no more."""
+GONE_LOOKS_MAX = 2
+DONE_LOOKS_MAX = 5
+"""A job is done in the step that writes its finish: what reads the log has it long before."""
+
+
 class Rank(NamedTuple):
     """Who is served first: the lower one. Without ties, as far as sharing is concerned."""
 
     band: Band
     priority: int
+
+    @property
+    def number(self) -> int:
+        """The same order as one number, for who compares without knowing what it is made of."""
+        return (int(self.band) << RANK_SHIFT) + self.priority
 
 
 class Joining(NamedTuple):
@@ -34,6 +48,45 @@ class Joining(NamedTuple):
 
     follows: bool
     reason: str
+
+
+class Look(NamedTuple):
+    """What is known of a job that is followed on another gateway.
+
+    `claimed`: it still stands where others find it; `known`: the queue has a record of it.
+    """
+
+    claimed: bool
+    known: bool
+    cancelled: bool = False
+    done: bool = False
+
+
+class Watched(NamedTuple):
+    """What several looks in a row came to. `lost`: why its followers go on without it; else ''."""
+
+    seen: bool = False
+    doubts: int = 0
+    lost: str = ""
+
+
+def watch(before: Watched, look: Look) -> Watched:
+    """Whether a job that is followed still makes tokens, or will.
+
+    Its gateway's death alone changes nothing: a job that was accepted runs on in its worker.
+    """
+    if not look.known and not before.seen:
+        # claimed first, accepted then: in between there is nothing to see
+        return Watched(lost="" if look.claimed else "it was never accepted")
+    doubts = before.doubts + 1
+    if not look.known and doubts >= GONE_LOOKS_MAX:
+        return Watched(True, doubts, "the queue has lost it")
+    if look.known and look.done and doubts >= DONE_LOOKS_MAX:
+        return Watched(True, doubts, "its finish has not come")
+    if look.known and look.cancelled and not look.done and doubts >= CANCELLED_LOOKS_MAX:
+        return Watched(True, doubts, "it was cancelled")
+    doubtful = not look.known or look.done or look.cancelled
+    return Watched(True, doubts if doubtful else 0)
 
 
 def is_deterministic(sampling: Sampling, *, seeded: bool) -> bool:

@@ -49,6 +49,11 @@ def group_of(block_hash: bytes) -> bytes:
     return block_hash[_OWN_BYTES:-1]
 
 
+def place_of(block_hash: bytes) -> int:
+    """A block's place in its group, 0 for the first."""
+    return block_hash[-1]
+
+
 def block_hashes(root: bytes, tokens: Sequence[int], limit: int | None = None) -> list[bytes]:
     """Hashes of the full blocks of `tokens`, at most `limit` of them."""
     full = len(tokens) // BLOCK_TOKENS
