@@ -345,8 +345,8 @@ class Engine:
         """What the runner says; None when it raised, and the plan's jobs have been failed."""
         try:
             asks = {item.sequence.id: self._ask(item) for item in plan.items}
-            self._runner.begin(plan.items)
-            return self._runner.finish(plan.items, asks)
+            self._runner.begin(plan.items, asks)
+            return self._runner.finish()
         except Exception as error:  # whatever it is, it must not end jobs outside the plan
             _log.exception("step failed", jobs=[item.sequence.id for item in plan.items])
             for item in plan.items:
