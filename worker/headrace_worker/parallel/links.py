@@ -81,8 +81,8 @@ class Links(Protocol):
         """To rank 0."""
         ...
 
-    def next_answer(self, rank: int) -> NDArray[np.uint8] | None:
-        """Of `rank`; None when it has none within PATIENCE_S; for rank 0."""
+    def next_answer(self, rank: int, limit_s: float) -> NDArray[np.uint8] | None:
+        """Of `rank`; None when it has none within `limit_s`; for rank 0."""
         ...
 
     def beat(self) -> None:
@@ -190,8 +190,8 @@ class SharedLinks:
     def answer(self, data: bytes) -> None:
         self._reply.send(data)
 
-    def next_answer(self, rank: int) -> NDArray[np.uint8] | None:
-        return self._answers[rank - 1].receive(PATIENCE_S)
+    def next_answer(self, rank: int, limit_s: float) -> NDArray[np.uint8] | None:
+        return self._answers[rank - 1].receive(limit_s)
 
     def beat(self) -> None:
         self._beats[self.rank][0] += 1

@@ -147,5 +147,3 @@ class Reader(_Side):
             piece, array = array[:there], array[there:]
             self._copy(self._read[0], piece, write=False)
             self._read[0] += len(piece)
-
-

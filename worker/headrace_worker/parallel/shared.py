@@ -110,7 +110,7 @@ def wait_for(ready: Callable[[], bool], bell: Bell, timeout_s: float) -> bool:
 
 
 class _Timespec(ctypes.Structure):
-    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]  # noqa: RUF012  # ctypes
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]  # ctypes
 
 
 def _make_futex() -> Callable[[int, int, int, float], None]:
