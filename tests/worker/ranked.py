@@ -11,7 +11,8 @@ from typing import Any
 
 from headrace.clock import ManualClock
 from headrace_worker import startup
-from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.engine import Engine
+from headrace_worker.engine_config import EngineConfig
 from headrace_worker.parallel.links import SharedLinks
 from headrace_worker.parallel.rank import Follower
 from headrace_worker.parallel.ranks import Ranks

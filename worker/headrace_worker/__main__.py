@@ -19,20 +19,26 @@ from headrace_worker import metrics, startup
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
-from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.engine import Engine
+from headrace_worker.engine_config import EngineConfig
 from headrace_worker.membership import Capacity
 from headrace_worker.parallel import rank
 from headrace_worker.parallel.ranks import Ranks
 from headrace_worker.parallel.shape import Shape
-from headrace_worker.parallel.torch_links import TorchLinks, ranks_here, started_by_torchrun
+from headrace_worker.parallel.torch_links import (
+    TorchLinks,
+    end_with_starter,
+    ranks_here,
+    started_by_torchrun,
+)
 from headrace_worker.parallel.watch import HANG_LEASE_PERCENT, Loss
 from headrace_worker.settings import WorkerSettings
 
 log = structlog.get_logger()
 
 
-def build(settings: WorkerSettings) -> Consumer:
-    """Everything but the event loop. Raises ModelError."""
+def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
+    """Everything but the event loop; the ranks beside this one. Raises ModelError."""
     shape = startup.shape_of(settings)
     threads = threads_of(settings, shape)
     torch.set_num_threads(1)  # this thread's; the engine's has its own, see engine_thread.py
@@ -65,7 +71,8 @@ def build(settings: WorkerSettings) -> Consumer:
     capacity, clock = Capacity(kv_tokens, settings.max_jobs), SystemClock()
     engine = Engine(loaded, config, clock, ranks)
     cache = _link(settings, engine) if settings.cache_url else None
-    return Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
+    consumer = Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
+    return consumer, ranks
 
 
 def _start_ranks(settings: WorkerSettings, shape: Shape) -> Ranks:
@@ -107,7 +114,7 @@ def _link(settings: WorkerSettings, engine: Engine) -> CacheLink:
 
 
 async def serve(settings: WorkerSettings) -> None:
-    consumer = build(settings)
+    consumer, ranks = build(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, consumer.drain)
@@ -121,14 +128,18 @@ async def serve(settings: WorkerSettings) -> None:
     finally:
         if stop_metrics is not None:
             stop_metrics()
+        if ranks is not None:
+            ranks.close()
 
 
 def main() -> None:
     settings = load_or_exit(WorkerSettings)
     keep_freed_memory()
     logs.setup("worker", level=settings.log_level, json=settings.log_json)
-    if started_by_torchrun() and os.environ["RANK"] != "0":
-        rank.follow_over_torch(settings)
+    if started_by_torchrun():
+        end_with_starter()
+        if os.environ["RANK"] != "0":
+            rank.follow_over_torch(settings)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     try:
         asyncio.run(serve(settings))

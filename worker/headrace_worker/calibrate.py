@@ -45,7 +45,8 @@ from headrace.policy.cost_model import (
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Job, Sampling, pack_tokens
 from headrace_worker.allocator import keep_freed_memory
-from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.engine import Engine
+from headrace_worker.engine_config import EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.results import BlockPayload

@@ -171,7 +171,9 @@ class Engine:
         self._entries[job.id] = entry
         ending = sequence.ending()
         if ending is not None and not sequence.scoring:
-            self._end(entry, ending)  # an earlier attempt made the last token, its end got lost
+            self._end(
+                entry, Finish(ending)
+            )  # an earlier attempt made the last token, its end got lost
             return
         entry.imported = self._traffic.load(sequence, imported, cost_ms=self._block_ms)
         self._scheduler.add(sequence)
@@ -182,7 +184,7 @@ class Engine:
             return
         if ending is not None:
             self._scheduler.remove(sequence)
-            self._end(entry, ending)
+            self._end(entry, Finish(ending))
 
     def cancel(self, job_id: str) -> bool:
         """Ends a job before the next step, or after the one that computes it now.
@@ -192,16 +194,16 @@ class Engine:
         entry = self._entries.get(job_id)
         if entry is None:
             return False
-        self._end_now_or_landed(entry, FinishReason.CANCELLED)
+        self._end_now_or_landed(entry, Finish(FinishReason.CANCELLED))
         return True
 
-    def _end_now_or_landed(self, entry: Entry, reason: FinishReason) -> None:
+    def _end_now_or_landed(self, entry: Entry, finish: Finish) -> None:
         """What other ranks are writing to must not be handed out before they are done."""
         if entry.job.id in self._flights.under_way():
-            self._flights.end_later(entry.job.id, reason)
+            self._flights.end_later(entry.job.id, finish)
         else:
             self._scheduler.remove(entry.sequence)
-            self._end(entry, reason)
+            self._end(entry, finish)
 
     def abort_all(self) -> None:
         """Drops all jobs and all that was to be reported. Cached KV stays."""
@@ -223,7 +225,8 @@ class Engine:
         now = self._clock.now_ms()
         for sequence in self._scheduler.late(now):
             # before anything more is computed for it
-            self._end_now_or_landed(self._entries[sequence.id], FinishReason.DEADLINE)
+            entry = self._entries[sequence.id]
+            self._end_now_or_landed(entry, Finish(FinishReason.DEADLINE))
         began = self._begin(now)
         landed, busy_ns = _NO_PLAN, 0
         if self._flights and (not began or len(self._flights) == self._runner.depth):
@@ -241,6 +244,7 @@ class Engine:
             self._guesses(under_way),
             lower_prefill_tokens=lower,
             under_way=under_way,
+            leaving=self._flights.leaving,
             plans=self._runner.depth,
         )
         # before the step overwrites them
@@ -264,11 +268,11 @@ class Engine:
         ran = self._guarded(plan, self._runner.finish)
         end_ns = self._clock.wall_ns()
         self._flights.note_landed(end_ns)
-        for job, reason in self._flights.take_ending(plan).items():
+        for job, finish in self._flights.take_ending(plan).items():
             entry = self._entries.get(job)
             if entry is not None:
                 self._scheduler.remove(entry.sequence)
-                self._end(entry, reason)
+                self._end(entry, finish)
         if ran is not None:
             self._apply(plan, ran, flight.start_ns, end_ns)
         return plan, end_ns - flight.start_ns
@@ -339,12 +343,13 @@ class Engine:
                 self._masks[entry.job.id] = grammar_link.masks(entry.matcher)
             except GrammarFailure as failure:
                 self._fail_grammar(entry, failure)
-        return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in self._entries))
+        going = self._entries.keys() - set(self._flights.leaving)
+        return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in going))
 
     def _fail_grammar(self, entry: Entry, failure: GrammarFailure) -> None:
         cause = failure.__cause__
         _log.error("grammar failed", job=entry.job.id, error=repr(cause), exc_info=cause)
-        self._fail(entry.sequence, [], str(failure))
+        self._end_now_or_landed(entry, Finish(FinishReason.ERROR, str(failure)))
 
     def _ask(self, item: PlanItem) -> Ask:
         entry = self._entries[item.sequence.id]
@@ -432,7 +437,7 @@ class Engine:
             self._result.deltas.append(entry.delta())
             return
         self._offer(entry, blocks, ended=True)
-        self._end(entry, ending)
+        self._end(entry, Finish(ending))
 
     @property
     def _block_ms(self) -> float:
@@ -484,10 +489,10 @@ class Engine:
         self._traffic.forget(suspects)
         self._scheduler.remove(sequence)
         self._kv.zero_blocks(block for block in suspects if self._pool.is_free(block))
-        self._end(self._entries[sequence.id], FinishReason.ERROR, error=error)
+        self._end(self._entries[sequence.id], Finish(FinishReason.ERROR, error))
 
-    def _end(self, entry: Entry, reason: FinishReason, error: str = "") -> None:
+    def _end(self, entry: Entry, finish: Finish) -> None:
         """Reports the end of a job whose sequence has left the scheduler."""
         del self._entries[entry.job.id]
-        self._result.deltas.append(entry.delta(Finish(reason, error)))
-        self._result.stories.append(entry.story(reason, self._clock.wall_ns()))
+        self._result.deltas.append(entry.delta(finish))
+        self._result.stories.append(entry.story(finish.reason, self._clock.wall_ns()))

@@ -69,7 +69,9 @@ class StepInputs:
             data, max_bin_len=STEP_BYTES_MAX
         )
         return cls(
-            *(_wide(raw) for raw in (tokens, positions, slots)),
+            _wide(tokens),
+            _wide(positions),
+            _wide(slots),
             [_wide(raw).tolist() for raw in tables],
             lengths,
             starts,

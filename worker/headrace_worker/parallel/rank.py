@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
@@ -50,9 +51,16 @@ log = structlog.get_logger()
 class Follower:
     """Carries out rank 0's commands with one part of the model."""
 
-    def __init__(self, links: Links, loaded: LoadedModel, memory: SharedMemory | None) -> None:
-        """`memory`: what this host's ranks share, if they do."""
+    def __init__(
+        self,
+        links: Links,
+        loaded: LoadedModel,
+        memory: SharedMemory | None,
+        on_open: Callable[[], None] | None = None,
+    ) -> None:
+        """`memory`: what this host's ranks share, if they do. `on_open`: called when it serves."""
         self._links, self._loaded, self._memory = links, loaded, memory
+        self._on_open = on_open
         self._kv: KvPool | None = None
         self._stage: Stage | None = None
 
@@ -88,6 +96,8 @@ class Follower:
         executor = Executor(loaded.model, SdpaBackend(self._kv, config))
         runs = vocab_runs(parts_of(loaded.part.whole, self._links.shape))
         self._stage = Stage(executor, loaded.part, runs, self._links)
+        if self._on_open is not None:
+            self._on_open()
         self._links.answer(b"")
 
     def _step(self, inputs: StepInputs) -> None:
@@ -97,7 +107,12 @@ class Follower:
             self._links.answer(commands.pack_verdict(verdict))
 
 
-def serve(links: Links, settings: WorkerSettings, memory: SharedMemory | None) -> int:
+def serve(
+    links: Links,
+    settings: WorkerSettings,
+    memory: SharedMemory | None,
+    on_open: Callable[[], None] | None = None,
+) -> int:
     """Follows rank 0 to the end; the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -106,7 +121,7 @@ def serve(links: Links, settings: WorkerSettings, memory: SharedMemory | None) -
     here = ranks_here() if memory is None else links.shape.ranks
     torch.set_num_threads(startup.threads_each(settings, here))
     try:
-        Follower(links, startup.load(settings, links), memory).run()
+        Follower(links, startup.load(settings, links), memory, on_open).run()
     except ModelError as error:
         print(f"headrace worker, rank {links.rank}: {error.message}", file=sys.stderr)
         return BAD_SETTING_EXIT
@@ -127,7 +142,7 @@ def follow_over_torch(settings: WorkerSettings) -> NoReturn:
         links.beats, (), partial(_end_at_once, links.rank), own=links.rank, hang_ms=hang_ms
     )
     watch.start()
-    code = serve(links, settings, None)
+    code = serve(links, settings, None, watch.note_serving)
     sys.stderr.flush()
     os._exit(code)
 

@@ -136,6 +136,8 @@ class Ranks:
         self._vocab = whole.vocab_size
         for rank in range(1, self.shape.ranks):
             self._answer_of(rank, LOAD_S_MAX)
+        if self._watch is not None:
+            self._watch.note_serving()
         return kv
 
     @staticmethod

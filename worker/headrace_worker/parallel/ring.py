@@ -38,7 +38,7 @@ class _Side:
     def __init__(self, memory: NDArray[np.uint8], readers: int, patience_s: float) -> None:
         lines = [memory[i * LINE_BYTES : (i + 1) * LINE_BYTES] for i in range(1 + readers)]
         self._bells = [Bell(line) for line in lines]
-        self._counts = [memoryview(line)[_COUNT_AT : _COUNT_AT + 8].cast("Q") for line in lines]
+        self._counts = [line.data[_COUNT_AT : _COUNT_AT + 8].cast("Q") for line in lines]
         self._data = memory[(1 + readers) * LINE_BYTES :]
         self._capacity = len(self._data)
         self._patience_s = patience_s

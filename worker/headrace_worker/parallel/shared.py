@@ -74,7 +74,7 @@ class Bell:
 
     def __init__(self, line: NDArray[np.uint8]) -> None:
         """`line`: LINE_BYTES of shared memory, of which this takes the first four bytes."""
-        self._count = memoryview(line)[:4].cast("I")
+        self._count = line.data[:4].cast("I")
         self._address = line.ctypes.data
         self._line = line  # keeps the mapping
 

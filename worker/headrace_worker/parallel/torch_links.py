@@ -9,8 +9,11 @@ noticed by whoever is waiting for it, as its connections break.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
+import signal
+import sys
 import threading
 from collections import deque
 from datetime import timedelta
@@ -20,6 +23,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from headrace.errors import ModelError
 from headrace_worker.parallel.collective import Group, TorchGroup
@@ -31,6 +36,7 @@ FRAME_BYTES = 4096
 _HEAD_BYTES = 8
 COMMANDS_MAX = 64
 """Commands that a follower has taken off its way and not carried out."""
+_PR_SET_PDEATHSIG = 1
 IDLE = timedelta(days=365)
 """How long a rank waits for a command or an answer, if all live: for ever."""
 
@@ -45,12 +51,19 @@ def ranks_here() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def end_with_starter() -> None:
+    """If torchrun dies without a word, rank 0 drains, and so all end; another rank ends at once."""
+    if sys.platform.startswith("linux"):
+        number = signal.SIGTERM if os.environ["RANK"] == "0" else signal.SIGKILL
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 class TorchLinks:
     """One rank's ways over gloo. All ranks build one at the same time."""
 
     def __init__(self, shape: Shape) -> None:
         """Raises ModelError where torchrun started another number of processes."""
-        store, self.rank, world = next(iter(dist.rendezvous("env://")))
+        store, self.rank, world = next(iter(rendezvous("env://")))
         if world != shape.ranks:
             raise ModelError(
                 f"torchrun started {world} processes; {shape.tensor} tensor ranks in each of "
@@ -58,7 +71,7 @@ class TorchLinks:
             )
         self.shape = shape
         dist.init_process_group(
-            "gloo", store=dist.PrefixStore("headrace", store), rank=self.rank, world_size=world
+            "gloo", store=PrefixStore("headrace", store), rank=self.rank, world_size=world
         )
         everybody = list(range(world))
         self._orders = dist.new_group(everybody, timeout=IDLE, backend="gloo")
@@ -71,7 +84,7 @@ class TorchLinks:
             made = dist.new_group(ranks, timeout=patience, backend="gloo")
             if self.rank in ranks and shape.tensor > 1:
                 self.group = TorchGroup(made)
-        self._beats = dist.PrefixStore("beats", store.clone())
+        self._beats = PrefixStore("beats", store.clone())
         self._sent: deque[tuple[dist.Work | None, Tensor]] = deque()
         self._commands: queue.Queue[NDArray[np.uint8] | Exception] = queue.Queue(COMMANDS_MAX)
         if self.rank:

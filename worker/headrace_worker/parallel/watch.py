@@ -75,11 +75,17 @@ class Watch:
         self._look = Beats(max(TICKS_MIN, round(hang_ms / 1000 / TICK_S)), own)
         self._hang_ms = hang_ms
         self._stop = threading.Event()
+        self._serving = False
         self.loss: Loss | None = None
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def note_serving(self) -> None:
+        """From now on ranks that do not beat hang; reading a model may hold up a process's threads
+        for long."""
+        self._serving = True
 
     def stop(self) -> None:
         self._stop.set()
@@ -102,7 +108,7 @@ class Watch:
         return None
 
     def _hanging(self) -> Loss | None:
-        rank = self._look.tick(self._beats())
+        rank = self._look.tick(self._beats()) if self._serving else None
         if rank is None:
             return None
         return Loss(f"rank {rank} has given no sign of life for {self._hang_ms} ms")
