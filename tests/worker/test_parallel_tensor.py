@@ -26,6 +26,7 @@ from worker.gguf_models import FAMILIES, write_family
 from worker.ranks import together
 from worker.test_architectures import (
     VOCAB,
+    config_of,
     gemma3_text,
     llama,
     mixtral,
@@ -91,7 +92,8 @@ def test_logits_are_those_of_one_process(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_parts_stay_within_their_mode(mode: str, tmp_path: Path) -> None:
     """Parts round their own rows: as far from float32 as one process is, not farther."""
-    write_model(tmp_path, llama(hidden_size=128, intermediate_size=256, head_dim=32, **HEADS))
+    shape = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, **HEADS}
+    write_model(tmp_path, config_of("llama", **shape))
     prompt = random_tokens(40, 5, VOCAB)
     exact = logits_of(load_model(tmp_path, "test", "float32"), prompt)
     alone = logits_of(load_model(tmp_path, "test", "float32", mode), prompt)
