@@ -1,12 +1,13 @@
-"""Runs a plan: tensors in, one forward pass, tokens out.
+"""Runs plans: numbers in, one forward pass each, tokens out.
 
-Invariant: the runner keeps no state between steps but the KV pool, so a step that failed half way
-leaves nothing to repair: what it wrote lies in blocks that no hash names yet. Only rows that
-somebody wants to see go through the output head.
+Invariant: plans end in the order in which they began; whoever computes them sees numbers only (see
+step_inputs.py), and tokens are chosen here, from the job's own options. Only rows that somebody
+wants to see go through the output head.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace.types import BLOCK_TOKENS, TokenLogprobs
-from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
-from headrace_worker.model import Decoder
+from headrace.types import TokenLogprobs
+from headrace_worker.executor import Steps
+from headrace_worker.parallel.vocabulary import OPEN, Verdict
+from headrace_worker.parallel.wishes import wishes_of
 from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
 from headrace_worker.sampling.sampler import Chosen, Row, sample
+from headrace_worker.step_inputs import inputs_of
 
 Mask = NDArray[np.int32]
 """Which tokens a grammar allows: a bit for each, [ceil(vocab / 32)]."""
@@ -51,88 +54,94 @@ class Ran:
     scored: list[TokenLogprobs | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A plan that is being computed. `rows`: for each item those that sample."""
+
+    items: Sequence[PlanItem]
+    asks: Mapping[str, Ask]
+    rows: Sequence[Sequence[Row]]
+
+    def wanted(self) -> list[Row | None]:
+        """For each wanted row of the step; None for those that are scored."""
+        found: list[Row | None] = []
+        for item, rows in zip(self.items, self.rows, strict=True):
+            found += [None] * len(item.scored_rows)
+            found += rows
+        return found
+
+
 class Runner:
-    """One model over one attention backend."""
+    """Plans over whoever computes their steps."""
 
-    def __init__(self, model: Decoder, backend: AttentionBackend) -> None:
-        self._model = model
-        self._backend = backend
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._begun: deque[_Begun] = deque()
 
-    def run(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> list[Ran]:
-        """Computes `items`; the result has one entry for each, in their order.
+    @property
+    def depth(self) -> int:
+        """How many plans may be under way at a time."""
+        return self._steps.depth
 
-        `asks` by sequence id.
-        """
-        ran = [Ran() for _ in items]
+    def begin(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> None:
+        """Submits a plan's items; `asks` by sequence id. What it raises has begun nothing."""
+        begun = _Begun(items, asks, [_rows(item, asks[item.sequence.id]) for item in items])
+        inputs = inputs_of(items)
+        if self._steps.choosing_vocab:
+            wishes = wishes_of(begun.wanted(), self._steps.choosing_vocab)
+            inputs = inputs.wishing(wishes)
         with torch.inference_mode():
-            logits = self._forward(items)
-            if logits is None:
-                return ran
-            at, sampled, rows = 0, [], []
-            for i, item in enumerate(items):
-                ask, scored = asks[item.sequence.id], len(item.scored_rows)
-                if scored:
-                    ran[i].scored = self._score(item, logits[at : at + scored], ask)
-                at += scored
-                if item.samples:
-                    made = _rows(item, ask)
-                    rows += made
-                    sampled += [(i, at + place) for place in range(len(made))]
-                    at += len(made)
-            if len(rows) < len(logits):
-                logits = logits[[place for _, place in sampled]]
-            for (i, _), chosen in zip(sampled, sample(logits, rows) if rows else [], strict=True):
-                ran[i].chosen.append(chosen)
-        return ran
+            self._steps.submit(inputs)
+        self._begun.append(begun)
 
-    @staticmethod
-    def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
-        span = item.scored_rows
-        following = item.sequence.tokens[span.start + 1 : span.stop + 1]
-        return position_logprobs(logits, following, ask.prompt_top)
+    def finish(self) -> list[Ran]:
+        """What came of the oldest plan: one entry for each item, in their order."""
+        begun = self._begun.popleft()
+        with torch.inference_mode():
+            answer = self._steps.collect()
+            return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
 
-    def _forward(self, items: Sequence[PlanItem]) -> torch.Tensor | None:
-        """Logits of the rows that are scored or sample, [M, vocab]; None when there are none.
 
-        For each item first those that are scored, then those that sample.
-        """
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, rows = [0], []
-        for item in items:
-            sequence, stop = item.sequence, item.start + item.count
-            first = len(tokens)
-            span = range(item.start, item.start + item.rows)
-            tokens += sequence.tokens[item.start : stop]
-            tokens += item.guess
-            positions += span
-            blocks = sequence.blocks
-            slots += [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in span]
-            starts.append(len(tokens))
-            rows += [first + position - item.start for position in item.scored_rows]
-            if item.samples:
-                rows += range(first + item.count - 1, len(tokens))
-        attend = self._backend.prepare(
-            AttentionBatch(
-                block_tables=[item.sequence.blocks for item in items],
-                lengths=[item.start + item.rows for item in items],
-                query_starts=starts,
-                slots=torch.tensor(slots),
-            )
-        )
-        every = rows == list(range(len(tokens)))
-        logits: torch.Tensor = self._model(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            None if every else torch.tensor(rows, dtype=torch.int64),
-            attend,
-        )
-        return logits if rows else None
+def _read(answer: torch.Tensor | Verdict, begun: _Begun) -> list[Ran]:
+    """Scores and tokens of a plan's wanted rows."""
+    if isinstance(answer, Verdict):
+        logits, settled = answer.whole, answer.tokens.tolist()
+    else:
+        logits, settled = answer, None
+    ran = [Ran() for _ in begun.items]
+    at, place = 0, 0  # among all wanted rows, and among those whose logits are here
+    left: list[tuple[Ran, int, int, Row]] = []
+    for got, item, rows in zip(ran, begun.items, begun.rows, strict=True):
+        scored = len(item.scored_rows)
+        if scored:
+            ask = begun.asks[item.sequence.id]
+            got.scored = _score(item, logits[place : place + scored], ask)
+        at, place = at + scored, place + scored
+        for row in rows:
+            token = OPEN if settled is None else settled[at]
+            got.chosen.append(Chosen(token) if token >= 0 else None)
+            if token == OPEN:
+                left.append((got, len(got.chosen) - 1, place, row))
+                place += 1
+            at += 1
+    if 0 < len(left) < len(logits):
+        logits = logits[[place for _, _, place, _ in left]]
+    chosen = sample(logits, [row for *_, row in left]) if left else []
+    for (got, index, _, _), choice in zip(left, chosen, strict=True):
+        got.chosen[index] = choice
+    return ran
+
+
+def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
+    span = item.scored_rows
+    following = item.sequence.tokens[span.start + 1 : span.stop + 1]
+    return position_logprobs(logits, following, ask.prompt_top)
 
 
 def _rows(item: PlanItem, ask: Ask) -> list[Row]:
-    """The rows of an item that samples: after its known tokens, and after each guessed one."""
+    """The rows of an item that sample: after its known tokens, and after each guessed one."""
+    if not item.samples:
+        return []
     return [
         Row(ask.choosing, item.guess[:place], ask.masks[place] if ask.masks else None)
         for place in range(1 + len(item.guess))

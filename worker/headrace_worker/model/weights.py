@@ -10,16 +10,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from headrace_worker.model.linear import Linear
+from headrace_worker.model.linear import Embedding, Linear
 
 
 class Weights(Protocol):
-    """Where a model takes its weights from. Raises ModelError for what is missing or misshapen."""
+    """Where a model takes its weights from. Raises ModelError for what is missing or misshapen.
+
+    `dtype` is the model's.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor in the model's dtype."""
+        ...
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
+        """From token ids to rows of the matrix `name`, [vocab, hidden]."""
         ...
 
     def linear(
@@ -33,4 +44,8 @@ class Weights(Protocol):
 
     def tied_head(self, embedding: Tensor) -> Linear:
         """The output head that is the embedding matrix [vocab, hidden]."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x` where a layer's experts lie on several, else `x` itself."""
         ...
