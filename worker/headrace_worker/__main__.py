@@ -16,7 +16,7 @@ from headrace.config import load_or_exit
 from headrace.errors import ModelError
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS
-from headrace_worker import metrics
+from headrace_worker import metrics, native
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
@@ -31,6 +31,8 @@ log = structlog.get_logger()
 KV_SHARE_OF_FREE_MEMORY = 0.2
 KV_BYTES_MAX = 4 * 2**30
 KV_TOKENS_MIN = 2_048
+KERNELS_CHARS_MAX = 200
+"""Of the reason why there are none."""
 PROGRESS_PERCENT = 10
 """Loading is told of in steps of this size."""
 
@@ -75,6 +77,7 @@ def build(settings: WorkerSettings) -> Consumer:
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(1)  # this thread's; the engine's has its own, see engine_thread.py
     clock = SystemClock()
+    native.choose(settings.kernels)
     name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
     loaded = _load(settings, name)
     kv_tokens = kv_tokens_for(settings, loaded)
@@ -95,8 +98,9 @@ def build(settings: WorkerSettings) -> Consumer:
         quantization=loaded.quantization,
         weight_mib=loaded.weight_bytes >> 20,
         kv_tokens=kv_tokens,
+        kernels=native.state(),
     )
-    capacity = Capacity(kv_tokens, settings.max_jobs)
+    capacity = Capacity(kv_tokens, settings.max_jobs, native.state()[:KERNELS_CHARS_MAX])
     engine = Engine(loaded, config, clock)
     cache = _link(settings, engine) if settings.cache_url else None
     return Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)

@@ -22,7 +22,7 @@ from headrace.policy import priority
 from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
 from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over
 from headrace_worker.entry import Entry
 from headrace_worker.executor import Executor
 from headrace_worker.grammar_link import GrammarFailure
@@ -98,7 +98,7 @@ class Engine:
         self._pool = BlockPool(blocks)
         self._kv = KvPool(loaded.config, blocks, loaded.dtype, config.kv_dtype)
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
-        self._runner = Runner(Executor(loaded.model, SdpaBackend(self._kv, loaded.config)))
+        self._runner = Runner(Executor(loaded.model, attention_over(self._kv, loaded.config)))
         self._scheduler = Scheduler(
             self._pool,
             running_max=config.max_running,

@@ -1,7 +1,7 @@
 // What Python and the kernels agree on: plain structs, pointers and sizes, no ownership.
 //
 // Invariant: every pointer here belongs to the caller and outlives the call. The structs are mirrored
-// field by field in native/library.py; a change of one is a change of ABI_VERSION.
+// field by field in native/abi.py; a change of one is a change of ABI_VERSION.
 #pragma once
 
 #include <cstdint>

@@ -24,6 +24,7 @@ const Kernels& kernels() { return chosen == ISA_AVX512 ? kernels_avx512 : kernel
 }  // namespace
 }  // namespace headrace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int32_t headrace_abi_version() { return headrace::ABI_VERSION; }
@@ -56,3 +57,4 @@ void headrace_step(const headrace::Model* model, const headrace::Pool* pool, con
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
