@@ -27,7 +27,7 @@ from headrace.clock import SystemClock
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS, Band, Job, Sampling, pack_tokens
 from headrace_worker.attention.interface import AttentionBatch
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel, load_model
@@ -61,7 +61,7 @@ def losses(
 ) -> torch.Tensor:
     """-log of the probability of tokens[first:], each after all tokens before it; float32."""
     pool = KvPool(loaded.config, -(-len(tokens) // BLOCK_TOKENS), loaded.dtype, kv_dtype)
-    backend = SdpaBackend(pool, loaded.config)
+    backend = attention_over(pool, loaded.config)
     ids, found = torch.tensor(tokens), []
     for start in range(0, len(tokens) - 1, PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, len(tokens) - 1)

@@ -236,7 +236,10 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
-    """A worker's unchanging facts. An `id` is one incarnation: it is never used again."""
+    """A worker's unchanging facts. An `id` is one incarnation: it is never used again.
+
+    `kernels`: the instruction set of its native kernels, or why it computes without them.
+    """
 
     id: str
     model: str
@@ -246,6 +249,7 @@ class WorkerRecord:
     kv_tokens: int
     max_jobs: int
     started_ms: int
+    kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)

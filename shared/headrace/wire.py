@@ -452,6 +452,7 @@ def encode_worker(record: WorkerRecord) -> bytes:
             "kv_tokens": record.kv_tokens,
             "max_jobs": record.max_jobs,
             "started": record.started_ms,
+            "kernels": record.kernels,
         }
     )
 
@@ -467,6 +468,7 @@ def decode_worker(data: bytes) -> WorkerRecord:
         kv_tokens=f.get("kv_tokens", int),
         max_jobs=f.get("max_jobs", int),
         started_ms=f.get("started", int),
+        kernels=f.get("kernels", str),
     )
 
 

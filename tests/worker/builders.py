@@ -19,16 +19,17 @@ from headrace.cache_client import CacheClient
 from headrace.clock import ManualClock
 from headrace.policy.hashing import root_hash
 from headrace.types import Band, Delta, Finish, Job, Sampling, pack_tokens
-from headrace_worker.attention.interface import AttentionBatch
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.executor import Executor
 from headrace_worker.kv.export import Export, ExportFacts
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.sequence import Sequence
 from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import BlockPayload, JobStory
+from headrace_worker.step_inputs import StepInputs
 
 STEPS_MAX = 20_000
 PATIENCE_MS = 10_000
@@ -144,16 +145,21 @@ def guesses_from(texts: list[list[int]]) -> Callable[..., tuple[int, ...]]:
 def logits_of(loaded: LoadedModel, prompt: list[int]) -> torch.Tensor:
     """Logits of all rows of one prompt in one chunk, float32 [N, vocab]."""
     pool = KvPool(loaded.config, -(-len(prompt) // 16), loaded.dtype)
-    batch = AttentionBatch(
-        block_tables=[list(range(pool.blocks))],
-        lengths=[len(prompt)],
-        query_starts=[0, len(prompt)],
-        slots=torch.arange(len(prompt)),
+    places = np.arange(len(prompt))
+    executor = Executor(loaded.model, attention_over(pool, loaded.config))
+    logits = executor.forward(
+        StepInputs(
+            tokens=np.array(prompt, np.int64),
+            positions=places,
+            slots=places,
+            block_tables=[list(range(pool.blocks))],
+            lengths=[len(prompt)],
+            query_starts=[0, len(prompt)],
+            rows=None,
+        )
     )
-    with torch.inference_mode():
-        attend = SdpaBackend(pool, loaded.config).prepare(batch)
-        positions = torch.arange(len(prompt))
-        return loaded.model(torch.tensor(prompt), positions, None, attend)
+    assert logits is not None
+    return logits
 
 
 def assert_same_logits(loaded: LoadedModel, model: Any, limit: float = 1e-4) -> None:

@@ -15,7 +15,7 @@ from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError
-from headrace_worker import metrics, startup
+from headrace_worker import metrics, native, startup
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
@@ -35,6 +35,9 @@ from headrace_worker.parallel.watch import HANG_LEASE_PERCENT, Loss
 from headrace_worker.settings import WorkerSettings
 
 log = structlog.get_logger()
+
+KERNELS_CHARS_MAX = 200
+"""Of the reason why there are none."""
 
 
 def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
@@ -67,8 +70,10 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
         weight_mib=weight_bytes >> 20,
         kv_tokens=kv_tokens,
         ranks=shape.ranks,
+        kernels=native.state(),
     )
-    capacity, clock = Capacity(kv_tokens, settings.max_jobs), SystemClock()
+    clock = SystemClock()
+    capacity = Capacity(kv_tokens, settings.max_jobs, native.state()[:KERNELS_CHARS_MAX])
     engine = Engine(loaded, config, clock, ranks)
     cache = _link(settings, engine) if settings.cache_url else None
     consumer = Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)

@@ -22,7 +22,7 @@ from headrace.grammars import Matcher
 from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over
 from headrace_worker.engine_config import EngineConfig
 from headrace_worker.entry import Entry, refusal, sequence_of
 from headrace_worker.executor import Executor, Steps
@@ -57,7 +57,7 @@ def _machine(
     if ranks is not None:
         return ranks.open(loaded, blocks, kv_dtype), ranks
     pool = KvPool(loaded.config, blocks, loaded.dtype, kv_dtype)
-    return pool, Executor(loaded.model, SdpaBackend(pool, loaded.config))
+    return pool, Executor(loaded.model, attention_over(pool, loaded.config))
 
 
 class Engine:

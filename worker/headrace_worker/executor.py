@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
 from headrace_worker.model import Decoder
+from headrace_worker.native.program import program_of
 from headrace_worker.parallel.vocabulary import Verdict
 from headrace_worker.step_inputs import StepInputs
 
@@ -56,6 +57,7 @@ class Executor:
     def __init__(self, model: Decoder, backend: AttentionBackend) -> None:
         self.model = model
         self._backend = backend
+        self._program = program_of(model, backend)
         self._done: deque[Tensor | None] = deque()
 
     def forward(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor | None:
@@ -66,6 +68,8 @@ class Executor:
         None where there are none.
         """
         with torch.inference_mode():
+            if self._program is not None:
+                return self._program.run(inputs)
             attend = self._backend.prepare(
                 AttentionBatch(
                     inputs.block_tables,

@@ -27,10 +27,11 @@ def new_worker_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What this worker offers."""
+    """What this worker offers, and what it computes with (see WorkerRecord)."""
 
     kv_tokens: int
     max_jobs: int
+    kernels: str = ""
 
 
 class Membership:
@@ -58,6 +59,7 @@ class Membership:
             kv_tokens=capacity.kv_tokens,
             max_jobs=capacity.max_jobs,
             started_ms=clock.wall_ms(),
+            kernels=capacity.kernels,
         )
 
     async def join(self, status: WorkerStatus) -> bool:

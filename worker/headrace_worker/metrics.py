@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from headrace.types import WorkerState, WorkerStatus
+from headrace_worker import native
 from headrace_worker.cache_counts import CacheCounts
 
 
@@ -52,6 +53,14 @@ class WorkerCollector(Collector):
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             gauge.add_metric([self._model], value)
             yield gauge
+        library = native.library()
+        kernels = GaugeMetricFamily(
+            "headrace_worker_kernels",
+            "1, with the instruction set of the native kernels; none: torch computes",
+            labels=["model", "isa"],
+        )
+        kernels.add_metric([self._model, "none" if library is None else library.isa], 1)
+        yield kernels
         counts = self._counts()
         counters = {
             "headrace_worker_steps": ("Engine steps", status.steps),

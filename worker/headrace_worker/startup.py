@@ -11,6 +11,7 @@ import torch
 
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS
+from headrace_worker import native
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model, memory
 from headrace_worker.model import ModelConfig
@@ -62,7 +63,11 @@ def kv_tokens_for(
 
 
 def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
-    """The model, or with `links` the part of it that their rank holds. Raises ModelError."""
+    """The model, or with `links` the part of it that their rank holds. Raises ModelError.
+
+    Parts of models compute with torch: the native kernels know whole ones only.
+    """
+    native.choose(settings.kernels if links is None else "off")
     told, name = 0, name_of(settings)
 
     def progress(done: int, total: int) -> None:

@@ -109,6 +109,7 @@ async def _worker(redis: Redis, model: str, worker_id: str, data: bytes) -> dict
         "steps": status.steps if status else 0,
         "lease_ms": max(lease_ms, 0),
         "started_ms": record.started_ms,
+        "kernels": record.kernels,
     }
 
 

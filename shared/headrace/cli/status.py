@@ -92,12 +92,13 @@ def _models(models: list[dict[str, Any]]) -> Table:
 
 
 def _workers(workers: list[dict[str, Any]]) -> Table:
-    columns = ("id", "model", "pid", "role", "state", "running", "waiting", "free KV")
+    columns = ("id", "model", "pid", "role", "state", "running", "waiting", "free KV", "kernels")
     table = _table("Workers", *columns)
     for w in workers:
         free = f"{w['free_kv_tokens']}/{w['kv_tokens']}"
         numbers = (str(w["running"]), str(w["waiting"]), free)
-        table.add_row(w["id"], w["model"], str(w["pid"]), w["role"], w["state"], *numbers)
+        facts = (str(w["pid"]), w["role"], w["state"], *numbers, w["kernels"] or "–")
+        table.add_row(w["id"], w["model"], *facts)
     return table
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headrace.errors import ModelError
 from headrace.types import ModelRecord
+from headrace_worker import native
 from headrace_worker.loading import memory
 from headrace_worker.loading.fingerprint import fingerprint
 from headrace_worker.loading.gguf_file import GgufSource
@@ -96,7 +97,7 @@ def load_model(
     weights.check_all_taken()
     record = ModelRecord(
         name=name,
-        fingerprint=fingerprint(config, kind, mode, source.files, source.index()),
+        fingerprint=fingerprint(config, kind, _rounding(mode), source.files, source.index()),
         architecture=config.architecture,
         context_tokens=config.context_tokens,
         vocab_size=config.vocab_size,
@@ -121,6 +122,11 @@ def _build(
         assert group is not None, "tensor ranks add up through a group"
         weights = ShardedWeights(weights, part, group)
     return kind(config, weights, first=part.first, last=part.last)
+
+
+def _rounding(mode: Quantization) -> str:
+    """How weights and activations are rounded: the native kernels' formats are their own."""
+    return f"{mode} in groups" if mode != "none" and native.library() is not None else mode
 
 
 def resolve_dtype(name: str) -> torch.dtype:

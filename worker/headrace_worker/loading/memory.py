@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from headrace.errors import ModelError
+from headrace_worker import native
 from headrace_worker.model.config import ModelConfig
 from headrace_worker.quantization import NARROW
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
-_INT8_BYTES = 1 + 4 / 256
-"""Per weight: one and a share of its row's scale; rows have some hundred columns at least."""
+_INT8_BYTES = 1 + 2 / 32
+"""Per weight: one and a share of its group's scale; without native kernels scales take less."""
 _INT4_BYTES = 0.5 + 4 / 32
 """Per weight: a half and a share of its group's scale and zero point."""
 
@@ -115,7 +116,8 @@ def weight_bytes(config: ModelConfig, dtype: str, quantization: str) -> int:
     plain = config.parameters - config.linear_values
     linear = config.linear_values
     # a tied head is the embedding itself only where it is neither packed nor quantized
-    if config.tied and (quantization != "none" or dtype == "bfloat16"):
+    packed = dtype == "bfloat16" or native.library() is not None
+    if config.tied and (quantization != "none" or packed):
         linear += embedding
     if quantization == "none":
         return (plain + linear) * itemsize

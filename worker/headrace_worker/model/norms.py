@@ -28,7 +28,18 @@ def plain(weight: Tensor, eps: float) -> Norm:
     if weight.ndim == 1:
         # bound keywords: an object of our own costs more than the norm of one row
         return partial(torch.rms_norm, normalized_shape=shape, weight=weight, eps=eps)
-    return lambda x: torch.rms_norm(x, shape, None, eps) * weight
+    return partial(_by_head, shape=shape, weight=weight, eps=eps)
+
+
+def _by_head(x: Tensor, *, shape: list[int], weight: Tensor, eps: float) -> Tensor:
+    return torch.rms_norm(x, shape, None, eps) * weight
+
+
+def weights_of(norm: Norm) -> Tensor:
+    """The weights of a `plain` norm."""
+    assert isinstance(norm, partial), "only plain norms show their weights"
+    weight: Tensor = norm.keywords["weight"]
+    return weight
 
 
 def shifted(weight: Tensor, eps: float) -> Norm:

@@ -21,12 +21,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from headrace_worker import native
 from headrace_worker.model.linear import DenseLinear
+from headrace_worker.native.abi import Library
+from headrace_worker.native.linear import NativeLinear
 from headrace_worker.quantization.int4 import Int4Linear, quantize_weight
 from headrace_worker.quantization.int8 import Int8Linear
 
 Quantization = Literal["none", "int8", "int4"]
-AnyLinear = DenseLinear | Int8Linear | Int4Linear
+AnyLinear = DenseLinear | Int8Linear | Int4Linear | NativeLinear
 MODES: tuple[Quantization, ...] = ("none", "int8", "int4")
 
 NARROW = 2048
@@ -63,15 +66,26 @@ def make_linear(
 ) -> AnyLinear:
     """A Linear over weight [out, in], best in float32, and bias [out], for inputs of `dtype`."""
     bias = None if bias is None else bias.to(dtype)
+    library = native.library()
     if mode == "none":
+        if library is not None and dtype is torch.float32:
+            return NativeLinear.of_float32(library, weight, bias)
         return DenseLinear(weight.to(dtype), bias)
     if mode == "int8" or role is Role.HEAD:
-        return Int8Linear(weight, bias)
+        return _int8(library, weight, bias)
     quantized = quantize_weight(weight)
     spared = role is Role.QKV or (role is Role.GATE_UP and weight.shape[1] < NARROW)
     if spared and quantized.error > EXACT_ERROR:
-        return Int8Linear(weight, bias)
+        return _int8(library, weight, bias)
+    if library is not None:
+        return NativeLinear.of_int4(library, quantized, weight.shape[1], bias)
     return Int4Linear(quantized, weight.shape[1], bias)
+
+
+def _int8(library: Library | None, weight: Tensor, bias: Tensor | None) -> AnyLinear:
+    if library is not None:
+        return NativeLinear.of_int8(library, weight, bias)
+    return Int8Linear(weight, bias)
 
 
 __all__ = ["MODES", "AnyLinear", "Quantization", "Role", "make_linear"]

@@ -1,0 +1,103 @@
+// What Python and the kernels agree on: plain structs, pointers and sizes, no ownership.
+//
+// Invariant: every pointer here belongs to the caller and outlives the call. The structs are mirrored
+// field by field in native/abi.py; a change of one is a change of ABI_VERSION.
+#pragma once
+
+#include <cstdint>
+
+namespace headrace {
+
+constexpr int32_t ABI_VERSION = 1;
+
+// Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
+constexpr int PANEL = 16;
+constexpr int GROUP = 32;
+constexpr int BLOCK_TOKENS = 16;
+
+enum Format : int32_t {
+  FORMAT_F32 = 0,  // per panel [column][16] float32
+  FORMAT_Q8 = 1,   // per panel and group: [8][16][4] bytes (value + 128), 16 scales in bfloat16
+  FORMAT_Q4 = 2,   // per panel and group: [4][16][4] bytes (column c low, c + 16 high), 16 scales and
+                   // 16 zero points in bfloat16
+};
+
+// y = x W^T + bias. W [outs, columns]; quantized columns are padded to whole groups.
+struct Matrix {
+  int32_t format;
+  int32_t outs;
+  int32_t columns;
+  int32_t unused;
+  const uint8_t* panels;
+  const float* bias;  // [outs] or null
+};
+
+enum KvKind : int32_t { KV_F32 = 0, KV_BF16 = 1, KV_INT8 = 2 };
+
+// [block][layer][key, value][token][kv_head][head_dim]; int8 chunks have their scales behind them,
+// [token][kv_head], in float32 or bfloat16.
+struct Pool {
+  uint8_t* base;
+  int64_t block_bytes;
+  int64_t chunk_bytes;
+  int32_t kind;
+  int32_t scale_kind;  // KV_F32 or KV_BF16
+  int32_t kv_heads;
+  int32_t head_dim;
+};
+
+// Who the rows of a step belong to: see attention/interface.py.
+struct Batch {
+  int32_t sequences;
+  int32_t rows;
+  const int32_t* starts;        // [sequences + 1]
+  const int32_t* lengths;       // [sequences]
+  const int32_t* tables;        // blocks of all sequences, one after the other
+  const int32_t* table_starts;  // [sequences]
+  const int64_t* slots;         // [rows]
+};
+
+struct Layer {
+  const float* attention_norm;
+  const float* mlp_norm;
+  const float* q_norm;  // [head_dim] or null
+  const float* k_norm;
+  Matrix qkv, out, gate_up, down;
+  int32_t rope;    // which table, -1 for none
+  int32_t window;  // tokens that a row sees, 0 for all
+};
+
+struct Model {
+  int32_t hidden, inner, heads, kv_heads, head_dim, vocab, layers, ropes;
+  float eps, attention_scale, embedding_scale;
+  int32_t embedding_bf16;
+  const void* embedding;  // [vocab, hidden]
+  const Layer* layer;
+  const float* norm;
+  const int32_t* rotated;  // [ropes], how many dimensions each table turns
+  Matrix head;
+};
+
+struct Step {
+  const int64_t* tokens;     // [rows]
+  const float* const* cos;   // [ropes] tables [rows, rotated]
+  const float* const* sin;   // the first half negated
+  const int64_t* sampled;    // rows that go through the head; null for all
+  int32_t sampled_rows;
+  int32_t unused;
+  float* logits;  // [sampled_rows, vocab]
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  void (*linear)(const Matrix&, const float* x, int rows, const float* residual, float* out);
+  void (*attend)(const Pool&, const Batch&, int layer, int heads, float scale, int window,
+                 const float* q, int q_stride, const float* k, const float* v, int kv_stride,
+                 float* out);
+  void (*step)(const Model&, const Pool&, const Batch&, const Step&);
+};
+
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace headrace

@@ -1,0 +1,60 @@
+// What the library exports: C functions over the kernels of the best instruction set that is here.
+#include "abi.h"
+#include "team.h"
+
+namespace headrace {
+namespace {
+
+enum Isa : int32_t { ISA_NONE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2 };
+
+Isa find() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return ISA_NONE;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni"))
+    return ISA_AVX512;
+  return ISA_AVX2;
+}
+
+Isa chosen = find();
+
+const Kernels& kernels() { return chosen == ISA_AVX512 ? kernels_avx512 : kernels_avx2; }
+
+}  // namespace
+}  // namespace headrace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int32_t headrace_abi_version() { return headrace::ABI_VERSION; }
+
+int32_t headrace_isa() { return headrace::chosen; }
+
+// Takes a lesser instruction set than there is; returns the one in use. For tests.
+int32_t headrace_use_isa(int32_t isa) {
+  const headrace::Isa best = headrace::find();
+  if (isa > headrace::ISA_NONE && isa <= best) headrace::chosen = static_cast<headrace::Isa>(isa);
+  return headrace::chosen;
+}
+
+void headrace_set_threads(int32_t count) { headrace::set_threads(count); }
+
+void headrace_linear(const headrace::Matrix* matrix, const float* x, int32_t rows, const float* residual,
+                     float* out) {
+  headrace::kernels().linear(*matrix, x, rows, residual, out);
+}
+
+void headrace_attend(const headrace::Pool* pool, const headrace::Batch* batch, int32_t layer, int32_t heads,
+                     float scale, int32_t window, const float* q, int32_t q_stride, const float* k,
+                     const float* v, int32_t kv_stride, float* out) {
+  headrace::kernels().attend(*pool, *batch, layer, heads, scale, window, q, q_stride, k, v, kv_stride, out);
+}
+
+void headrace_step(const headrace::Model* model, const headrace::Pool* pool, const headrace::Batch* batch,
+                   const headrace::Step* step) {
+  headrace::kernels().step(*model, *pool, *batch, *step);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

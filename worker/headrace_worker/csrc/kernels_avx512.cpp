@@ -1,0 +1,24 @@
+// The kernels for processors with AVX-512 and VNNI.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "abi.h"
+#include "team.h"
+
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#include "simd_avx512.h"
+
+namespace headrace {
+namespace avx512 {
+#include "linear.inc.h"
+//
+#include "attention.inc.h"
+//
+#include "step.inc.h"
+}  // namespace avx512
+
+const Kernels kernels_avx512 = {avx512::linear, avx512::attend, avx512::run_step};
+
+}  // namespace headrace

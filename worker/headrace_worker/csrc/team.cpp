@@ -1,0 +1,111 @@
+#include "team.h"
+
+#include <sched.h>
+
+namespace headrace {
+
+namespace {
+
+// About 50 microseconds; a wait within a step that lasts longer has lost its core to somebody.
+constexpr int SPINS_BEFORE_SLEEP = 1000;
+constexpr int SPINS_BEFORE_YIELD = 2000;
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+std::mutex turns;
+Team* the_team = nullptr;  // never destroyed at exit, when an engine's thread may still be in a call
+std::atomic<int> wanted{1};
+
+}  // namespace
+
+thread_local uint32_t Team::number_ = 0;
+
+Team::Team(int size) : size_(size) {
+  for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { serve(i); });
+}
+
+Team::~Team() {
+  {
+    std::lock_guard<std::mutex> guard(lock_);
+    stopping_ = true;
+    calls_.fetch_add(1);
+  }
+  news_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Team::run(const std::function<void(int)>& work) {
+  number_ = passed_.load();
+  if (size_ > 1) {
+    std::lock_guard<std::mutex> guard(lock_);
+    work_ = &work;
+    busy_ = size_ - 1;
+    calls_.fetch_add(1);
+  }
+  if (size_ > 1) news_.notify_all();
+  work(0);
+  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+    if (spins < SPINS_BEFORE_YIELD) {
+      relax();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+void Team::serve(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    for (int spins = 0; calls_.load(std::memory_order_acquire) == seen; ++spins) {
+      if (spins < SPINS_BEFORE_SLEEP) {
+        relax();
+        continue;
+      }
+      std::unique_lock<std::mutex> guard(lock_);
+      news_.wait(guard, [&] { return calls_.load() != seen; });
+    }
+    {
+      // the lock makes `work_` the one that belongs to this call
+      std::lock_guard<std::mutex> guard(lock_);
+      seen = calls_.load();
+      if (stopping_) return;
+    }
+    number_ = passed_.load();
+    (*work_)(thread);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void Team::wait(uint32_t number) {
+  number_ = number + 1;
+  if (arrived_.value.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.value.store(0, std::memory_order_relaxed);
+    next_[number & 1].value.store(0, std::memory_order_relaxed);
+    passed_.store(number + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; passed_.load(std::memory_order_acquire) == number; ++spins) {
+    if (spins < SPINS_BEFORE_YIELD) {
+      relax();
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+Turn::Turn() : held_(turns) {
+  int count = wanted.load();
+  if (the_team != nullptr && the_team->size() == count) return;
+  delete the_team;
+  the_team = new Team(count);
+}
+
+Team& Turn::team() { return *the_team; }
+
+void set_threads(int count) { wanted.store(count < 1 ? 1 : count); }
+
+}  // namespace headrace

@@ -1,0 +1,180 @@
+"""The kernels' C functions, and the structs they take: a mirror of csrc/abi.h.
+
+Invariant: what a struct points to is kept alive by whoever made the struct for as long as it is
+used. Calls release Python's lock; they take turns inside, so that any thread may call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ABI_VERSION = 1
+ISAS = ("none", "avx2", "avx512")
+
+FORMAT_F32, FORMAT_Q8, FORMAT_Q4 = 0, 1, 2
+KV_F32, KV_BF16, KV_INT8 = 0, 1, 2
+
+
+class Matrix(Structure):
+    """W [outs, columns] in panels of a format, and its bias."""
+
+    _fields_ = (
+        ("format", c_int32),
+        ("outs", c_int32),
+        ("columns", c_int32),
+        ("unused", c_int32),
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class Pool(Structure):
+    """A KvPool's memory."""
+
+    _fields_ = (
+        ("base", c_void_p),
+        ("block_bytes", c_int64),
+        ("chunk_bytes", c_int64),
+        ("kind", c_int32),
+        ("scale_kind", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+    )
+
+
+class Batch(Structure):
+    """An AttentionBatch, its tables one after the other."""
+
+    _fields_ = (
+        ("sequences", c_int32),
+        ("rows", c_int32),
+        ("starts", c_void_p),
+        ("lengths", c_void_p),
+        ("tables", c_void_p),
+        ("table_starts", c_void_p),
+        ("slots", c_void_p),
+    )
+
+
+class Layer(Structure):
+    """A layer's weights and what is its own."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("rope", c_int32),
+        ("window", c_int32),
+    )
+
+
+class Model(Structure):
+    """A whole decoder."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("hidden", "inner", "heads", "kv_heads", "head_dim")),
+        *((name, c_int32) for name in ("vocab", "layers", "ropes")),
+        *((name, c_float) for name in ("eps", "attention_scale", "embedding_scale")),
+        ("embedding_bf16", c_int32),
+        ("embedding", c_void_p),
+        ("layer", POINTER(Layer)),
+        ("norm", c_void_p),
+        ("rotated", c_void_p),
+        ("head", Matrix),
+    )
+
+
+class Step(Structure):
+    """What changes from step to step, beside the Batch."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("sampled", c_void_p),
+        ("sampled_rows", c_int32),
+        ("unused", c_int32),
+        ("logits", c_void_p),
+    )
+
+
+class Library:
+    """The compiled kernels. Raises OSError for a file that is not such a library."""
+
+    def __init__(self, path: Path) -> None:
+        self._c = ctypes.CDLL(str(path))
+        found = int(self._c.headrace_abi_version())
+        if found != ABI_VERSION:
+            raise OSError(f"{path} has ABI {found}, not {ABI_VERSION}")
+        self.isa = ISAS[int(self._c.headrace_isa())]
+        address, matrix = c_void_p, POINTER(Matrix)
+        self._c.headrace_linear.argtypes = (matrix, address, c_int32, address, address)
+        self._c.headrace_attend.argtypes = (
+            POINTER(Pool), POINTER(Batch), c_int32, c_int32, c_float, c_int32,
+            address, c_int32, address, address, c_int32, address,
+        )  # fmt: skip
+        self._c.headrace_step.argtypes = (
+            POINTER(Model), POINTER(Pool), POINTER(Batch), POINTER(Step),
+        )  # fmt: skip
+        for name in ("linear", "attend", "step", "set_threads"):
+            getattr(self._c, f"headrace_{name}").restype = None
+
+    def use(self, isa: str) -> str:
+        """Takes a lesser instruction set than there is; the one in use from now on. For tests."""
+        self.isa = ISAS[int(self._c.headrace_use_isa(ISAS.index(isa)))]
+        return self.isa
+
+    def _threads(self) -> None:
+        self._c.headrace_set_threads(torch.get_num_threads())
+
+    def linear(self, matrix: Matrix, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        """out [N, outs] = residual + x [N, columns] W^T + bias; float32, contiguous."""
+        self._threads()
+        self._c.headrace_linear(
+            matrix, x.data_ptr(), len(x), residual.data_ptr() if residual is not None else None,
+            out.data_ptr(),
+        )  # fmt: skip
+
+    def attend(
+        self,
+        pool: Pool,
+        batch: Batch,
+        layer: int,
+        scale: float,
+        window: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+    ) -> None:
+        """q [N, heads, head_dim], k, v [N, kv_heads, head_dim], out [N, heads * head_dim].
+
+        All float32 and contiguous.
+        """
+        self._threads()
+        self._c.headrace_attend(
+            pool, batch, layer, q.shape[1], scale, window, q.data_ptr(), q.stride(0),
+            k.data_ptr(), v.data_ptr(), k.stride(0), out.data_ptr(),
+        )  # fmt: skip
+
+    def step(self, model: Model, pool: Pool, batch: Batch, step: Step) -> None:
+        """A whole step."""
+        self._threads()
+        self._c.headrace_step(model, pool, batch, step)
+
+
+def address_of(array: NDArray[np.int32] | NDArray[np.int64]) -> int:
+    """Where a contiguous array lies."""
+    return int(array.__array_interface__["data"][0])
