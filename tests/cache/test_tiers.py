@@ -345,9 +345,7 @@ async def scraped(server: CacheServer) -> dict[str, float]:
     return {name.removeprefix("headrace_cache_disk_"): float(value) for name, _, value in rows}
 
 
-async def test_the_disk_is_seen_in_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_disk_is_seen_in_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies there, hits, writes, what was corrupt, and pauses because it is full."""
     entries = chain("a", 6, SIZE_BYTES, tenant="acme")
     async with with_disk(tmp_path) as server, client_of(url_in(tmp_path)) as client:

@@ -26,8 +26,8 @@ from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.model.config import ModelConfig
 from headrace_worker.native import build
-from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.abi import Library
+from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.linear import NativeLinear, quantize_q8
 from headrace_worker.quantization import int4
 from headrace_worker.step_inputs import StepInputs
@@ -362,9 +362,7 @@ def test_a_step_is_what_torch_computes(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_texts_are_the_same_whatever_the_batch_in_int8(
-    library: Library, tiny_folder: Path
-) -> None:
+def test_texts_are_the_same_whatever_the_batch_in_int8(library: Library, tiny_folder: Path) -> None:
     """Quantized too: alone, together, preempted by a small pool, with cached prefixes."""
     loaded = load_model(tiny_folder, "test", "bfloat16", "int8")
     prompts = [random_tokens(20 + 13 * i, i) for i in range(6)]
