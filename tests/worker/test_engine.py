@@ -16,10 +16,10 @@ from headrace.clock import ManualClock
 from headrace.errors import CallerError, ModelError, SettingsError
 from headrace.types import BLOCK_KEY_BYTES, Band, Finish, FinishReason, JobProgress
 from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.executor import Executor
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.results import BlockPayload, JobStory
-from headrace_worker.runner import Runner
 from worker.builders import (
     finish_all,
     logits_of,
@@ -176,10 +176,10 @@ def test_a_step_that_raises_costs_its_own_jobs_only(
     engine.add(make_job("c", prompt, band=Band.BATCH))
     with monkeypatch.context() as patch:
 
-        def fail(self: Runner, *_: Any) -> Any:
+        def fail(self: Executor, *_: Any) -> Any:
             raise RuntimeError("out of luck")
 
-        patch.setattr(Runner, "_forward", fail)
+        patch.setattr(Executor, "forward", fail)
         result = engine.step()
     assert {delta.job for delta in result.deltas} == {"a", "b"}
     for delta in result.deltas:

@@ -24,6 +24,7 @@ from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Band, Finish, FinishReason
 from headrace_worker import grammar_link
 from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.entry import Entry
+from headrace_worker.executor import Executor
 from headrace_worker.grammar_link import GrammarFailure
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.kv.traffic import Traffic
@@ -97,7 +98,7 @@ class Engine:
         self._pool = BlockPool(blocks)
         self._kv = KvPool(loaded.config, blocks, loaded.dtype, config.kv_dtype)
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
-        self._runner = Runner(loaded.model, SdpaBackend(self._kv, loaded.config))
+        self._runner = Runner(Executor(loaded.model, SdpaBackend(self._kv, loaded.config)))
         self._scheduler = Scheduler(
             self._pool,
             running_max=config.max_running,
@@ -344,7 +345,8 @@ class Engine:
         """What the runner says; None when it raised, and the plan's jobs have been failed."""
         try:
             asks = {item.sequence.id: self._ask(item) for item in plan.items}
-            return self._runner.run(plan.items, asks)
+            self._runner.begin(plan.items)
+            return self._runner.finish(plan.items, asks)
         except Exception as error:  # whatever it is, it must not end jobs outside the plan
             _log.exception("step failed", jobs=[item.sequence.id for item in plan.items])
             for item in plan.items:

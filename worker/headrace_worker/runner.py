@@ -1,8 +1,8 @@
-"""Runs a plan: tensors in, one forward pass, tokens out.
+"""Runs plans: numbers in, one forward pass each, tokens out.
 
-Invariant: the runner keeps no state between steps but the KV pool, so a step that failed half way
-leaves nothing to repair: what it wrote lies in blocks that no hash names yet. Only rows that
-somebody wants to see go through the output head.
+Invariant: plans end in the order in which they began; whoever computes them sees numbers only (see
+step_inputs.py), and tokens are chosen here, from the job's own options. Only rows that somebody
+wants to see go through the output head.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headrace.types import BLOCK_TOKENS, TokenLogprobs
-from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
-from headrace_worker.model import Decoder
+from headrace.types import TokenLogprobs
+from headrace_worker.executor import Steps
 from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
 from headrace_worker.sampling.sampler import Chosen, Row, sample
+from headrace_worker.step_inputs import inputs_of
 
 Mask = NDArray[np.int32]
 """Which tokens a grammar allows: a bit for each, [ceil(vocab / 32)]."""
@@ -52,83 +52,59 @@ class Ran:
 
 
 class Runner:
-    """One model over one attention backend."""
+    """Plans over whoever computes their steps."""
 
-    def __init__(self, model: Decoder, backend: AttentionBackend) -> None:
-        self._model = model
-        self._backend = backend
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
 
-    def run(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> list[Ran]:
-        """Computes `items`; the result has one entry for each, in their order.
+    @property
+    def depth(self) -> int:
+        """How many plans may be under way at a time."""
+        return self._steps.depth
+
+    def begin(self, items: Sequence[PlanItem]) -> None:
+        """Submits a plan's items; `finish` with the same ones follows, in the same order."""
+        with torch.inference_mode():
+            self._steps.submit(inputs_of(items))
+
+    def finish(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> list[Ran]:
+        """What came of `items`: one entry for each, in their order.
 
         `asks` by sequence id.
         """
-        ran = [Ran() for _ in items]
         with torch.inference_mode():
-            logits = self._forward(items)
-            if logits is None:
-                return ran
-            at, sampled, rows = 0, [], []
-            for i, item in enumerate(items):
-                ask, scored = asks[item.sequence.id], len(item.scored_rows)
-                if scored:
-                    ran[i].scored = self._score(item, logits[at : at + scored], ask)
-                at += scored
-                if item.samples:
-                    made = _rows(item, ask)
-                    rows += made
-                    sampled += [(i, at + place) for place in range(len(made))]
-                    at += len(made)
-            if len(rows) < len(logits):
-                logits = logits[[place for _, place in sampled]]
-            for (i, _), chosen in zip(sampled, sample(logits, rows) if rows else [], strict=True):
-                ran[i].chosen.append(chosen)
+            return _read(self._steps.collect(), items, asks)
+
+
+def _read(
+    logits: torch.Tensor | None, items: Sequence[PlanItem], asks: Mapping[str, Ask]
+) -> list[Ran]:
+    """Scores and tokens from the logits of a plan's wanted rows."""
+    ran = [Ran() for _ in items]
+    if logits is None:
         return ran
+    at, sampled, rows = 0, [], []
+    for i, item in enumerate(items):
+        ask, scored = asks[item.sequence.id], len(item.scored_rows)
+        if scored:
+            ran[i].scored = _score(item, logits[at : at + scored], ask)
+        at += scored
+        if item.samples:
+            made = _rows(item, ask)
+            rows += made
+            sampled += [(i, at + place) for place in range(len(made))]
+            at += len(made)
+    if len(rows) < len(logits):
+        logits = logits[[place for _, place in sampled]]
+    for (i, _), chosen in zip(sampled, sample(logits, rows) if rows else [], strict=True):
+        ran[i].chosen.append(chosen)
+    return ran
 
-    @staticmethod
-    def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
-        span = item.scored_rows
-        following = item.sequence.tokens[span.start + 1 : span.stop + 1]
-        return position_logprobs(logits, following, ask.prompt_top)
 
-    def _forward(self, items: Sequence[PlanItem]) -> torch.Tensor | None:
-        """Logits of the rows that are scored or sample, [M, vocab]; None when there are none.
-
-        For each item first those that are scored, then those that sample.
-        """
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, rows = [0], []
-        for item in items:
-            sequence, stop = item.sequence, item.start + item.count
-            first = len(tokens)
-            span = range(item.start, item.start + item.rows)
-            tokens += sequence.tokens[item.start : stop]
-            tokens += item.guess
-            positions += span
-            blocks = sequence.blocks
-            slots += [blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in span]
-            starts.append(len(tokens))
-            rows += [first + position - item.start for position in item.scored_rows]
-            if item.samples:
-                rows += range(first + item.count - 1, len(tokens))
-        attend = self._backend.prepare(
-            AttentionBatch(
-                block_tables=[item.sequence.blocks for item in items],
-                lengths=[item.start + item.rows for item in items],
-                query_starts=starts,
-                slots=torch.tensor(slots),
-            )
-        )
-        every = rows == list(range(len(tokens)))
-        logits: torch.Tensor = self._model(
-            torch.tensor(tokens),
-            torch.tensor(positions),
-            None if every else torch.tensor(rows, dtype=torch.int64),
-            attend,
-        )
-        return logits if rows else None
+def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
+    span = item.scored_rows
+    following = item.sequence.tokens[span.start + 1 : span.stop + 1]
+    return position_logprobs(logits, following, ask.prompt_top)
 
 
 def _rows(item: PlanItem, ask: Ask) -> list[Row]:

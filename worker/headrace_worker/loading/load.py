@@ -147,7 +147,7 @@ class _Weights:
         progress: Progress | None,
     ) -> None:
         self._source = source
-        self._dtype = dtype
+        self.dtype = dtype
         self._quantization = quantization
         self.bytes = 0
         self._left = source.names()
@@ -155,7 +155,7 @@ class _Weights:
         self._done_bytes, self._all_bytes = 0, sum(map(source.stored_bytes, self._left))
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._read(name, shape).to(self._dtype)
+        tensor = self._read(name, shape).to(self.dtype)
         self.bytes += tensor.nbytes
         return tensor
 
@@ -196,10 +196,10 @@ class _Weights:
     def _matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A linear layer's weights: quantized from what the file has, not from what dtype keeps."""
         tensor = self._read(name, shape)
-        return tensor.to(self._dtype) if self._quantization == "none" else tensor
+        return tensor.to(self.dtype) if self._quantization == "none" else tensor
 
     def _linear(self, weight: Tensor, bias: Tensor | None, role: Role) -> AnyLinear:
-        linear = make_linear(self._quantization, weight, bias, role, self._dtype)
+        linear = make_linear(self._quantization, weight, bias, role, self.dtype)
         self.bytes += linear.weight_bytes
         return linear
 

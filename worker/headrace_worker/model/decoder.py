@@ -2,6 +2,9 @@
 
 Invariant: building one takes all weights; there is no empty state. A family is a subclass that says
 what its layers are and what its checkpoints call them; the rest is values in ModelConfig.
+
+A decoder may be one stage of a pipeline: then its config counts that stage's layers, and only the
+first stage has the embedding, only the last one the norm and the head.
 """
 
 from __future__ import annotations
@@ -21,30 +24,37 @@ from headrace_worker.model.weights import Weights
 
 
 class Decoder:
-    """What all families are. `dtype`: of embeddings and activations."""
+    """What all families are. `dtype`: of embeddings and activations.
+
+    `first`, `last`: whether it has the embedding, the norm and the head.
+    """
 
     layer: ClassVar[LayerKind] = Layer
     names: ClassVar[LayerNames] = LayerNames()
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, *, first: bool = True, last: bool = True
+    ) -> None:
         self.config = config
-        embedding = weights.take(
-            "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
-        )
-        self.dtype = embedding.dtype
+        self.first, self.last = first, last
+        hidden = config.hidden_size
+        embedding = None
+        if first or (last and config.tied):
+            embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, hidden))
         self.embedding = embedding
+        self.layers = [self.layer(config, weights, i, self.names) for i in range(config.layers)]
+        if last:
+            norm = weights.take("model.norm.weight", (hidden,))
+            self.norm = self.last_norm(norm, config.norm_eps)
+            self.head = (
+                weights.linear(["lm_head"], [config.vocab_size], hidden)
+                if embedding is None or not config.tied
+                else weights.tied_head(embedding)
+            )
+        self.dtype = weights.dtype
         # rounded to the model's dtype before it multiplies, as the reference does
         scale = torch.tensor(config.embedding_scale).to(self.dtype)
         self.embedding_scale = None if config.embedding_scale == 1 else scale
-        self.layers = [self.layer(config, weights, i, self.names) for i in range(config.layers)]
-        self.norm = self.last_norm(
-            weights.take("model.norm.weight", (config.hidden_size,)), config.norm_eps
-        )
-        self.head = (
-            weights.tied_head(embedding)
-            if config.tied
-            else weights.linear(["lm_head"], [config.vocab_size], config.hidden_size)
-        )
         self.angles = [Angles(rope, config.context_tokens, self.dtype) for rope in config.ropes]
 
     @staticmethod
@@ -59,12 +69,24 @@ class Decoder:
 
         tokens, positions: int64 [N]. Keys and values are written through `attend`.
         """
+        x = self.through(self.embed(tokens), positions, attend)
+        return self.logits(x, rows)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first layer takes, [N, hidden]."""
+        assert self.embedding is not None, "the first stage embeds"
         x = functional.embedding(tokens, self.embedding)
-        if self.embedding_scale is not None:
-            x = x * self.embedding_scale
+        return x if self.embedding_scale is None else x * self.embedding_scale
+
+    def through(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x [N, hidden] through all layers that are here."""
         rotations = [angles(positions) for angles in self.angles]
         for layer in self.layers:
             x = layer(x, rotations, attend)
+        return x
+
+    def logits(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """float32 [M, vocab] of `rows` of the last layer's x."""
         if rows is not None:
             x = x[rows]
         return self.head(self.norm(x)).float()

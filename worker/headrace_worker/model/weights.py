@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from headrace_worker.model.linear import Linear
 
 
 class Weights(Protocol):
-    """Where a model takes its weights from. Raises ModelError for what is missing or misshapen."""
+    """Where a model takes its weights from. Raises ModelError for what is missing or misshapen.
+
+    `dtype` is the model's.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor in the model's dtype."""

@@ -1,0 +1,80 @@
+"""One rank's part of a step: its layers and heads over its part of the KV pool.
+
+Invariant: an executor keeps no state between steps but the KV pool, so a step that failed half way
+leaves nothing to repair: what it wrote lies in blocks that no hash names yet. It knows of no job
+and decides nothing. Answers come in the order in which steps were submitted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
+from headrace_worker.model import Decoder
+from headrace_worker.step_inputs import StepInputs
+
+
+class Steps(Protocol):
+    """Who computes steps: one process, or several ranks together."""
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be under way at a time."""
+        ...
+
+    def submit(self, inputs: StepInputs) -> None:
+        """Begins a step; at most `depth` are begun and not collected."""
+        ...
+
+    def collect(self) -> Tensor | None:
+        """Logits of the oldest step's wanted rows, float32 [M, vocab]; None where M is 0."""
+        ...
+
+
+class Executor:
+    """A model, or a rank's part of one, over one attention backend."""
+
+    depth = 1
+
+    def __init__(self, model: Decoder, backend: AttentionBackend) -> None:
+        self.model = model
+        self._backend = backend
+        self._done: deque[Tensor | None] = deque()
+
+    def forward(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor | None:
+        """Computes this part of a step.
+
+        `x` [N, hidden] is what the stage before made, None for the first stage. Gives what the next
+        stage takes, [N, hidden]; from the last one float32 logits of the wanted rows [M, vocab],
+        None where there are none.
+        """
+        with torch.inference_mode():
+            attend = self._backend.prepare(
+                AttentionBatch(
+                    inputs.block_tables,
+                    inputs.lengths,
+                    inputs.query_starts,
+                    torch.from_numpy(inputs.slots),
+                )
+            )
+            model = self.model
+            if x is None:
+                x = model.embed(torch.from_numpy(inputs.tokens))
+            x = model.through(x, torch.from_numpy(inputs.positions), attend)
+            if not model.last:
+                return x
+            if not inputs.wanted_rows:
+                return None
+            rows = None if inputs.rows is None else torch.from_numpy(inputs.rows)
+            return model.logits(x, rows)
+
+    def submit(self, inputs: StepInputs) -> None:
+        """Computes the whole step now."""
+        self._done.append(self.forward(inputs))
+
+    def collect(self) -> Tensor | None:
+        return self._done.popleft()
