@@ -127,9 +127,7 @@ def test_uneven_splits_count_by_their_fullest_device() -> None:
 def test_too_many_stages_and_too_few_devices_are_refused() -> None:
     assert "32 layers over 40 stages" in reason_for(llama_8b(), "40xh100", 1, 40)
     assert "4 x 4 = 16 devices, there are 8" in reason_for(llama_8b(), "8xh100", 4, 4)
-    assert "TP 8 needs 8 devices in one host, there are 4" in reason_for(
-        llama_8b(), "2x4xh100", 8
-    )
+    assert "TP 8 needs 8 devices in one host, there are 4" in reason_for(llama_8b(), "2x4xh100", 8)
 
 
 def test_a_context_that_does_not_fit_is_refused_with_the_sum() -> None:
@@ -178,8 +176,7 @@ def test_pipelines_do_not_make_one_stream_faster_but_all_of_them() -> None:
     device = DEVICES["h100"]
     halves = [range(40), range(40, 80)]
     single, double = (
-        bounds(llama_70b(), BF16, device, runs, 4, Load(64, 2048))
-        for runs in ([range(80)], halves)
+        bounds(llama_70b(), BF16, device, runs, 4, Load(64, 2048)) for runs in ([range(80)], halves)
     )
     assert double[0].tokens_per_s == pytest.approx(single[0].tokens_per_s, rel=1e-6)
     assert double[1].tokens_per_s > 1.05 * single[1].tokens_per_s

@@ -23,7 +23,7 @@ FACTS = ExportFacts(b"h" * 32, b"", 0)
 
 
 def export_of(payload: np.ndarray[Any, Any], accepts: Any = lambda _: True) -> Export:
-    return Export(FACTS, payload, accepts)
+    return Export(FACTS, len(payload), lambda target: np.copyto(target, payload), accepts)
 
 
 def test_an_export_is_taken_once_and_as_it_was() -> None:

@@ -53,7 +53,7 @@ def test_parameters_are_those_that_were_published(name: str) -> None:
     [("mixtral-8x7b", 12.9), ("qwen3-30b-a3b", 3.3), ("qwen3-235b-a22b", 22.2)],
 )
 def test_a_token_meets_as_many_parameters_as_was_published(name: str, billions: float) -> None:
-    """Mixtral's 12.9B, Qwen's A3B and A22B count the embedding too, of which a token reads a row."""
+    """Published counts have the embedding, too, of which a token reads one row."""
     shape = read_shape(str(CONFIGS / f"{name}.json"))
     assert (shape.active_parameters + shape.embedding_values) / 1e9 == pytest.approx(
         billions, rel=0.02

@@ -1,4 +1,4 @@
-"""Blocks of 16 tokens in pages of 256: whatever sequences do, each reads its own blocks in order."""
+"""Blocks of 16 tokens in pages of 256: whatever sequences do, each reads its own, in order."""
 
 from __future__ import annotations
 
@@ -117,76 +117,96 @@ def test_a_map_that_is_too_small_is_a_bug() -> None:
         PageMap(8, 2, EACH)
 
 
+class Engine:
+    """Sequences as an engine has them, at random: blocks with owners, full ones shared by content.
+
+    A block belongs to those who share it; freed ones keep their content until they are handed out
+    again. Content is a chain of names, one a block.
+    """
+
+    def __init__(self, seed: int, blocks: int, spare: int) -> None:
+        self.random = random.Random(seed)
+        self.memory = Memory(blocks, -(-blocks // EACH) + spare)
+        self.chains: dict[tuple[int, ...], int] = {}
+        """What can be found: by the names up to it, the block that holds it."""
+        self.owners = [0] * blocks
+        self.sequences: list[tuple[list[int], list[int]]] = []
+        """(names, blocks), of the same length."""
+        self.names = 0
+        self.fresh: list[int] = []
+
+    def allocate(self) -> int | None:
+        free = [block for block, owners in enumerate(self.owners) if not owners]
+        if not free:
+            return None
+        block = self.random.choice(free)
+        self.chains = {chain: held for chain, held in self.chains.items() if held != block}
+        self.owners[block] = 1
+        return block
+
+    def begin(self) -> None:
+        """A sequence that may go on from what can be found."""
+        found = [c for c in self.chains if all(c[:i] in self.chains for i in range(1, len(c)))]
+        said: list[int] = []
+        if found and self.random.random() < 0.7:
+            said = list(self.random.choice(found))
+        table = [self.chains[tuple(said[:i])] for i in range(1, len(said) + 1)]
+        for block in table:
+            self.owners[block] += 1
+        self.sequences.append((said, table))
+
+    def end(self) -> None:
+        _, table = self.sequences.pop(self.random.randrange(len(self.sequences)))
+        for block in table:
+            self.owners[block] -= 1
+
+    def bring(self) -> None:
+        """A block of a prefix comes from elsewhere."""
+        block = self.allocate()
+        if block is not None:
+            self.owners[block] = 0
+            memory = self.memory
+            memory.life[block] += 1
+            memory.held[memory.map.store(block)] = (block, memory.life[block])
+            self.names += 1
+            self.chains[self.names,] = block
+
+    def grow(self, said: list[int], table: list[int]) -> bool:
+        """A few blocks more; whether the last one is the sequence's own, as in every step."""
+        for _ in range(self.random.choice([0, 1, 1, 2, 6])):
+            block = self.allocate()
+            if block is None:
+                break
+            self.names += 1
+            table.append(block)
+            said.append(self.names)
+            self.fresh.append(block)
+        return bool(table) and self.owners[table[-1]] == 1 and table[-1] not in self.chains.values()
+
+    def step(self) -> None:
+        self.fresh = []
+        here = [s for s in self.sequences if self.random.random() < 0.7 and self.grow(*s)]
+        last = [table[-1] for _, table in here]
+        written = list(dict.fromkeys([*self.fresh, *last]))
+        self.memory.step([table for _, table in here], self.fresh, written)
+        for said, table in here:  # the last block is not full yet, and so not to be found
+            for i in range(1, len(table)):
+                self.chains.setdefault(tuple(said[:i]), table[i - 1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), spare=st.integers(1, 6), blocks=st.sampled_from([12, 24, 40]))
 def test_whatever_sequences_do_each_reads_its_own_blocks(
     seed: int, spare: int, blocks: int
 ) -> None:
-    """Sequences that begin, share prefixes, grow, rest, are imported and end, in a pool that is full.
-
-    As the engine does it: a block belongs to those who share it, full blocks are shared only, and
-    freed ones keep their content until they are handed out again.
-    """
-    source = random.Random(seed)
-    memory = Memory(blocks, -(-blocks // EACH) + spare)
-    chains: dict[tuple[int, ...], int] = {}
-    """Known content: by names of all blocks up to it, the block that holds it."""
-    owners = [0] * blocks
-    sequences: list[tuple[list[int], list[int]]] = []
-    """(names, table), of the same length."""
-    names = 0
-
-    def allocate() -> int | None:
-        free = [block for block in range(blocks) if not owners[block]]
-        if not free:
-            return None
-        block = source.choice(free)
-        for chain in [chain for chain, held in chains.items() if held == block]:
-            del chains[chain]
-        owners[block] += 1
-        return block
-
+    """They begin, share, grow, rest and end, in a pool that is full, with few pages to spare."""
+    engine = Engine(seed, blocks, spare)
     for _ in range(40):
-        fresh: list[int] = []
-        action = source.random()
-        if action < 0.35 or not sequences:
-            table, said = [], []
-            known = [chain for chain in chains if all(chain[:i] in chains for i in range(1, len(chain)))]
-            if known and source.random() < 0.7:
-                chain = source.choice(known)
-                said = list(chain)
-                table = [chains[chain[:i]] for i in range(1, len(chain) + 1)]
-                for block in table:
-                    owners[block] += 1
-            sequences.append((said, table))
+        action = engine.random.random()
+        if action < 0.35 or not engine.sequences:
+            engine.begin()
         elif action < 0.45:
-            _, table = sequences.pop(source.randrange(len(sequences)))
-            for block in table:
-                owners[block] -= 1
+            engine.end()
         elif action < 0.5:
-            block = allocate()
-            if block is not None:
-                owners[block] -= 1
-                memory.life[block] += 1
-                memory.held[memory.map.store(block)] = (block, memory.life[block])
-                names += 1
-                chains[(names,)] = block
-        here = []
-        for said, table in sequences:
-            if source.random() < 0.3:
-                continue
-            for _ in range(source.choice([0, 1, 1, 2, 6])):
-                block = allocate()
-                if block is None:
-                    break
-                names += 1
-                table.append(block)
-                said.append(names)
-                fresh.append(block)
-            if table and owners[table[-1]] == 1 and table[-1] not in chains.values():
-                here.append((said, table))
-        last = [table[-1] for _, table in here]
-        memory.step([table for _, table in here], fresh, list(dict.fromkeys([*fresh, *last])))
-        for said, table in here:  # the last block is not full yet, and so not to be found
-            for i in range(1, len(table)):
-                chains.setdefault(tuple(said[:i]), table[i - 1])
+            engine.bring()
+        engine.step()

@@ -13,13 +13,14 @@ from headrace import logs, telemetry
 from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
-from headrace.errors import ModelError
+from headrace.errors import ModelError, SettingsError
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS
 from headrace_worker import metrics
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
+from headrace_worker.device import free_bytes, resolve_device
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model, memory
@@ -29,6 +30,8 @@ from headrace_worker.settings import WorkerSettings
 log = structlog.get_logger()
 
 KV_SHARE_OF_FREE_MEMORY = 0.2
+KV_SHARE_OF_GPU = 0.8
+"""Of what the weights leave of a GPU; steps, graphs and spare pages take the rest."""
 KV_BYTES_MAX = 4 * 2**30
 KV_TOKENS_MIN = 2_048
 PROGRESS_PERCENT = 10
@@ -43,8 +46,12 @@ def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
     if settings.kv_tokens:
         return settings.kv_tokens
     block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, settings.kv_dtype)
-    free_bytes = memory.available_bytes() or KV_BYTES_MAX
-    budget_bytes = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
+    gpu_bytes = free_bytes(loaded.device)
+    if gpu_bytes is not None:
+        blocks = int(gpu_bytes * KV_SHARE_OF_GPU) // block_bytes
+        return max(KV_TOKENS_MIN, blocks * BLOCK_TOKENS)
+    host_bytes = memory.available_bytes() or KV_BYTES_MAX
+    budget_bytes = min(KV_BYTES_MAX, int(host_bytes * KV_SHARE_OF_FREE_MEMORY))
     least = min(loaded.record.context_tokens, KV_TOKENS_MIN)
     return max(least, budget_bytes // block_bytes * BLOCK_TOKENS)
 
@@ -67,6 +74,7 @@ def _load(settings: WorkerSettings, name: str) -> LoadedModel:
         settings.quantization,
         context_tokens=settings.context_tokens,
         progress=progress,
+        device=resolve_device(settings.device),
     )
 
 
@@ -87,11 +95,13 @@ def build(settings: WorkerSettings) -> Consumer:
         offer_blocks=bool(settings.cache_url),
         speculation=settings.speculation == "ngram",
         kv_dtype=settings.kv_dtype,
+        attention=settings.attention,
     )
     log.info(
         "model loaded",
         model=name,
         dtype=str(loaded.dtype),
+        device=str(loaded.device),
         quantization=loaded.quantization,
         weight_mib=loaded.weight_bytes >> 20,
         kv_tokens=kv_tokens,
@@ -137,7 +147,7 @@ def main() -> None:
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     try:
         asyncio.run(serve(settings))
-    except ModelError as error:
+    except (ModelError, SettingsError) as error:
         print(f"headrace worker: {error.message}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:

@@ -1,4 +1,4 @@
-"""`python -m headrace_worker.describe MODEL`: a model's shape as JSON, from its configuration alone.
+"""`python -m headrace_worker.describe MODEL`: a model's shape as JSON, from its config alone.
 
 Invariant: it is read by what a worker would load it with, and no weight is: a folder needs its
 config.json only. `headrace plan` runs this as a process of its own, since reading needs torch.

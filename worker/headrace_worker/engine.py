@@ -22,7 +22,8 @@ from headrace.policy import priority
 from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
 from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import AttentionName, Wanted, make_attention
+from headrace_worker.device import free_bytes
 from headrace_worker.entry import Entry
 from headrace_worker.executor import Executor
 from headrace_worker.grammar_link import GrammarFailure
@@ -52,7 +53,7 @@ class EngineConfig:
     `step_tokens_max`: tokens computed in one step; prompts of lower bands take `lower_prefill_ms`
     of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: offer
     KV blocks to a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
-    how keys and values are kept, "auto" as the model computes.
+    how keys and values are kept, "auto" as the model computes. `attention`: the backend.
     """
 
     kv_tokens: int
@@ -63,6 +64,7 @@ class EngineConfig:
     offer_blocks: bool = True
     speculation: bool = True
     kv_dtype: Literal["auto", "int8"] = "auto"
+    attention: AttentionName = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_tokens < 2 * BLOCK_TOKENS:
@@ -85,6 +87,7 @@ class Engine:
             (blocks + 1) * block_bytes,
             f"a KV cache of {config.kv_tokens} tokens",
             "lower HEADRACE_KV_TOKENS",
+            free=free_bytes(loaded.device),
         )
         self.record = replace(
             loaded.record,
@@ -96,9 +99,13 @@ class Engine:
         self._config = config
         self._clock = clock
         self._pool = BlockPool(blocks)
-        self._kv = KvPool(loaded.config, blocks, loaded.dtype, config.kv_dtype)
+        wanted = Wanted(blocks, config.kv_dtype, config.attention, config.max_running)
+        machine = make_attention(loaded.model, loaded.config, loaded.dtype, wanted, loaded.device)
+        self._kv = machine.pool
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
-        self._runner = Runner(Executor(loaded.model, SdpaBackend(self._kv, loaded.config)))
+        self._runner = Runner(
+            Executor(loaded.model, machine.backend, loaded.device, machine.graphs)
+        )
         self._scheduler = Scheduler(
             self._pool,
             running_max=config.max_running,

@@ -1,4 +1,4 @@
-"""A model's shape as numbers: what its weights and its KV weigh, whole and on one device of a split.
+"""A model's shape as numbers: what its weights and KV weigh, whole and on a device of a split.
 
 Invariant: counts are exact, biases and norms included, so that a model's total is the one that its
 publisher states. Everything here follows from a config.json; no weight is needed. A worker makes a

@@ -103,9 +103,7 @@ def split_layers(costs: Sequence[float], stages: int, *, head: float = 0.0) -> l
     return runs
 
 
-def _filled(
-    costs: Sequence[float], stages: int, head: float, limit: float
-) -> list[range] | None:
+def _filled(costs: Sequence[float], stages: int, head: float, limit: float) -> list[range] | None:
     """Stages filled in order up to `limit` each; None where the last one does not hold the rest."""
     runs, start = [], 0
     for stage in range(stages - 1):

@@ -256,9 +256,7 @@ def _memory(
     )
 
 
-def _step_bytes(
-    shape: ModelShape, how: Precision, wish: Wish, tensor: int, *, last: bool
-) -> int:
+def _step_bytes(shape: ModelShape, how: Precision, wish: Wish, tensor: int, *, last: bool) -> int:
     """What a step's tensors take: a layer's widest at a time, and logits of all streams."""
     qkv = (shape.heads_on(tensor) + 2 * shape.kv_heads_on(tensor)) * shape.head_dim
     inner = shape.columns_on(tensor)

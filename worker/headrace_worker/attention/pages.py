@@ -8,8 +8,9 @@ gets a page of its own with copies of what they share of it: at most 15 blocks, 
 is empty, the one with the least that is nowhere else gives what it has to holes of other pages.
 
 Invariant: every block that was ever written is at one place at least, its main one, and perhaps at
-copies; one that is being written is at one place only. A place holds one block or none. Places are found again from
-these facts alone: nobody has to tell when a block is freed, only when one is written anew.
+copies; one that is being written is at one place only. A place holds one block or none. Places are
+found again from these facts alone: nobody has to tell when a block is freed, only when one is
+written anew.
 
 What cannot be laid even so (more runs in one step than pages: many sequences that part within the
 same page) is told as scattered, and computed from copies. Rejected: blocks of 256 tokens, with
@@ -52,6 +53,8 @@ class PageMap:
         """By block: its places, the main one first."""
         self._filled = [0] * pages
         """By page: places that hold something."""
+        self._alone = [0] * pages
+        """By page: places that hold what is nowhere else."""
         self._laid: dict[Run, int] = {}
         self._runs: list[Run | None] = [None] * pages
         """By page: the run in `_laid` that stands in it."""
@@ -70,6 +73,10 @@ class PageMap:
         """Where `block` lies; None when it was never written."""
         places = self._places[block]
         return places[0] if places else None
+
+    def places(self, block: int) -> tuple[int, ...]:
+        """Everywhere that `block` lies."""
+        return tuple(self._places[block])
 
     # --- a step
 
@@ -209,10 +216,8 @@ class PageMap:
         for page in range(self.pages):
             if page in taken:
                 continue
-            span = self._holds[page * self.each : (page + 1) * self.each]
-            alone = sum(1 for held in span if held != EMPTY and len(self._places[held]) == 1)
-            if alone < fewest:
-                best, fewest = page, alone
+            if self._alone[page] < fewest:
+                best, fewest = page, self._alone[page]
         if best is None:
             return None
         kept = {**taken, best: ()}
@@ -280,9 +285,13 @@ class PageMap:
         self._copies[place] = None
 
     def _hold(self, block: int, place: int) -> None:
-        page = place // self.each
+        page, places = place // self.each, self._places[block]
         self._holds[place] = block
-        self._places[block].append(place)
+        if not places:
+            self._alone[page] += 1
+        elif len(places) == 1:
+            self._alone[places[0] // self.each] -= 1
+        places.append(place)
         self._holes -= 1
         self._filled[page] += 1
         self._sort(page)
@@ -303,6 +312,10 @@ class PageMap:
         self._copies.pop(place, None)
         if places:
             self._copies.pop(places[0], None)  # it is the main one now
+        if not places:
+            self._alone[page] -= 1
+        elif len(places) == 1:
+            self._alone[places[0] // self.each] += 1
         self._origins.pop(place, None)
         self._holes += 1
         self._filled[page] -= 1
@@ -347,6 +360,8 @@ class PageMap:
         for page in range(self.pages):
             span = range(page * self.each, (page + 1) * self.each)
             assert self._filled[page] == len(held & set(span)), "a page is miscounted"
+            alone = [p for p in held & set(span) if len(self._places[self._holds[p]]) == 1]
+            assert self._alone[page] == len(alone), "what is nowhere else is miscounted"
             partly = 0 < self._filled[page] < self.each
             assert (page in self._empty_pages) == (not self._filled[page]), "an empty page is lost"
             assert (page in self._partial) == partly, "a page is in the wrong list"

@@ -1,4 +1,4 @@
-"""A KV block on its way to the cache service: a view of the pool for as long as that holds it.
+"""A KV block on its way to the cache service: read where it lies for as long as the pool holds it.
 
 Invariant: what is written is what the block's hash names, or nothing is. The engine calls `keep`
 before the block is handed out again and `drop` when its numbers turn out wrong; both wait for a
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,13 +65,17 @@ class Export:
     def __init__(
         self,
         facts: ExportFacts,
-        payload: NDArray[np.uint8],
+        size_bytes: int,
+        read: Callable[[NDArray[np.uint8]], None],
         accepts: Callable[[memoryview], bool],
     ) -> None:
-        """`payload` is the block's, in the pool. What `accepts` refuses is not written."""
+        """`read` writes the block's payload, as it is in the pool then, into `size_bytes` bytes.
+
+        What `accepts` refuses is not written.
+        """
         self.facts = facts
-        self.size_bytes = len(payload)
-        self._payload = payload
+        self.size_bytes = size_bytes
+        self._read: Callable[[NDArray[np.uint8]], None] | None = read
         self._accepts = accepts
         self._state = State.OFFERED
         self._lock = threading.Lock()
@@ -82,15 +87,14 @@ class Export:
     def _become(self, state: State) -> None:
         assert state in TRANSITIONS[self._state], f"{self._state} cannot become {state}"
         self._state = state
-        self._payload = self._payload[:0]
+        self._read = None
 
     def fill(self, view: memoryview) -> None:
         """Writes the block's `size_bytes` into `view`. Raises WithdrawnError."""
         with self._lock:
-            if self._state is not State.OFFERED:
+            if self._state is not State.OFFERED or self._read is None:
                 raise WithdrawnError
-            target = np.frombuffer(view, np.uint8)
-            target[:] = self._payload
+            self._read(np.frombuffer(view, np.uint8))
             good = self._accepts(view)
             self._become(State.TAKEN if good else State.DROPPED)
         if not good:
@@ -112,5 +116,7 @@ class Export:
     def keep(self) -> None:
         """Its block is about to be handed out: makes a copy, if somebody may still want it."""
         with self._lock:
-            if self._state is State.OFFERED:
-                self._payload = self._payload.copy()
+            if self._state is State.OFFERED and self._read is not None:
+                copy = np.empty(self.size_bytes, np.uint8)
+                self._read(copy)
+                self._read = partial(np.copyto, src=copy)

@@ -1,10 +1,8 @@
 """The KV pool: one tensor, in which a block's keys and values over all layers are one run of bytes.
 
-Layout `LAYOUT_VERSION`: [block][layer][key, value][token][kv_head][head_dim]. So a block goes to
-and from the cache service as a single contiguous payload, and one layer's keys of a block are
-one contiguous chunk to gather. With `kv_dtype` int8 a chunk's numbers are int8, and behind them
-stand their scales in the model's dtype, [token][kv_head]: little more than half of bfloat16's
-bytes, for half a percent of each number at most.
+A block's numbers stand as its payload has them (see payload.py). So it goes to and from the cache
+service in one piece, and one layer's keys of a block are one contiguous chunk to gather. int8 takes
+little more than half of bfloat16's bytes, for half a percent of each number at most.
 
 Invariant: every number in the pool is finite, since masked positions are multiplied by zero, not
 skipped, and zero times infinity would reach other sequences. Imports are checked; blocks of a
@@ -19,31 +17,29 @@ a block in bfloat16 where comparing bits takes 0.1 ms.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import mmap
 from collections.abc import Iterable
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headrace.frames import LAYOUT_BYTES, Buffer
+from headrace.frames import Buffer
 from headrace.types import BLOCK_TOKENS
+from headrace_worker.kv.payload import (
+    LAYOUT_VERSION,
+    LEVELS,
+    KvDtype,
+    Payloads,
+    block_bytes,
+)
 from headrace_worker.model.config import ModelConfig
 
-LAYOUT_VERSION = 1
+__all__ = ["LAYOUT_VERSION", "KvDtype", "KvPool", "quantize"]
 
-KvDtype = Literal["auto", "int8"]
-"""How keys and values are kept: as the model computes them, or rounded to int8."""
-
-_LEVELS = 127
 _SCALE_MIN = 1e-30
 """Keeps zeros from being divided by zero."""
-
-
-_BITS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32}
 
 
 def _lazy_zeros(size_bytes: int) -> NDArray[np.uint8]:
@@ -62,7 +58,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     int8 times scale is within half a scale of x. A NaN or an infinity makes the scale one.
     """
-    scales = (x.abs().amax(-1) / _LEVELS).clamp_min_(_SCALE_MIN)
+    scales = (x.abs().amax(-1) / LEVELS).clamp_min_(_SCALE_MIN)
     return (x.float() / scales.float()[..., None]).round_().to(torch.int8), scales
 
 
@@ -74,34 +70,33 @@ class KvPool:
     """
 
     def __init__(
-        self, config: ModelConfig, blocks: int, dtype: torch.dtype, kv_dtype: KvDtype = "auto"
+        self,
+        config: ModelConfig,
+        blocks: int,
+        dtype: torch.dtype,
+        kv_dtype: KvDtype = "auto",
+        memory: NDArray[np.uint8] | None = None,
     ) -> None:
+        """`memory`: where it lies, zeroed, room for a block more than `blocks`; None: its own."""
         self.blocks, self.dtype = blocks, dtype
         self.layers, self.kv_heads, self.head_dim = config.layers, config.kv_heads, config.head_dim
         self.padding_block = blocks
         self.exact = kv_dtype == "auto"
-        self._bytes = _lazy_zeros((blocks + 1) * self.block_bytes(config, dtype, kv_dtype)).reshape(
-            blocks + 1, -1
-        )
+        size_bytes = (blocks + 1) * self.block_bytes(config, dtype, kv_dtype)
+        memory = _lazy_zeros(size_bytes) if memory is None else memory
+        assert len(memory) == size_bytes, "memory for all blocks and the padding one"
+        self._bytes = memory.reshape(blocks + 1, -1)
         stored = torch.from_numpy(self._bytes).view(dtype if self.exact else torch.int8)
         self.tensor = stored.view(blocks + 1, self.layers, 2, -1)
         self._chunks = stored.view((blocks + 1) * self.layers * 2, -1)
         self._values, self._scales = self._split(self._chunks)
-        self._largest_bits = _bits_of(
-            torch.finfo(dtype).max / (1 if self.exact else _LEVELS + 1), dtype
-        )
-        shape = (config.layers, config.kv_heads, config.head_dim, BLOCK_TOKENS)
-        facts = (LAYOUT_VERSION, *shape, str(dtype), kv_dtype, self._bytes.shape[1])
-        self.layout = hashlib.sha256(repr(facts).encode()).digest()[:LAYOUT_BYTES]
-        """Names how a block's numbers are arranged; only who has the same can use them."""
+        self._checked = Payloads(config, dtype, kv_dtype)
+        self.layout = self._checked.layout
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype, kv_dtype: KvDtype = "auto") -> int:
         """Size in bytes of one block's payload."""
-        if kv_dtype == "auto":
-            return config.kv_values_per_token * BLOCK_TOKENS * dtype.itemsize
-        scales = config.kv_values_per_token // config.head_dim
-        return (config.kv_values_per_token + scales * dtype.itemsize) * BLOCK_TOKENS
+        return block_bytes(config, dtype, kv_dtype)
 
     def _split(self, chunks: Tensor) -> tuple[Tensor, Tensor | None]:
         """n chunks as numbers [n, BLOCK_TOKENS, kv_heads, head_dim], and their scales, if any."""
@@ -156,32 +151,20 @@ class KvPool:
         """A copy of the block's payload."""
         return self.payload(block).tobytes()
 
+    def copy_block(self, block: int, target: NDArray[np.uint8]) -> None:
+        """Writes the block's payload, as it is now, into `target`."""
+        target[:] = self.payload(block)
+
     def accepts(self, data: Buffer) -> bool:
-        """Whether `data` can be a block's payload: its length, and no infinity or NaN in it.
-
-        Safe from any thread.
-        """
-        payload = np.frombuffer(data, np.uint8)
-        return len(payload) == self.payload_bytes and self._is_finite(payload)
-
-    def _is_finite(self, payload: NDArray[np.uint8]) -> bool:
-        """Without their sign bits, numbers are in the order of their bits, infinities and NaN last.
-
-        Of int8 blocks the scales are looked at.
-        """
-        if not self.exact:
-            chunks = payload.reshape(self.layers * 2, -1)
-            payload = chunks[:, BLOCK_TOKENS * self.kv_heads * self.head_dim :].ravel()
-        bits = payload.view(_BITS[self.dtype.itemsize])
-        unsigned = bits & np.array(2 ** (8 * self.dtype.itemsize - 1) - 1, bits.dtype)
-        return int(unsigned.max()) <= self._largest_bits
+        """Whether `data` can be a block's payload. Safe from any thread."""
+        return self._checked.accepts(np.frombuffer(data, np.uint8))
 
     def import_block(self, block: int, data: Buffer) -> None:
         """Fills `block`. Raises ValueError, and zeroes it, for a payload that `accepts` refuses."""
         payload, row = np.frombuffer(data, np.uint8), self.payload(block)
         if len(payload) == self.payload_bytes:
             row[:] = payload
-            if self._is_finite(row):  # what was copied, whatever becomes of the original
+            if self._checked.accepts(row):  # what was copied, whatever becomes of the original
                 return
         row[:] = 0
         raise ValueError(f"{len(payload)} bytes are not {self.payload_bytes} bytes of finite KV")
@@ -189,9 +172,3 @@ class KvPool:
     def zero_blocks(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             self._bytes[block] = 0
-
-
-def _bits_of(number: float, dtype: torch.dtype) -> int:
-    """The bits of `number` in `dtype`, as an integer."""
-    raw = torch.tensor([number], dtype=dtype).view(torch.uint8).numpy()
-    return int(raw.view(_BITS[dtype.itemsize])[0])

@@ -8,9 +8,14 @@ chain and checked; a cache can be wrong, an answer cannot. Belongs to the engine
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.frames import Buffer
 from headrace_worker.kv.export import Export, ExportFacts, State
-from headrace_worker.kv.pool import KvPool
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
 from headrace_worker.policy.sequence import Sequence
 from headrace_worker.results import BlockPayload
@@ -19,10 +24,29 @@ COPIES_BYTES_MAX = 64 * 1024 * 1024
 """Of blocks that were handed out again before the cache service had them."""
 
 
+class Kv(Protocol):
+    """Where blocks lie: one pool, or the parts that ranks have of one. See KvPool."""
+
+    layout: bytes
+
+    @property
+    def payload_bytes(self) -> int: ...
+
+    def copy_block(self, block: int, target: NDArray[np.uint8]) -> None:
+        """Writes the block's payload, as it is now, into `target`. Any thread may call it."""
+        ...
+
+    def accepts(self, data: Buffer) -> bool: ...
+
+    def import_block(self, block: int, data: Buffer) -> None: ...
+
+    def zero_blocks(self, blocks: Iterable[int]) -> None: ...
+
+
 class Traffic:
     """What of one pool has been offered. With `offers` false, nothing is."""
 
-    def __init__(self, pool: BlockPool, kv: KvPool, *, offers: bool) -> None:
+    def __init__(self, pool: BlockPool, kv: Kv, *, offers: bool) -> None:
         self._pool = pool
         self._kv = kv
         self._offers = offers
@@ -53,7 +77,8 @@ class Traffic:
             pin_ms,
             cost_ms,
         )
-        export = Export(facts, self._kv.payload(cached.block), self._kv.accepts)
+        read = partial(self._kv.copy_block, cached.block)
+        export = Export(facts, self._kv.payload_bytes, read, self._kv.accepts)
         still = [e for e in self._open.get(cached.block, ()) if e.state is State.OFFERED]
         self._open[cached.block] = [*still, export]
         self._made.append(export)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headrace.errors import ModelError
 from headrace.types import ModelRecord
+from headrace_worker.device import CPU, free_bytes
 from headrace_worker.loading import memory
 from headrace_worker.loading.fingerprint import fingerprint
 from headrace_worker.loading.gguf_file import GgufSource
@@ -41,6 +42,7 @@ class LoadedModel:
     config: ModelConfig
     quantization: Quantization
     weight_bytes: int
+    device: torch.device = CPU
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +61,7 @@ def load_model(
     *,
     context_tokens: int = 0,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> LoadedModel:
     """Reads the GGUF file or Hugging Face folder at `path`, to be served as `name`.
 
@@ -66,14 +69,17 @@ def load_model(
     `context_tokens`: how many tokens a sequence may have, 0 for as many as the model can; a model
     with LongRoPE has two sets of rotary factors, and it is this number that decides between them,
     as vLLM does it: the long ones only where it exceeds the context that the model was first
-    trained with. Raises ModelError, saying what is wrong and what would work.
+    trained with. `device`: where its weights go. Raises ModelError, saying what is wrong and what
+    would work.
     """
-    kind, mode = resolve_dtype(dtype), resolve_quantization(quantization)
+    kind, mode = resolve_dtype(dtype, device), resolve_quantization(quantization, device)
     source = _open(path)
     facts = source.tokenizer()
     config = _served(source.config, context_tokens)
-    memory.require_model(config, source.largest_values(), str(kind)[6:], mode)
-    weights = _Weights(source, kind, mode, progress)
+    memory.require_model(
+        config, source.largest_values(), str(kind)[6:], mode, free=free_bytes(device)
+    )
+    weights = _Weights(source, kind, mode, progress, device)
     model = architecture(config.architecture)(config, weights)
     weights.check_all_taken()
     record = ModelRecord(
@@ -89,11 +95,13 @@ def load_model(
         template_tokens=facts.template_tokens,
         tokenizer_json=facts.json,
     )
-    return LoadedModel(model, record, config, mode, weights.bytes)
+    return LoadedModel(model, record, config, mode, weights.bytes, device)
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The torch dtype; "auto" is bfloat16 where the CPU multiplies it natively."""
+def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
+    """The torch dtype; "auto" is bfloat16 on a GPU and where the CPU multiplies it natively."""
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16
     if name == "auto":
         return torch.bfloat16 if _native_bfloat16() else torch.float32
     if name not in DTYPES:
@@ -101,8 +109,12 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_quantization(name: str) -> Quantization:
-    """`name` itself. Raises ModelError where it is no way to quantize."""
+def resolve_quantization(name: str, device: torch.device = CPU) -> Quantization:
+    """`name` itself. Raises ModelError where it is no way to quantize, or not on `device`."""
+    if name in MODES and name != "none" and device.type != "cpu":
+        raise ModelError(
+            f"HEADRACE_QUANTIZATION={name} multiplies with kernels for CPUs, not on {device}"
+        )
     for mode in MODES:
         if name == mode:
             return mode
@@ -145,8 +157,10 @@ class _Weights:
         dtype: torch.dtype,
         quantization: Quantization,
         progress: Progress | None,
+        device: torch.device,
     ) -> None:
         self._source = source
+        self._device = device
         self.dtype = dtype
         self._quantization = quantization
         self.bytes = 0
@@ -155,7 +169,7 @@ class _Weights:
         self._done_bytes, self._all_bytes = 0, sum(map(source.stored_bytes, self._left))
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._read(name, shape).to(self.dtype)
+        tensor = self._read(name, shape).to(self.dtype).to(self._device)
         self.bytes += tensor.nbytes
         return tensor
 
@@ -199,6 +213,8 @@ class _Weights:
         return tensor.to(self.dtype) if self._quantization == "none" else tensor
 
     def _linear(self, weight: Tensor, bias: Tensor | None, role: Role) -> AnyLinear:
+        bias = None if bias is None else bias.to(self._device)
+        weight = weight.to(self._device)
         linear = make_linear(self._quantization, weight, bias, role, self.dtype)
         self.bytes += linear.weight_bytes
         return linear

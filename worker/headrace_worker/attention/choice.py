@@ -1,0 +1,144 @@
+"""Which attention backend a worker takes, with the pool that it reads.
+
+Invariant: `auto` always finds one that works or says what is missing; one that is named is taken or
+refused with the reason, never replaced in silence. On a CPU that is torch's SDPA over the pool of
+blocks, on a GPU flash-attn over the pool of pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+import torch
+
+from headrace.errors import SettingsError
+from headrace_worker.attention.buckets import buckets_up_to
+from headrace_worker.attention.flash import FlashBackend
+from headrace_worker.attention.flash_kernels import Kernels, find_kernels
+from headrace_worker.attention.interface import AttentionBackend
+from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.decode_graphs import CudaRecorder, DecodeGraphs
+from headrace_worker.device import CPU, free_bytes
+from headrace_worker.kv.paged import PagedKvPool
+from headrace_worker.kv.payload import KvDtype
+from headrace_worker.kv.pool import KvPool
+from headrace_worker.model import Decoder, ModelConfig
+
+log = structlog.get_logger()
+
+AttentionName = Literal["auto", "sdpa", "flash"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an engine asks of attention. `running_max`: sequences that are computed at a time."""
+
+    blocks: int
+    kv_dtype: KvDtype = "auto"
+    name: AttentionName = "auto"
+    running_max: int = 64
+    graphs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A pool, the backend over it, and recorded decode steps where there are some."""
+
+    pool: KvPool | PagedKvPool
+    backend: AttentionBackend
+    graphs: DecodeGraphs | None = None
+
+
+def make_attention(
+    model: Decoder,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    wanted: Wanted,
+    device: torch.device = CPU,
+) -> Machine:
+    """The pool and the backend. Raises SettingsError where what is wanted cannot work."""
+    kernels, reason = _choose(config, dtype, wanted, device)
+    if kernels is None:
+        if device.type != "cpu":
+            raise SettingsError(f"HEADRACE_DEVICE={device}: {reason}")
+        pool = KvPool(config, wanted.blocks, dtype, wanted.kv_dtype)
+        return Machine(pool, SdpaBackend(pool, config))
+    paged = _paged(config, dtype, wanted, device, kernels)
+    backend = FlashBackend(paged, config, kernels)
+    log.info("attention", backend=kernels.name, page_tokens=kernels.page_tokens)
+    graphs = None
+    if wanted.graphs and device.type == "cuda" and model.first and model.last:
+        buckets = buckets_up_to(wanted.running_max)
+        recorder = CudaRecorder(device)
+        graphs = DecodeGraphs(model, backend, buckets, config.context_tokens, recorder)
+    return Machine(paged, backend, graphs)
+
+
+def _paged(
+    config: ModelConfig, dtype: torch.dtype, wanted: Wanted, device: torch.device, kernels: Kernels
+) -> PagedKvPool:
+    page_tokens, spare = kernels.page_tokens, wanted.running_max
+    size = PagedKvPool.size_bytes(
+        config, wanted.blocks, dtype, page_tokens=page_tokens, spare_pages=spare
+    )
+    free = free_bytes(device)
+    if free is not None and size > free:
+        raise SettingsError(
+            f"a KV cache of {wanted.blocks} blocks takes {size >> 20:,} MiB of {device}, "
+            f"{free >> 20:,} MiB are free: lower HEADRACE_KV_TOKENS"
+        )
+    return PagedKvPool(
+        config, wanted.blocks, dtype, page_tokens=page_tokens, spare_pages=spare, device=device
+    )
+
+
+def _choose(
+    config: ModelConfig, dtype: torch.dtype, wanted: Wanted, device: torch.device
+) -> tuple[Kernels | None, str]:
+    """The kernels of flash-attn to use; or None for SDPA, and why it is not flash-attn."""
+    if wanted.name == "sdpa":
+        return None, "HEADRACE_ATTENTION=sdpa computes on CPUs only"
+    if wanted.name == "auto" and device.type == "cpu":
+        return None, "flash-attn computes on GPUs only"
+    reason = _unreadable(config, wanted)
+    if not reason:
+        found, missing = find_kernels()
+        for kernels in found:
+            unfit = _unfit(kernels, config, dtype, device)
+            if not unfit:
+                return kernels, ""
+            missing.append(f"{kernels.name}: {unfit}")
+        reason = f"no flash-attn that works here ({'; '.join(missing)})"
+    if wanted.name == "flash":
+        raise SettingsError(f"HEADRACE_ATTENTION=flash: {reason}")
+    return None, f"{reason}; pip install 'headrace[gpu]'"
+
+
+def _unreadable(config: ModelConfig, wanted: Wanted) -> str:
+    """Why no version can read such a model's KV; empty where one may."""
+    if wanted.kv_dtype != "auto":
+        return (
+            f"HEADRACE_KV_DTYPE={wanted.kv_dtype}: flash-attn reads keys and values in the model's "
+            "dtype, and to expand all of them in every step would cost more than it saves"
+        )
+    if config.head_dim % 8:
+        return f"heads of {config.head_dim} numbers: flash-attn wants a multiple of 8"
+    return ""
+
+
+def _unfit(kernels: Kernels, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """Why these kernels cannot compute this; empty where they can."""
+    if device.type not in kernels.devices:
+        return f"it computes on {' and '.join(kernels.devices)}, not on {device.type}"
+    if dtype not in kernels.dtypes:
+        names = " and ".join(str(each).removeprefix("torch.") for each in kernels.dtypes)
+        return f"it computes in {names}, not in {str(dtype).removeprefix('torch.')}"
+    if config.head_dim > kernels.head_dim_max:
+        return f"heads of {config.head_dim} numbers, {kernels.head_dim_max} at most"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major not in kernels.capabilities:
+            return f"not made for compute capability {major}.{minor}"
+    return ""
