@@ -7,7 +7,7 @@ against the SDPA backend. Tests marked `gpu` run flash-attn itself where there i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.errors import ModelError, SettingsError
@@ -31,6 +32,8 @@ from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.decode_graphs import DecodeGraphs
 from headrace_worker.device import collectives_for, resolve_device
 from headrace_worker.engine import Engine
+from headrace_worker.executor import Executor
+from headrace_worker.kv import paged
 from headrace_worker.kv.paged import PagedKvPool
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model
@@ -38,6 +41,7 @@ from headrace_worker.loading.load import resolve_dtype, resolve_quantization
 from headrace_worker.model import ARCHITECTURES
 from headrace_worker.model.linear import DenseLinear
 from headrace_worker.policy.speculation import Guesser
+from headrace_worker.step_inputs import StepInputs
 from worker import flash_reference
 from worker.builders import (
     TINY,
@@ -88,13 +92,20 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]
     }
 
 
-@pytest.fixture(params=sorted(flash_reference.VERSIONS))
-def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
-    """Engines that are told `flash` compute with the reference functions of one version."""
-    kernels = flash_reference.VERSIONS[request.param]()
+@pytest.fixture
+def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Engines that are told `flash` compute with the reference functions of one version.
+
+    Of version 2, whose pages hold several blocks, unless a test asks for another.
+    """
+    kernels = flash_reference.VERSIONS[getattr(request, "param", "2")]()
     monkeypatch.setattr(choice, "find_kernels", lambda: ([kernels], []))
     flash_reference.calls.clear()
-    yield kernels
+    return kernels
+
+
+every_version = pytest.mark.parametrize("flash", sorted(flash_reference.VERSIONS), indirect=True)
+both_page_sizes = pytest.mark.parametrize("flash", ["2", "3"], indirect=True)
 
 
 def both(
@@ -102,19 +113,20 @@ def both(
 ) -> tuple[Output, Output]:
     """What `run` gives over SDPA and over flash-attn."""
     engines = [make_engine(loaded, attention=name, **limits) for name in ("sdpa", "flash")]
-    plain, paged = (run(engine) for engine in engines)
+    plain, ours = (run(engine) for engine in engines)
     pool = engines[1]._kv
     assert isinstance(pool, PagedKvPool)
     pool.check_integrity()
-    assert paged.tokens == plain.tokens
-    assert paged.finishes == plain.finishes
-    return plain, paged
+    assert ours.tokens == plain.tokens
+    assert ours.finishes == plain.finishes
+    return plain, ours
 
 
 LENGTHS = (5, 16, 70, 255, 256, 300)
 """Around blocks and pages, and beyond all windows."""
 
 
+@every_version
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_greedy_text_is_that_of_sdpa(
     flash: Kernels, families: dict[str, LoadedModel], kind: str
@@ -125,6 +137,7 @@ def test_greedy_text_is_that_of_sdpa(
     assert len(set(flash_reference.calls)) == (1 if flash.name.endswith("4") else 2)
 
 
+@every_version
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_logits_are_those_of_sdpa(
     flash: Kernels, families: dict[str, LoadedModel], kind: str
@@ -175,15 +188,16 @@ def test_a_shared_prefix_is_found_and_parts_within_a_page(
         finish_all(engine, [make_job("a", [*prefix, 7], max_tokens=2)])
         return finish_all(engine, rest)
 
-    plain, paged = both(tiny, run)
-    assert paged.cached == plain.cached == {"b": 272, "c": 272}
+    plain, ours = both(tiny, run)
+    assert ours.cached == plain.cached == {"b": 272, "c": 272}
 
 
+@both_page_sizes
 def test_preempted_sequences_come_back_to_the_same_text(flash: Kernels, tiny: LoadedModel) -> None:
     """Ten sequences over room for three of them: blocks change hands again and again."""
     jobs = [make_job(str(i), random_tokens(90, i), max_tokens=60, arrived_ms=i) for i in range(10)]
-    _, paged = both(tiny, lambda engine: finish_all(engine, jobs), kv_tokens=480, max_running=6)
-    assert sum(story.preemptions for story in paged.stories.values()) > 0
+    _, ours = both(tiny, lambda engine: finish_all(engine, jobs), kv_tokens=480, max_running=6)
+    assert sum(story.preemptions for story in ours.stories.values()) > 0
 
 
 def test_guessed_tokens_are_computed_as_without(
@@ -195,8 +209,8 @@ def test_guessed_tokens_are_computed_as_without(
     said = finish_all(make_engine(tiny), jobs).tokens
     texts = [p + said[str(i)] for i, p in enumerate(prompts)]
     monkeypatch.setattr(Guesser, "guess", guesses_from(texts))
-    _, paged = both(tiny, lambda engine: finish_all(engine, jobs))
-    assert paged.tokens == said and paged.steps < 40
+    _, ours = both(tiny, lambda engine: finish_all(engine, jobs))
+    assert ours.tokens == said and ours.steps < 40
 
 
 def test_bands_and_batches_mix(flash: Kernels, tiny: LoadedModel) -> None:
@@ -211,11 +225,11 @@ def test_more_partings_than_pages_are_computed_all_the_same(
     flash: Kernels, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve sequences that part within one page, and two pages to spare."""
-    paged = choice._paged
+    usual = choice._paged
 
     def tight(config: Any, dtype: Any, wanted: Wanted, device: Any, kernels: Kernels) -> Any:
         narrow = Wanted(wanted.blocks, running_max=2)
-        return paged(config, dtype, narrow, device, kernels)
+        return usual(config, dtype, narrow, device, kernels)
 
     monkeypatch.setattr(choice, "_paged", tight)
     prefix = random_tokens(112, 5)
@@ -228,6 +242,7 @@ def test_more_partings_than_pages_are_computed_all_the_same(
     both(tiny, run, kv_tokens=640)
 
 
+@both_page_sizes
 def test_blocks_go_from_one_kind_of_pool_to_the_other(flash: Kernels, tiny: LoadedModel) -> None:
     """What either exports is the same bytes to float32's last digits, and either imports it."""
     prompt = random_tokens(100, 8)
@@ -269,6 +284,7 @@ def finish_exports(tiny: LoadedModel, seed: int) -> list[Any]:
     return exports
 
 
+@both_page_sizes
 def test_what_is_not_finite_is_not_imported(flash: Kernels, tiny: LoadedModel) -> None:
     pool = PagedKvPool(
         tiny.config, 20, tiny.dtype, page_tokens=flash.page_tokens, spare_pages=1, device=CPU
@@ -504,48 +520,49 @@ class ShapeKernels:
         return self._mixed(q, k, v, cached.starts, rows.starts)
 
 
-@pytest.mark.parametrize("page_tokens", [16, 256])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("kind", "page_tokens"), [("llama", 256), ("gemma3_text", 16)])
 def test_all_of_a_step_is_on_the_gpu(
-    families: dict[str, LoadedModel], kind: str, page_tokens: int
+    families: dict[str, LoadedModel],
+    kind: str,
+    page_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fake tensors know their device and refuse to mix: a prefill step, then one that decodes."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    real = torch.from_numpy
 
-    from headrace_worker.executor import Executor
-    from headrace_worker.step_inputs import StepInputs
+    def from_numpy(array: Any) -> Tensor:  # what comes from the host has numbers
+        with unset_fake_temporarily():
+            return real(array)
 
+    monkeypatch.setattr(torch, "from_numpy", from_numpy)
+    monkeypatch.setattr(paged, "Staging", lambda *_: None)  # pinned memory needs CUDA itself
     config, gpu = families[kind].config, torch.device("cuda", 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = ARCHITECTURES[kind](config, EmptyWeights(gpu))
-        pool = PagedKvPool.__new__(PagedKvPool)
-        try:
-            PagedKvPool.__init__(
-                pool, config, 40, torch.bfloat16, page_tokens=page_tokens, spare_pages=2, device=gpu
-            )
-        except (AssertionError, RuntimeError):  # pinned memory needs CUDA itself; the rest is made
-            import threading
-
-            pool._lock = threading.Lock()
+        pool = PagedKvPool(
+            config, 40, torch.bfloat16, page_tokens=page_tokens, spare_pages=2, device=gpu
+        )
         executor = Executor(model, FlashBackend(pool, config, ShapeKernels(page_tokens)), gpu)
-        tables = [list(range(20)), list(range(20, 40))]
         for counts, done in (((300, 1), (0, 0)), ((1, 1), (300, 1))):
-            spans = [range(d, d + c) for d, c in zip(done, counts, strict=True)]
-            slots = [
-                t[p // 16] * 16 + p % 16 for t, s in zip(tables, spans, strict=True) for p in s
-            ]
-            inputs = StepInputs(
-                tokens=np.zeros(sum(counts), np.int64),
-                positions=np.array([p for s in spans for p in s]),
-                slots=np.array(slots),
-                block_tables=tables,
-                lengths=[d + c for d, c in zip(done, counts, strict=True)],
-                query_starts=[0, counts[0], sum(counts)],
-                rows=np.array([counts[0] - 1, sum(counts) - 1]),
-            )
-            logits = executor.forward(inputs)
+            logits = executor.forward(two_sequences(counts, done))
             assert logits is not None and logits.device == gpu
             assert logits.shape == (2, config.vocab_size)
+
+
+def two_sequences(counts: tuple[int, int], done: tuple[int, int]) -> StepInputs:
+    """A step that computes so many rows of each of two sequences."""
+    tables = [list(range(20)), list(range(20, 40))]
+    spans = [range(d, d + c) for d, c in zip(done, counts, strict=True)]
+    slots = [t[p // 16] * 16 + p % 16 for t, s in zip(tables, spans, strict=True) for p in s]
+    return StepInputs(
+        tokens=np.zeros(sum(counts), np.int64),
+        positions=np.array([p for span in spans for p in span]),
+        slots=np.array(slots),
+        block_tables=tables,
+        lengths=[span.stop for span in spans],
+        query_starts=[0, counts[0], sum(counts)],
+        rows=np.array([counts[0] - 1, sum(counts) - 1]),
+    )
 
 
 # --- on hardware
