@@ -158,6 +158,7 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "host": "0.0.0.0", "port": "9000", "workers": "3", "model": "/m/x.gguf",
         "model-name": "mine", "dtype": "bfloat16", "quantization": "int4", "kv-dtype": "int8",
         "speculation": "off", "context-tokens": "4096",
+        "tensor-parallel": "2", "pipeline-parallel": "3",
         "threads": "4", "data-dir": str(tmp_path), "redis-url": "redis://r:6379/1",
         "api-keys": "a,b", "otlp-endpoint": "http://o:4318", "kv-tokens": "8192",
         "max-jobs": "7", "cache-bytes": "2M",
@@ -170,6 +171,7 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert by_flags == stack.UpOptions(
         host="0.0.0.0", port=9000, workers=3, model="/m/x.gguf", model_name="mine",
         dtype="bfloat16", quantization="int4", kv_dtype="int8", threads=4,
+        tensor_parallel=2, pipeline_parallel=3,
         speculation="off", context_tokens=4096,
         data_dir=tmp_path.resolve(), redis_url="redis://r:6379/1", api_keys="a,b",
         otlp_endpoint="http://o:4318", kv_tokens=8192, max_jobs=7,
@@ -192,7 +194,7 @@ async def test_services_get_what_concerns_them(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     flags = ("--workers", "2", "--api-keys", "secret", "--data-dir", str(tmp_path))
     flags += ("--quantization", "int8", "--kv-dtype", "int8", "--context-tokens", "99")
-    flags += ("--speculation", "off")
+    flags += ("--speculation", "off", "--tensor-parallel", "2")
     options = options_of(monkeypatch, *flags, "--redis-url", "redis://r:6379/0")
     fleet = stack.Fleet(options, "smollm2", options.redis_url, tmp_path)
     env = {service.name: service.launch().env for service in fleet.services()}
@@ -204,9 +206,9 @@ async def test_services_get_what_concerns_them(
     assert env["worker-0"]["HEADRACE_CACHE_URL"] == env["cache"]["HEADRACE_CACHE_LISTEN"]
     assert env["gateway"]["HEADRACE_CACHE_URL"] == env["cache"]["HEADRACE_CACHE_LISTEN"]
     assert env["worker-0"]["HEADRACE_WORKER_ID"].startswith("w0-")
-    names = ("QUANTIZATION", "KV_DTYPE", "CONTEXT_TOKENS", "SPECULATION")
+    names = ("QUANTIZATION", "KV_DTYPE", "CONTEXT_TOKENS", "SPECULATION", "TENSOR_PARALLEL")
     worker = env["worker-0"]
-    assert [worker[f"HEADRACE_{name}"] for name in names] == ["int8", "int8", "99", "off"]
+    assert [worker[f"HEADRACE_{name}"] for name in names] == ["int8", "int8", "99", "off", "2"]
     assert "HEADRACE_KV_TOKENS" not in env["worker-0"], "left to the worker"
     await fleet.redis.aclose()
 

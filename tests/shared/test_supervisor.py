@@ -370,6 +370,7 @@ def options(data_dir: Path, **changes: object) -> stack.UpOptions:
     facts: dict[str, object] = {
         "host": "127.0.0.1", "port": 0, "workers": 1, "model": "smollm2", "model_name": "",
         "dtype": "", "quantization": "", "kv_dtype": "", "threads": None,
+        "tensor_parallel": 1, "pipeline_parallel": 1,
         "speculation": "", "context_tokens": None,
         "data_dir": data_dir, "redis_url": "", "api_keys": "",
         "otlp_endpoint": "", "kv_tokens": None, "max_jobs": None, "cache_bytes": None,

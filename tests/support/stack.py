@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +41,16 @@ def _die_with_parent() -> None:
 
 @dataclass
 class Stack:
-    """Services by name; workers are named by their worker id."""
+    """Services by name; workers are named by their worker id.
+
+    `each`: settings of the first workers, one after another.
+    """
 
     workers: int = 1
     gateways: int = 1
     model: str = "smollm2"
     env: dict[str, str] = field(default_factory=dict)
+    each: Sequence[dict[str, str]] = ()
 
     def __post_init__(self) -> None:
         self.valkey = Valkey(aof=True)
@@ -65,8 +70,8 @@ class Stack:
     def __enter__(self) -> Stack:
         self.valkey.start()
         self.start_cache()
-        for _ in range(self.workers):
-            self.start_worker()
+        for number in range(self.workers):
+            self.start_worker(**(self.each[number] if number < len(self.each) else {}))
         for index, port in enumerate(self.ports):
             self._spawn(f"gateway{index}", "headrace_gateway", HEADRACE_PORT=str(port))
         self.wait_ready(self.workers)
@@ -88,13 +93,18 @@ class Stack:
         own = {"HEADRACE_CACHE_LISTEN": self.cache_url} | self.cache_env
         self._spawn("cache", "headrace_cache", **own)
 
-    def start_worker(self) -> str:
+    def start_worker(self, **env: str) -> str:
         self._spawned += 1
         name = f"w{self._spawned}"
-        self._spawn(name, "headrace_worker", HEADRACE_WORKER_ID=name)
+        self._spawn(name, "headrace_worker", HEADRACE_WORKER_ID=name, **env)
         return name
 
-    def _spawn(self, name: str, module: str, **env: str) -> None:
+    def start_torchrun(self, names: list[str], commands: list[list[str]], **env: str) -> None:
+        """One worker over several hosts: each of `commands` runs the worker module on one."""
+        for name, command in zip(names, commands, strict=True):
+            self._spawn(name, "headrace_worker", command, HEADRACE_WORKER_ID=names[0], **env)
+
+    def _spawn(self, name: str, module: str, command: list[str] | None = None, **env: str) -> None:
         base = {
             "HEADRACE_REDIS_URL": self.valkey.url,
             "HEADRACE_CACHE_URL": self.cache_url,
@@ -107,7 +117,7 @@ class Stack:
         }
         log = (self.logs / f"{name}.log").open("wb")
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [*(command or [sys.executable]), "-m", module],
             env=os.environ | base | self.env | env,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -120,6 +130,28 @@ class Stack:
         process = self.processes.pop(name)
         process.send_signal(number)
         process.wait()
+
+    def stop(self, name: str, limit_s: float = 15) -> int:
+        """Ask a service to end, as an orderly stop does; its exit code."""
+        process = self.processes.pop(name)
+        process.terminate()
+        return process.wait(limit_s)
+
+    def wait_lease(self, worker: str) -> None:
+        """Until `worker` takes jobs, whichever process it is."""
+        deadline = time.monotonic() + START_S_MAX
+        while time.monotonic() < deadline:
+            if asyncio.run(self._leased(worker)):
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{worker} is not there:\n{self.log_of(worker)[-4000:]}")
+
+    async def _leased(self, worker: str) -> bool:
+        redis = connect(self.valkey.url)
+        try:
+            return bool(await redis.exists(keys.lease(self.model, worker)))
+        finally:
+            await redis.aclose()
 
     def log_of(self, name: str) -> str:
         return (self.logs / f"{name}.log").read_text(errors="replace")

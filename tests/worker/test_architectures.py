@@ -365,7 +365,7 @@ def test_gemma_rounds_where_the_reference_rounds(tmp_path: Path) -> None:
     tokens = torch.arange(VOCAB)
     loaded = load_model(tmp_path, "m", "bfloat16").model
     assert loaded.embedding_scale is not None
-    ours = loaded.embedding[tokens] * loaded.embedding_scale
+    ours = loaded.embedding(tokens) * loaded.embedding_scale
     assert torch.equal(ours, model.model.embed_tokens(tokens))
     theirs = Gemma3RMSNorm(48).to(torch.bfloat16)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 
@@ -14,78 +15,40 @@ from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError, SettingsError
-from headrace.models import resolve
-from headrace.types import BLOCK_TOKENS
-from headrace_worker import metrics
+from headrace_worker import metrics, startup
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
-from headrace_worker.device import free_bytes, resolve_device
-from headrace_worker.engine import Engine, EngineConfig
-from headrace_worker.kv.pool import KvPool
-from headrace_worker.loading import LoadedModel, load_model, memory
+from headrace_worker.engine import Engine
+from headrace_worker.engine_config import EngineConfig
 from headrace_worker.membership import Capacity
+from headrace_worker.parallel import rank
+from headrace_worker.parallel.ranks import Ranks
+from headrace_worker.parallel.shape import Shape
+from headrace_worker.parallel.torch_links import (
+    TorchLinks,
+    end_with_starter,
+    ranks_here,
+    started_by_torchrun,
+)
+from headrace_worker.parallel.watch import HANG_LEASE_PERCENT, Loss
 from headrace_worker.settings import WorkerSettings
 
 log = structlog.get_logger()
 
-KV_SHARE_OF_FREE_MEMORY = 0.2
-KV_SHARE_OF_GPU = 0.8
-"""Of what the weights leave of a GPU; steps, graphs and spare pages take the rest."""
-KV_BYTES_MAX = 4 * 2**30
-KV_TOKENS_MIN = 2_048
-PROGRESS_PERCENT = 10
-"""Loading is told of in steps of this size."""
 
-
-def kv_tokens_for(settings: WorkerSettings, loaded: LoadedModel) -> int:
-    """Size of the KV pool: as told, or a share of the memory that is free now.
-
-    A context that does not fit into that share is served as far as it does.
-    """
-    if settings.kv_tokens:
-        return settings.kv_tokens
-    block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, settings.kv_dtype)
-    gpu_bytes = free_bytes(loaded.device)
-    if gpu_bytes is not None:
-        blocks = int(gpu_bytes * KV_SHARE_OF_GPU) // block_bytes
-        return max(KV_TOKENS_MIN, blocks * BLOCK_TOKENS)
-    host_bytes = memory.available_bytes() or KV_BYTES_MAX
-    budget_bytes = min(KV_BYTES_MAX, int(host_bytes * KV_SHARE_OF_FREE_MEMORY))
-    least = min(loaded.record.context_tokens, KV_TOKENS_MIN)
-    return max(least, budget_bytes // block_bytes * BLOCK_TOKENS)
-
-
-def _load(settings: WorkerSettings, name: str) -> LoadedModel:
-    """Raises ModelError."""
-    told = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        percent = 100 * done // max(1, total)
-        if percent >= told + PROGRESS_PERCENT:
-            told = percent
-            log.info("loading weights", model=name, percent=percent)
-
-    return load_model(
-        resolve(settings.model),
-        name,
-        settings.dtype,
-        settings.quantization,
-        context_tokens=settings.context_tokens,
-        progress=progress,
-        device=resolve_device(settings.device),
-    )
-
-
-def build(settings: WorkerSettings) -> Consumer:
-    """Everything but the event loop. Raises ModelError."""
-    threads = settings.threads or torch.get_num_threads()
+def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
+    """Everything but the event loop; the ranks beside this one. Raises ModelError."""
+    shape = startup.shape_of(settings)
+    threads = threads_of(settings, shape)
     torch.set_num_threads(1)  # this thread's; the engine's has its own, see engine_thread.py
-    clock = SystemClock()
-    name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
-    loaded = _load(settings, name)
-    kv_tokens = kv_tokens_for(settings, loaded)
+    ranks = _start_ranks(settings, shape) if shape.ranks > 1 else None
+    loaded = startup.load(settings, None if ranks is None else ranks.links)
+    weight_bytes, block_bytes = loaded.weight_bytes, None
+    if ranks is not None:
+        weight_bytes += ranks.await_loaded(loaded.record.fingerprint)
+        block_bytes = ranks.block_bytes(loaded, settings.kv_dtype)
+    kv_tokens = startup.kv_tokens_for(settings, loaded, block_bytes)
     config = EngineConfig(
         kv_tokens=kv_tokens,
         max_running=settings.max_jobs,
@@ -99,17 +62,46 @@ def build(settings: WorkerSettings) -> Consumer:
     )
     log.info(
         "model loaded",
-        model=name,
+        model=loaded.record.name,
         dtype=str(loaded.dtype),
         device=str(loaded.device),
         quantization=loaded.quantization,
-        weight_mib=loaded.weight_bytes >> 20,
+        weight_mib=weight_bytes >> 20,
         kv_tokens=kv_tokens,
+        ranks=shape.ranks,
     )
-    capacity = Capacity(kv_tokens, settings.max_jobs)
-    engine = Engine(loaded, config, clock)
+    capacity, clock = Capacity(kv_tokens, settings.max_jobs), SystemClock()
+    engine = Engine(loaded, config, clock, ranks)
     cache = _link(settings, engine) if settings.cache_url else None
-    return Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
+    consumer = Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
+    return consumer, ranks
+
+
+def _start_ranks(settings: WorkerSettings, shape: Shape) -> Ranks:
+    """The other ranks: processes of this one, or those that torchrun started beside it."""
+    if started_by_torchrun():
+        if settings.cache_url:
+            raise ModelError(
+                "a worker whose ranks torchrun starts keeps its KV to itself: leave "
+                "HEADRACE_CACHE_URL empty"
+            )
+        ranks = Ranks(TorchLinks(shape), ranks_here=ranks_here())
+    else:
+        ranks = Ranks.spawn(shape, {"OMP_NUM_THREADS": str(threads_of(settings, shape))})
+    ranks.watch(_end_at_once, hang_ms=settings.lease_ms * HANG_LEASE_PERCENT // 100)
+    return ranks
+
+
+def threads_of(settings: WorkerSettings, shape: Shape) -> int:
+    here = ranks_here() if started_by_torchrun() else shape.ranks
+    return startup.threads_each(settings, here)
+
+
+def _end_at_once(loss: Loss) -> None:
+    """A part of the model is gone: the lease ends by itself, and jobs move on."""
+    log.error("a rank is lost, this worker ends", reason=loss.reason)
+    sys.stderr.flush()
+    os._exit(loss.exit_code)
 
 
 def _link(settings: WorkerSettings, engine: Engine) -> CacheLink:
@@ -124,7 +116,7 @@ def _link(settings: WorkerSettings, engine: Engine) -> CacheLink:
 
 
 async def serve(settings: WorkerSettings) -> None:
-    consumer = build(settings)
+    consumer, ranks = build(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, consumer.drain)
@@ -138,12 +130,18 @@ async def serve(settings: WorkerSettings) -> None:
     finally:
         if stop_metrics is not None:
             stop_metrics()
+        if ranks is not None:
+            ranks.close()
 
 
 def main() -> None:
     settings = load_or_exit(WorkerSettings)
     keep_freed_memory()
     logs.setup("worker", level=settings.log_level, json=settings.log_json)
+    if started_by_torchrun():
+        end_with_starter()
+        if os.environ["RANK"] != "0":
+            rank.follow_over_torch(settings)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     try:
         asyncio.run(serve(settings))

@@ -44,13 +44,14 @@ from headrace.policy.cost_model import (
 )
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Job, Sampling, pack_tokens
-from headrace_worker.__main__ import kv_tokens_for
 from headrace_worker.allocator import keep_freed_memory
-from headrace_worker.engine import Engine, EngineConfig
+from headrace_worker.engine import Engine
+from headrace_worker.engine_config import EngineConfig
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.results import BlockPayload
 from headrace_worker.settings import WorkerSettings
+from headrace_worker.startup import kv_tokens_for
 
 CONTEXTS = (0, 256, 1_024, 2_048)
 """Tokens before a decoding row or a prefill chunk; what the model or its pool cannot hold is

@@ -8,81 +8,86 @@ usable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import takewhile
-from typing import Literal
+from typing import TypeVar
 
 import structlog
 
 from headrace.clock import Clock
 from headrace.errors import CallerError, SettingsError
 from headrace.grammars import Matcher
-from headrace.policy import priority
 from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
-from headrace.types import BLOCK_TOKENS, NO_LOGPROBS, Band, Finish, FinishReason, Job
+from headrace.types import BLOCK_TOKENS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
-from headrace_worker.attention.choice import AttentionName, Wanted, make_attention
+from headrace_worker.attention.choice import Wanted, make_attention
 from headrace_worker.device import free_bytes
-from headrace_worker.entry import Entry
-from headrace_worker.executor import Executor
+from headrace_worker.engine_config import EngineConfig
+from headrace_worker.entry import Entry, refusal, sequence_of
+from headrace_worker.executor import Executor, Steps
+from headrace_worker.flights import Flights
 from headrace_worker.grammar_link import GrammarFailure
 from headrace_worker.kv.pool import KvPool
-from headrace_worker.kv.traffic import Traffic
+from headrace_worker.kv.traffic import Kv, Traffic
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.loading.fingerprint import block_fingerprint
+from headrace_worker.parallel.ranks import RankError, Ranks
 from headrace_worker.policy.blocks import BlockPool
 from headrace_worker.policy.keeping import When, keeping
 from headrace_worker.policy.pace import Pace
 from headrace_worker.policy.plan import Outcome, Plan, PlanItem
-from headrace_worker.policy.scheduler import CALM_MS, Scheduler
+from headrace_worker.policy.scheduler import Scheduler
 from headrace_worker.policy.sequence import Sequence as TokenSequence
 from headrace_worker.policy.speculation import Economy
 from headrace_worker.results import BlockPayload, MissingRun, Outlook, StepResult, StepWork
 from headrace_worker.runner import Ask, Mask, Ran, Runner
-from headrace_worker.sampling.limits import refuse as refuse_sampling
 
 _log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Limits of one engine. Raises SettingsError for a combination that cannot work.
+_NO_PLAN = Plan((), (), (), ())
+T = TypeVar("T")
 
-    `kv_tokens`: tokens of KV kept in memory. `max_running`: sequences computed at a time.
-    `step_tokens_max`: tokens computed in one step; prompts of lower bands take `lower_prefill_ms`
-    of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: offer
-    KV blocks to a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
-    how keys and values are kept, "auto" as the model computes. `attention`: the backend.
-    """
 
-    kv_tokens: int
-    max_running: int = 64
-    step_tokens_max: int = 512
-    lower_prefill_ms: int = 100
-    calm_ms: int = CALM_MS
-    offer_blocks: bool = True
-    speculation: bool = True
-    kv_dtype: Literal["auto", "int8"] = "auto"
-    attention: AttentionName = "auto"
-
-    def __post_init__(self) -> None:
-        if self.kv_tokens < 2 * BLOCK_TOKENS:
-            raise SettingsError(f"kv_tokens = {self.kv_tokens} is below {2 * BLOCK_TOKENS}")
-        if not 0 < self.max_running <= self.step_tokens_max:
+def _machine(
+    loaded: LoadedModel, blocks: int, config: EngineConfig, ranks: Ranks | None
+) -> tuple[Kv, Steps]:
+    """Where KV lies and who computes. Raises SettingsError."""
+    if ranks is not None:
+        if config.attention == "flash":
             raise SettingsError(
-                f"max_running = {self.max_running} has to be from 1 to step_tokens_max = "
-                f"{self.step_tokens_max}: each running sequence needs a token a step"
+                "HEADRACE_ATTENTION=flash: ranks share their KV in the host's memory, where "
+                "flash-attn does not read"
             )
+        return ranks.open(loaded, blocks, config.kv_dtype), ranks
+    wanted = Wanted(blocks, config.kv_dtype, config.attention, config.max_running)
+    machine = make_attention(loaded.model, loaded.config, loaded.dtype, wanted, loaded.device)
+    steps = Executor(loaded.model, machine.backend, loaded.device, machine.graphs)
+    return machine.pool, steps
 
 
 class Engine:
     """Continuous batching of one model over one paged KV pool."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, clock: Clock) -> None:
-        """Raises ModelError when the KV pool does not fit into memory."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        clock: Clock,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`ranks`: who computes together with this process, which is the first of them.
+
+        Raises ModelError when the KV pool does not fit into memory.
+        """
         blocks = config.kv_tokens // BLOCK_TOKENS
-        block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, config.kv_dtype)
+        block_bytes = (
+            KvPool.block_bytes(loaded.config, loaded.dtype, config.kv_dtype)
+            if ranks is None
+            else ranks.block_bytes(loaded, config.kv_dtype)
+        )
         memory.require(
             (blocks + 1) * block_bytes,
             f"a KV cache of {config.kv_tokens} tokens",
@@ -99,13 +104,9 @@ class Engine:
         self._config = config
         self._clock = clock
         self._pool = BlockPool(blocks)
-        wanted = Wanted(blocks, config.kv_dtype, config.attention, config.max_running)
-        machine = make_attention(loaded.model, loaded.config, loaded.dtype, wanted, loaded.device)
-        self._kv = machine.pool
+        self._kv, steps = _machine(loaded, blocks, config, ranks)
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
-        self._runner = Runner(
-            Executor(loaded.model, machine.backend, loaded.device, machine.graphs)
-        )
+        self._runner = Runner(steps)
         self._scheduler = Scheduler(
             self._pool,
             running_max=config.max_running,
@@ -117,6 +118,7 @@ class Engine:
         self._pace = Pace()
         self._masks: dict[str, list[Mask]] = {}
         self._arrivals = 0
+        self._flights = Flights()
         self._result = StepResult([], [], [])
 
     @property
@@ -130,19 +132,7 @@ class Engine:
 
     def refuse(self, job: Job) -> str | None:
         """Why `job` can never run here; None when it can."""
-        if job.model != self.record.name:
-            return f"this worker serves {self.record.name!r}, not {job.model!r}"
-        if not job.prompt:
-            return "the prompt is empty"
-        if len(job.prompt) + min(1, job.sampling.max_tokens) > self.record.context_tokens:
-            return (
-                f"the prompt has {len(job.prompt)} tokens, this worker takes at most "
-                f"{self.record.context_tokens - 1} and one of output"
-            )
-        largest = max(max(job.prompt), max(job.logged, default=0))
-        if largest >= self.record.vocab_size:
-            return f"token id {largest} is outside the vocabulary of {self.record.vocab_size}"
-        return refuse_sampling(job.sampling, self.record.vocab_size)
+        return refusal(job, self.record)
 
     @property
     def layout(self) -> bytes:
@@ -184,12 +174,15 @@ class Engine:
             raise CallerError(reason)
         assert job.id not in self._entries, "a job is added once"
         assert bool(job.sampling.grammar) == (matcher is not None), "a grammar comes compiled"
-        sequence = self._make_sequence(job)
+        self._arrivals += 1
+        sequence = sequence_of(job, self.record, self._clock, self._arrivals)
         entry = Entry(job, sequence, matcher, self.record.vocab_size, self._clock.wall_ns())
         self._entries[job.id] = entry
         ending = sequence.ending()
         if ending is not None and not sequence.scoring:
-            self._end(entry, ending)  # an earlier attempt made the last token, its end got lost
+            self._end(
+                entry, Finish(ending)
+            )  # an earlier attempt made the last token, its end got lost
             return
         entry.imported = self._traffic.load(sequence, imported, cost_ms=self._block_ms)
         self._scheduler.add(sequence)
@@ -200,76 +193,98 @@ class Engine:
             return
         if ending is not None:
             self._scheduler.remove(sequence)
-            self._end(entry, ending)
-
-    def _make_sequence(self, job: Job) -> TokenSequence:
-        s = job.sampling
-        self._arrivals += 1
-        scored = s.prompt_logprobs != NO_LOGPROBS and not job.logged
-        now = self._clock.now_ms()
-        ahead_ms = now - self._clock.wall_ms()  # deadlines come as wall-clock times
-        return TokenSequence(
-            job.id,
-            job.prompt,
-            root=root_hash(self.record.fingerprint, job.salt),
-            tokens_max=min(len(job.prompt) + s.max_tokens, self.record.context_tokens),
-            logged=job.logged,
-            stop_ids=frozenset(s.stop_token_ids).union(
-                () if s.ignore_eos else self.record.eos_token_ids
-            ),
-            band=job.band,
-            tenant=job.tenant,
-            virtual=job.virtual,
-            due_ms=priority.due_ms(job) + ahead_ms,
-            ttft_by_ms=job.ttft_by_ms + ahead_ms if job.ttft_by_ms else None,
-            done_by_ms=job.done_by_ms + ahead_ms if job.done_by_ms else None,
-            arrived_ms=job.arrived_ms,
-            added_ms=now,
-            order=self._arrivals,
-            scoring=len(job.prompt) - 1 if scored else 0,
-        )
+            self._end(entry, Finish(ending))
 
     def cancel(self, job_id: str) -> bool:
-        """Ends a job before the next step, whose result reports it. False when it is not here."""
+        """Ends a job before the next step, or after the one that computes it now.
+
+        The step's result reports it. False when it is not here.
+        """
         entry = self._entries.get(job_id)
         if entry is None:
             return False
-        self._scheduler.remove(entry.sequence)
-        self._end(entry, FinishReason.CANCELLED)
+        self._end_now_or_landed(entry, Finish(FinishReason.CANCELLED))
         return True
+
+    def _end_now_or_landed(self, entry: Entry, finish: Finish) -> None:
+        """What other ranks are writing to must not be handed out before they are done."""
+        if entry.job.id in self._flights.under_way():
+            self._flights.end_later(entry.job.id, finish)
+        else:
+            self._scheduler.remove(entry.sequence)
+            self._end(entry, finish)
 
     def abort_all(self) -> None:
         """Drops all jobs and all that was to be reported. Cached KV stays."""
+        while self._flights:
+            self._flights.land()
+            self._runner.finish()
         for entry in self._entries.values():
             self._scheduler.remove(entry.sequence)
         self._entries.clear()
+        self._flights.forget_endings()
         self._result = StepResult([], [], [])
 
     def step(self) -> StepResult:
-        """Computes one step for who is here, and reports what ended since the last one."""
+        """Begins a step for who is here, takes in one that is over, reports what ended.
+
+        Where one process computes, those are the same step. Where stages do, one after another,
+        as many are under way as there are stages, each with sequences of its own.
+        """
         now = self._clock.now_ms()
-        self._end_late(now)
+        for sequence in self._scheduler.late(now):
+            # before anything more is computed for it
+            entry = self._entries[sequence.id]
+            self._end_now_or_landed(entry, Finish(FinishReason.DEADLINE))
+        began = self._begin(now)
+        landed, busy_ns = _NO_PLAN, 0
+        if self._flights and (not began or len(self._flights) == self._runner.depth):
+            landed, busy_ns = self._land()
+        result, self._result = self._result, StepResult([], [], [])
+        result.blocks.extend(self._traffic.take())
+        return replace(result, work=self._work(landed, result, busy_ns))
+
+    def _begin(self, now: int) -> bool:
+        """Plans a step and begins it; whether there was anything to plan."""
         lower = self._pace.tokens_within(self._config.lower_prefill_ms)
-        plan = self._scheduler.schedule(now, self._guesses(), lower_prefill_tokens=lower)
+        under_way = self._flights.under_way()
+        plan = self._scheduler.schedule(
+            now,
+            self._guesses(under_way),
+            lower_prefill_tokens=lower,
+            under_way=under_way,
+            leaving=self._flights.leaving,
+            plans=self._runner.depth,
+        )
         # before the step overwrites them
         self._traffic.note_evicted(plan.evicted, cost_ms=self._block_ms)
         plan = self._with_masks(plan)
-        start_ns = end_ns = self._clock.wall_ns()
-        if plan.items:
-            ran = self._run(plan)
-            end_ns = self._clock.wall_ns()
-            if ran is not None:
-                self._apply(plan, ran, start_ns, end_ns)
+        start_ns = self._clock.wall_ns()
+        if plan.items and self._guarded(plan, partial(self._submit, plan)) is not None:
+            self._flights.begin(plan, start_ns)
         self._masks.clear()
-        result, self._result = self._result, StepResult([], [], [])
-        result.blocks.extend(self._traffic.take())
-        return replace(result, work=self._work(plan, result, end_ns - start_ns))
+        return bool(plan.items)
 
-    def _end_late(self, now: int) -> None:
-        """Ends those whose deadline has passed, before anything more is computed for them."""
-        for sequence in self._scheduler.late(now):
-            self._scheduler.remove(sequence)
-            self._end(self._entries[sequence.id], FinishReason.DEADLINE)
+    def _submit(self, plan: Plan) -> bool:
+        asks = {item.sequence.id: self._ask(item) for item in plan.items}
+        self._runner.begin(plan.items, asks)
+        return True
+
+    def _land(self) -> tuple[Plan, int]:
+        """Takes in the oldest step; its plan, and the nanoseconds that went into it alone."""
+        flight = self._flights.land()
+        plan = flight.plan
+        ran = self._guarded(plan, self._runner.finish)
+        end_ns = self._clock.wall_ns()
+        self._flights.note_landed(end_ns)
+        for job, finish in self._flights.take_ending(plan).items():
+            entry = self._entries.get(job)
+            if entry is not None:
+                self._scheduler.remove(entry.sequence)
+                self._end(entry, finish)
+        if ran is not None:
+            self._apply(plan, ran, flight.start_ns, end_ns)
+        return plan, end_ns - flight.start_ns
 
     def _work(self, plan: Plan, result: StepResult, busy_ns: int) -> StepWork:
         here = [self._entries.get(item.sequence.id) for item in plan.items]
@@ -287,15 +302,16 @@ class Engine:
         self._traffic.check_integrity()
         sequences = {s.id for s in (*self._scheduler.running, *self._scheduler.waiting)}
         assert sequences == self._entries.keys(), "jobs and sequences disagree"
+        self._flights.check_integrity(sequences)
         if not sequences:
             assert self._pool.free_count == self._pool.total, "blocks held without a job"
 
-    def _guesses(self) -> dict[str, tuple[int, ...]]:
+    def _guesses(self, under_way: Collection[str]) -> dict[str, tuple[int, ...]]:
         """What may follow, for each sequence where trying is expected to pay.
 
         Only when all here are decoding: beside a prompt's chunk there is no time to win.
         """
-        running = self._scheduler.running
+        running = [s for s in self._scheduler.running if s.id not in under_way]
         if not self._config.speculation or not running or self._scheduler.waiting:
             return {}
         if any(sequence.pending > 1 for sequence in running):
@@ -336,24 +352,25 @@ class Engine:
                 self._masks[entry.job.id] = grammar_link.masks(entry.matcher)
             except GrammarFailure as failure:
                 self._fail_grammar(entry, failure)
-        return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in self._entries))
+        going = self._entries.keys() - set(self._flights.leaving)
+        return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in going))
 
     def _fail_grammar(self, entry: Entry, failure: GrammarFailure) -> None:
         cause = failure.__cause__
         _log.error("grammar failed", job=entry.job.id, error=repr(cause), exc_info=cause)
-        self._fail(entry.sequence, [], str(failure))
+        self._end_now_or_landed(entry, Finish(FinishReason.ERROR, str(failure)))
 
     def _ask(self, item: PlanItem) -> Ask:
         entry = self._entries[item.sequence.id]
         masks = self._masks.get(item.sequence.id, []) if item.samples else []
         return Ask(entry.choosing, masks, max(0, entry.job.sampling.prompt_logprobs))
 
-    def _run(self, plan: Plan) -> list[Ran] | None:
-        """What the runner says; None when it raised, and the plan's jobs have been failed."""
+    def _guarded(self, plan: Plan, call: Callable[[], T]) -> T | None:
+        """What `call` gives; None when it raised, and the plan's jobs have been failed."""
         try:
-            asks = {item.sequence.id: self._ask(item) for item in plan.items}
-            self._runner.begin(plan.items)
-            return self._runner.finish(plan.items, asks)
+            return call()
+        except RankError:
+            raise  # this engine is at its end
         except Exception as error:  # whatever it is, it must not end jobs outside the plan
             _log.exception("step failed", jobs=[item.sequence.id for item in plan.items])
             for item in plan.items:
@@ -371,7 +388,10 @@ class Engine:
             self._economy.note(len(plan.items), guessed, (end_ns - start_ns) / 1e6)
         drawn: list[list[int]] = []
         for item, got in zip(plan.items, ran, strict=True):
-            entry = self._entries[item.sequence.id]
+            entry = self._entries.get(item.sequence.id)
+            if entry is None:
+                drawn.append([])  # it was cancelled meanwhile
+                continue
             entry.note_step(item.start, item.count, start_ns, end_ns)
             scored = [logprobs for logprobs in got.scored if logprobs is not None]
             entry.prompt_logprobs += scored
@@ -382,8 +402,8 @@ class Engine:
         items = {item.sequence.id: (item, got) for item, got in zip(plan.items, ran, strict=True)}
         outcomes = self._scheduler.apply(plan, drawn)
         for sequence in (item.sequence for item in plan.items):
-            if sequence.registered:
-                entry = self._entries[sequence.id]
+            entry = self._entries.get(sequence.id)
+            if entry is not None and sequence.registered:
                 self._offer(entry, sequence.blocks[: sequence.registered], ended=False)
         for outcome in outcomes:
             item, got = items[outcome.sequence.id]
@@ -426,7 +446,7 @@ class Engine:
             self._result.deltas.append(entry.delta())
             return
         self._offer(entry, blocks, ended=True)
-        self._end(entry, ending)
+        self._end(entry, Finish(ending))
 
     @property
     def _block_ms(self) -> float:
@@ -478,10 +498,10 @@ class Engine:
         self._traffic.forget(suspects)
         self._scheduler.remove(sequence)
         self._kv.zero_blocks(block for block in suspects if self._pool.is_free(block))
-        self._end(self._entries[sequence.id], FinishReason.ERROR, error=error)
+        self._end(self._entries[sequence.id], Finish(FinishReason.ERROR, error))
 
-    def _end(self, entry: Entry, reason: FinishReason, error: str = "") -> None:
+    def _end(self, entry: Entry, finish: Finish) -> None:
         """Reports the end of a job whose sequence has left the scheduler."""
         del self._entries[entry.job.id]
-        self._result.deltas.append(entry.delta(Finish(reason, error)))
-        self._result.stories.append(entry.story(reason, self._clock.wall_ns()))
+        self._result.deltas.append(entry.delta(finish))
+        self._result.stories.append(entry.story(finish.reason, self._clock.wall_ns()))

@@ -5,7 +5,10 @@ Invariant: `reported` output tokens have been told; each delta tells all of the 
 
 from __future__ import annotations
 
+from headrace.clock import Clock
 from headrace.grammars import Matcher
+from headrace.policy import priority
+from headrace.policy.hashing import root_hash
 from headrace.types import (
     BLOCK_TOKENS,
     NO_LOGPROBS,
@@ -14,15 +17,60 @@ from headrace.types import (
     FinishReason,
     Job,
     JobProgress,
+    ModelRecord,
     TokenLogprobs,
 )
 from headrace_worker.policy.sequence import Sequence
 from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import JobStory
 from headrace_worker.sampling.choosing import Choosing
+from headrace_worker.sampling.limits import refuse as refuse_sampling
 
 CHUNKS_RECORDED_MAX = 256
 """Prefill chunks remembered for one job's trace."""
+
+
+def sequence_of(job: Job, record: ModelRecord, clock: Clock, order: int) -> Sequence:
+    """The job as the scheduler sees it, the `order`-th to come."""
+    s = job.sampling
+    scored = s.prompt_logprobs != NO_LOGPROBS and not job.logged
+    now = clock.now_ms()
+    ahead_ms = now - clock.wall_ms()  # deadlines come as wall-clock times
+    return Sequence(
+        job.id,
+        job.prompt,
+        root=root_hash(record.fingerprint, job.salt),
+        tokens_max=min(len(job.prompt) + s.max_tokens, record.context_tokens),
+        logged=job.logged,
+        stop_ids=frozenset(s.stop_token_ids).union(() if s.ignore_eos else record.eos_token_ids),
+        band=job.band,
+        tenant=job.tenant,
+        virtual=job.virtual,
+        due_ms=priority.due_ms(job) + ahead_ms,
+        ttft_by_ms=job.ttft_by_ms + ahead_ms if job.ttft_by_ms else None,
+        done_by_ms=job.done_by_ms + ahead_ms if job.done_by_ms else None,
+        arrived_ms=job.arrived_ms,
+        added_ms=now,
+        order=order,
+        scoring=len(job.prompt) - 1 if scored else 0,
+    )
+
+
+def refusal(job: Job, record: ModelRecord) -> str | None:
+    """Why a worker that serves `record` can never run `job`; None when it can."""
+    if job.model != record.name:
+        return f"this worker serves {record.name!r}, not {job.model!r}"
+    if not job.prompt:
+        return "the prompt is empty"
+    if len(job.prompt) + min(1, job.sampling.max_tokens) > record.context_tokens:
+        return (
+            f"the prompt has {len(job.prompt)} tokens, this worker takes at most "
+            f"{record.context_tokens - 1} and one of output"
+        )
+    largest = max(max(job.prompt), max(job.logged, default=0))
+    if largest >= record.vocab_size:
+        return f"token id {largest} is outside the vocabulary of {record.vocab_size}"
+    return refuse_sampling(job.sampling, record.vocab_size)
 
 
 class Entry:

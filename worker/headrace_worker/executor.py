@@ -17,6 +17,7 @@ from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
 from headrace_worker.decode_graphs import DecodeGraphs
 from headrace_worker.device import CPU
 from headrace_worker.model import Decoder
+from headrace_worker.parallel.vocabulary import Verdict
 from headrace_worker.step_inputs import StepInputs
 
 
@@ -28,12 +29,23 @@ class Steps(Protocol):
         """How many steps may be under way at a time."""
         ...
 
-    def submit(self, inputs: StepInputs) -> None:
-        """Begins a step; at most `depth` are begun and not collected."""
+    @property
+    def choosing_vocab(self) -> int:
+        """The size of the vocabulary where ranks choose tokens together; 0 where logits come."""
         ...
 
-    def collect(self) -> Tensor | None:
-        """Logits of the oldest step's wanted rows, float32 [M, vocab]; None where M is 0."""
+    def submit(self, inputs: StepInputs) -> None:
+        """Begins a step; at most `depth` are begun and not collected.
+
+        It has wishes where tokens are chosen together.
+        """
+        ...
+
+    def collect(self) -> Tensor | Verdict | None:
+        """What came of the oldest step's wanted rows: their logits, float32 [M, vocab], or tokens.
+
+        None where M is 0.
+        """
         ...
 
 
@@ -41,6 +53,7 @@ class Executor:
     """A model, or a rank's part of one, over one attention backend."""
 
     depth = 1
+    choosing_vocab = 0
 
     def __init__(
         self,

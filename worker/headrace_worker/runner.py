@@ -7,6 +7,7 @@ wants to see go through the output head.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from headrace.types import TokenLogprobs
 from headrace_worker.executor import Steps
+from headrace_worker.parallel.vocabulary import OPEN, Verdict
+from headrace_worker.parallel.wishes import wishes_of
 from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
@@ -51,53 +54,81 @@ class Ran:
     scored: list[TokenLogprobs | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A plan that is being computed. `rows`: for each item those that sample."""
+
+    items: Sequence[PlanItem]
+    asks: Mapping[str, Ask]
+    rows: Sequence[Sequence[Row]]
+
+    def wanted(self) -> list[Row | None]:
+        """For each wanted row of the step; None for those that are scored."""
+        found: list[Row | None] = []
+        for item, rows in zip(self.items, self.rows, strict=True):
+            found += [None] * len(item.scored_rows)
+            found += rows
+        return found
+
+
 class Runner:
     """Plans over whoever computes their steps."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
+        self._begun: deque[_Begun] = deque()
 
     @property
     def depth(self) -> int:
         """How many plans may be under way at a time."""
         return self._steps.depth
 
-    def begin(self, items: Sequence[PlanItem]) -> None:
-        """Submits a plan's items; `finish` with the same ones follows, in the same order."""
+    def begin(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> None:
+        """Submits a plan's items; `asks` by sequence id. What it raises has begun nothing."""
+        begun = _Begun(items, asks, [_rows(item, asks[item.sequence.id]) for item in items])
+        inputs = inputs_of(items)
+        if self._steps.choosing_vocab:
+            wishes = wishes_of(begun.wanted(), self._steps.choosing_vocab)
+            inputs = inputs.wishing(wishes)
         with torch.inference_mode():
-            self._steps.submit(inputs_of(items))
+            self._steps.submit(inputs)
+        self._begun.append(begun)
 
-    def finish(self, items: Sequence[PlanItem], asks: Mapping[str, Ask]) -> list[Ran]:
-        """What came of `items`: one entry for each, in their order.
-
-        `asks` by sequence id.
-        """
+    def finish(self) -> list[Ran]:
+        """What came of the oldest plan: one entry for each item, in their order."""
+        begun = self._begun.popleft()
         with torch.inference_mode():
-            return _read(self._steps.collect(), items, asks)
+            answer = self._steps.collect()
+            return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
 
 
-def _read(
-    logits: torch.Tensor | None, items: Sequence[PlanItem], asks: Mapping[str, Ask]
-) -> list[Ran]:
-    """Scores and tokens from the logits of a plan's wanted rows."""
-    ran = [Ran() for _ in items]
-    if logits is None:
-        return ran
-    at, sampled, rows = 0, [], []
-    for i, item in enumerate(items):
-        ask, scored = asks[item.sequence.id], len(item.scored_rows)
+def _read(answer: torch.Tensor | Verdict, begun: _Begun) -> list[Ran]:
+    """Scores and tokens of a plan's wanted rows."""
+    if isinstance(answer, Verdict):
+        logits, settled = answer.whole, answer.tokens.tolist()
+    else:
+        logits, settled = answer, None
+    ran = [Ran() for _ in begun.items]
+    at, place = 0, 0  # among all wanted rows, and among those whose logits are here
+    left: list[tuple[Ran, int, int, Row]] = []
+    for got, item, rows in zip(ran, begun.items, begun.rows, strict=True):
+        scored = len(item.scored_rows)
         if scored:
-            ran[i].scored = _score(item, logits[at : at + scored], ask)
-        at += scored
-        if item.samples:
-            made = _rows(item, ask)
-            rows += made
-            sampled += [(i, at + place) for place in range(len(made))]
-            at += len(made)
-    if len(rows) < len(logits):
-        logits = logits[[place for _, place in sampled]]
-    for (i, _), chosen in zip(sampled, sample(logits, rows) if rows else [], strict=True):
-        ran[i].chosen.append(chosen)
+            ask = begun.asks[item.sequence.id]
+            got.scored = _score(item, logits[place : place + scored], ask)
+        at, place = at + scored, place + scored
+        for row in rows:
+            token = OPEN if settled is None else settled[at]
+            got.chosen.append(Chosen(token) if token >= 0 else None)
+            if token == OPEN:
+                left.append((got, len(got.chosen) - 1, place, row))
+                place += 1
+            at += 1
+    if 0 < len(left) < len(logits):
+        logits = logits[[place for _, _, place, _ in left]]
+    chosen = sample(logits, [row for *_, row in left]) if left else []
+    for (got, index, _, _), choice in zip(left, chosen, strict=True):
+        got.chosen[index] = choice
     return ran
 
 
@@ -108,7 +139,9 @@ def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs
 
 
 def _rows(item: PlanItem, ask: Ask) -> list[Row]:
-    """The rows of an item that samples: after its known tokens, and after each guessed one."""
+    """The rows of an item that sample: after its known tokens, and after each guessed one."""
+    if not item.samples:
+        return []
     return [
         Row(ask.choosing, item.guess[:place], ask.masks[place] if ask.masks else None)
         for place in range(1 + len(item.guess))

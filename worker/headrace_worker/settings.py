@@ -31,6 +31,12 @@ class WorkerSettings(ServiceSettings):
     )
     speculation: Literal["ngram", "off"] = "ngram"
     threads: int = Field(default=0, ge=0, le=1024, description="0: as many as torch chooses")
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=64, description="ranks that share each layer of the model"
+    )
+    pipeline_parallel: int = Field(
+        default=1, ge=1, le=64, description="stages that hold the model's layers one after another"
+    )
     kv_tokens: int = Field(
         default=0, ge=0, description="size of the KV pool in tokens; 0: from free memory"
     )

@@ -9,13 +9,14 @@ of each table; `STEP_BYTES_MAX` is more than the largest step that settings allo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.types import BLOCK_TOKENS
+from headrace_worker.parallel.wishes import Wishes
 from headrace_worker.policy.plan import PlanItem
 
 Ints = NDArray[np.int64]
@@ -28,7 +29,8 @@ class StepInputs:
     """N rows of S sequences; see AttentionBatch for tables, lengths and starts.
 
     `tokens`, `positions`, `slots` [N]. `rows`: those whose logits are wanted, in their order; None
-    stands for all of them, and there may be none.
+    stands for all of them, and there may be none. `wishes`: what those need, where ranks choose
+    tokens together.
     """
 
     tokens: Ints
@@ -38,6 +40,7 @@ class StepInputs:
     lengths: Sequence[int]
     query_starts: Sequence[int]
     rows: Ints | None
+    wishes: Wishes | None = None
 
     @property
     def wanted_rows(self) -> int:
@@ -53,6 +56,7 @@ class StepInputs:
                 list(self.lengths),
                 list(self.query_starts),
                 None if self.rows is None else _small(self.rows),
+                None if self.wishes is None else self.wishes.pack(),
             )
         )
         assert len(packed) <= STEP_BYTES_MAX, "a step is larger than its limit"
@@ -61,16 +65,24 @@ class StepInputs:
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> StepInputs:
         """The inputs that `pack` was called on. Raises ValueError for what it did not make."""
-        tokens, positions, slots, tables, lengths, starts, rows = msgpack.unpackb(
+        tokens, positions, slots, tables, lengths, starts, rows, wishes = msgpack.unpackb(
             data, max_bin_len=STEP_BYTES_MAX
         )
         return cls(
-            *(_wide(raw) for raw in (tokens, positions, slots)),
+            _wide(tokens),
+            _wide(positions),
+            _wide(slots),
             [_wide(raw).tolist() for raw in tables],
             lengths,
             starts,
             None if rows is None else _wide(rows),
+            None if wishes is None else Wishes.unpack(wishes),
         )
+
+    def wishing(self, wishes: Wishes) -> StepInputs:
+        """The same step, with `wishes` for its wanted rows."""
+        assert len(wishes.needs) == self.wanted_rows, "a wish for each wanted row"
+        return replace(self, wishes=wishes)
 
 
 def inputs_of(items: Sequence[PlanItem]) -> StepInputs:

@@ -53,6 +53,8 @@ class UpOptions:
     kv_dtype: str
     speculation: str
     context_tokens: int | None
+    tensor_parallel: int
+    pipeline_parallel: int
     threads: int | None
     data_dir: Path
     redis_url: str
@@ -234,6 +236,8 @@ def worker_env(options: UpOptions, model: str, index: int) -> dict[str, str]:
     env = {
         "HEADRACE_MODEL": options.model,
         "HEADRACE_MODEL_NAME": model,
+        "HEADRACE_TENSOR_PARALLEL": str(options.tensor_parallel),
+        "HEADRACE_PIPELINE_PARALLEL": str(options.pipeline_parallel),
         "HEADRACE_THREADS": str(threads),
         "OMP_NUM_THREADS": str(threads),
     }

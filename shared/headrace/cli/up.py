@@ -40,6 +40,18 @@ ContextTokens = Annotated[
         envvar="HEADRACE_CONTEXT_TOKENS", min=1, help="Longest sequence. Default: the model's own."
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        envvar="HEADRACE_TENSOR_PARALLEL", min=1, max=64, help="Processes that share each layer."
+    ),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        envvar="HEADRACE_PIPELINE_PARALLEL", min=1, max=64, help="Stages that layers are spread on."
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(envvar="HEADRACE_THREADS", min=1, help="Per worker. Default: cores / workers."),
@@ -87,6 +99,8 @@ def up(
     kv_dtype: KvDtype = None,
     speculation: Speculation = None,
     context_tokens: ContextTokens = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
     threads: Threads = None,
     data_dir: DataDir = None,
     redis_url: RedisUrl = None,
@@ -112,6 +126,8 @@ def up(
             kv_dtype=kv_dtype or "",
             speculation=speculation or "",
             context_tokens=context_tokens,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
             threads=threads,
             data_dir=data_dir_of(data_dir),
             redis_url=redis_url or "",

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
@@ -92,6 +92,29 @@ class GgufSource:
             return _halves(values, self.config.kv_heads, name)
         return values
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def read_part(self, name: str, rows: Sequence[range], columns: range | None) -> Tensor:
+        """Of matrices the file's bytes of these rows, and of them the blocks that hold `columns`.
+
+        A block is 32 or 256 columns. Experts of a stack and vectors are read whole and cut.
+        """
+        place = self._places[name]
+        if place.expert is not None or len(place.shape) == 1:
+            values = self.read(name)
+            part = torch.cat([values[run.start : run.stop] for run in rows])
+            return part if columns is None else part[:, columns.start : columns.stop]
+        part = torch.cat([_dequantized(place.tensor, run.start, len(run), columns) for run in rows])
+        if place.shift:
+            part = part - place.shift
+        if place.order is Order.PLAIN:
+            return part
+        heads = self.config.heads if place.order is Order.QUERY_PAIRS else self.config.kv_heads
+        size = place.shape[0] // heads
+        assert not any(run.start % size or run.stop % size for run in rows), "heads stay whole"
+        return _halves(part, len(part) // size, name)
+
     def _table(self, name: str) -> Tensor | None:
         tensor = self._file.tensors.get(name)
         return None if tensor is None else _dequantized(tensor, 0, tensor.shape[0]).reshape(-1)
@@ -100,15 +123,26 @@ class GgufSource:
         return tokenizer.from_gguf(self._file.metadata, self.config.vocab_size)
 
 
-def _dequantized(tensor: GgufTensor, first: int, count: int) -> Tensor:
+def _dequantized(
+    tensor: GgufTensor, first: int, count: int, columns: range | None = None
+) -> Tensor:
     """`count` entries of the tensor's first dimension, from `first` on, float32.
 
-    Raises ModelError for values that are no numbers: what a damaged scale gives.
+    `columns`: which of the last dimension, None for all. Raises ModelError for values that are no
+    numbers: what a damaged scale gives.
     """
     convert: Callable[[Any, GGMLQuantizationType], NDArray[np.float32]] = dequantize
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a scale that overflows, told below
-        values = convert(tensor.rows(first, count), tensor.kind)
+        stored = tensor.rows(first, count)
+        if columns is not None:
+            block_values, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+            start, stop = columns.start // block_values, -(-columns.stop // block_values)
+            stored = np.ascontiguousarray(stored[..., start * block_bytes : stop * block_bytes])
+        values = convert(stored, tensor.kind)
+        if columns is not None:
+            begin = columns.start - start * block_values
+            values = values[..., begin : begin + len(columns)]
     # float32 data is a view of the file, which is mapped read-only
     found = torch.from_numpy(values if values.flags.writeable else values.copy())
     if not bool(torch.isfinite(found).all()):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -121,6 +123,21 @@ class HfSource:
         stored = self._tensors[name]
         tensor: Tensor = self._opened[stored.file].get_tensor(stored.name)
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def read_part(self, name: str, rows: Sequence[range], columns: range | None) -> Tensor:
+        """Exactly these rows' and columns' bytes leave the file, or whole pages of them."""
+        stored = self._tensors[name]
+        whole = self._opened[stored.file].get_slice(stored.name)
+        parts: list[Tensor] = [
+            whole[run.start : run.stop]
+            if columns is None
+            else whole[run.start : run.stop, columns.start : columns.stop]
+            for run in rows
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tokenizer(self) -> TokenizerFacts:
         file = self._folder / "tokenizer.json"

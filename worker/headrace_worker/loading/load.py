@@ -21,9 +21,13 @@ from headrace_worker.loading import memory
 from headrace_worker.loading.fingerprint import fingerprint
 from headrace_worker.loading.gguf_file import GgufSource
 from headrace_worker.loading.hf_folder import HfSource
-from headrace_worker.loading.source import Source
+from headrace_worker.loading.source import Source, Tensors
 from headrace_worker.model import Decoder, ModelConfig, architecture
-from headrace_worker.model.linear import DenseLinear, Linear
+from headrace_worker.model.linear import DenseEmbedding, DenseLinear, Embedding, Linear
+from headrace_worker.model.weights import Weights
+from headrace_worker.parallel.collective import Group
+from headrace_worker.parallel.shape import Part
+from headrace_worker.parallel.sharded import ShardedTensors, ShardedWeights
 from headrace_worker.quantization import MODES, AnyLinear, Quantization, Role, make_linear
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,9 +36,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, what gateways need to know of it, and its shape.
+    """A model, or a rank's part of one, in memory; what gateways need to know of it; its shape.
 
-    `weight_bytes`: what its weights take, packed as they are.
+    `weight_bytes`: what its weights take, packed as they are. `record` is the whole model's.
+    `config` is that of what is here; where that is a part, `part` says of what.
     """
 
     model: Decoder
@@ -42,7 +47,13 @@ class LoadedModel:
     config: ModelConfig
     quantization: Quantization
     weight_bytes: int
+    part: Part | None = None
     device: torch.device = CPU
+
+    @property
+    def whole(self) -> ModelConfig:
+        """The config of the whole model."""
+        return self.config if self.part is None else self.part.whole
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,6 +72,8 @@ def load_model(
     *,
     context_tokens: int = 0,
     progress: Progress | None = None,
+    part: Callable[[ModelConfig], Part] | None = None,
+    group: Group | None = None,
     device: torch.device = CPU,
 ) -> LoadedModel:
     """Reads the GGUF file or Hugging Face folder at `path`, to be served as `name`.
@@ -69,18 +82,22 @@ def load_model(
     `context_tokens`: how many tokens a sequence may have, 0 for as many as the model can; a model
     with LongRoPE has two sets of rotary factors, and it is this number that decides between them,
     as vLLM does it: the long ones only where it exceeds the context that the model was first
-    trained with. `device`: where its weights go. Raises ModelError, saying what is wrong and what
-    would work.
+    trained with. `part`: which part of a model of this config to read, None for all of it; it may
+    raise ModelError. `group`: the ranks that hold the other parts of the same layers.
+    `device`: where weights go. Raises ModelError, saying what is wrong and what would work.
     """
     kind, mode = resolve_dtype(dtype, device), resolve_quantization(quantization, device)
     source = _open(path)
     facts = source.tokenizer()
     config = _served(source.config, context_tokens)
+    held = None if part is None else part(config)
+    tensors: Tensors = source if held is None else ShardedTensors(source, held)
+    local = config if held is None else held.config
     memory.require_model(
-        config, source.largest_values(), str(kind)[6:], mode, free=free_bytes(device)
+        local, tensors.largest_values(), str(kind)[6:], mode, free=free_bytes(device)
     )
-    weights = _Weights(source, kind, mode, progress, device)
-    model = architecture(config.architecture)(config, weights)
+    weights = _Weights(tensors, kind, mode, progress, device)
+    model = _build(local, weights, held, group)
     weights.check_all_taken()
     record = ModelRecord(
         name=name,
@@ -95,7 +112,20 @@ def load_model(
         template_tokens=facts.template_tokens,
         tokenizer_json=facts.json,
     )
-    return LoadedModel(model, record, config, mode, weights.bytes, device)
+    return LoadedModel(model, record, local, mode, weights.bytes, held, device)
+
+
+def _build(
+    config: ModelConfig, weights: Weights, part: Part | None, group: Group | None
+) -> Decoder:
+    """The model, or a rank's part of it with the sums over its `group`."""
+    kind = architecture(config.architecture)
+    if part is None:
+        return kind(config, weights)
+    if part.tensor > 1:
+        assert group is not None, "tensor ranks add up through a group"
+        weights = ShardedWeights(weights, part, group)
+    return kind(config, weights, first=part.first, last=part.last)
 
 
 def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
@@ -153,14 +183,14 @@ class _Weights:
 
     def __init__(
         self,
-        source: Source,
+        source: Tensors,
         dtype: torch.dtype,
         quantization: Quantization,
         progress: Progress | None,
         device: torch.device,
     ) -> None:
-        self._source = source
         self._device = device
+        self._source = source
         self.dtype = dtype
         self._quantization = quantization
         self.bytes = 0
@@ -172,6 +202,12 @@ class _Weights:
         tensor = self._read(name, shape).to(self.dtype).to(self._device)
         self.bytes += tensor.nbytes
         return tensor
+
+    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
+        return DenseEmbedding(self.take(name, shape))
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as exact as the file has it."""

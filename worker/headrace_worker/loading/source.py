@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,15 +25,8 @@ class TokenizerFacts:
     template_tokens: dict[str, str]
 
 
-class Source(Protocol):
-    """An opened model. Opening has checked the architecture; no weight is read yet."""
-
-    config: ModelConfig
-    files: tuple[Path, ...]
-
-    def index(self) -> list[str]:
-        """Name, type and shape of each tensor, a line each, sorted."""
-        ...
+class Tensors(Protocol):
+    """Named tensors, read one at a time."""
 
     def names(self) -> set[str]:
         """The tensors it has, under Hugging Face's names."""
@@ -48,6 +42,28 @@ class Source(Protocol):
 
     def largest_values(self) -> int:
         """Numbers in the largest tensor."""
+        ...
+
+
+class Source(Tensors, Protocol):
+    """An opened model. Opening has checked the architecture; no weight is read yet."""
+
+    config: ModelConfig
+    files: tuple[Path, ...]
+
+    def index(self) -> list[str]:
+        """Name, type and shape of each tensor, a line each, sorted."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that `read` gives."""
+        ...
+
+    def read_part(self, name: str, rows: Sequence[range], columns: range | None) -> Tensor:
+        """What `read` would give of `rows`, one run after the other, and of `columns`.
+
+        None: all columns. Of the file no more is read than these take, or little more: see there.
+        """
         ...
 
     def tokenizer(self) -> TokenizerFacts:

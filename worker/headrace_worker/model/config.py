@@ -53,7 +53,8 @@ class Rope:
 class Experts:
     """A mixture of experts: which layers have one, how many, how many a token goes to.
 
-    `normalized`: the weights of a token's chosen experts are made to sum to 1.
+    `normalized`: the weights of a token's chosen experts are made to sum to 1. `held`: which of the
+    `count` experts are here, None for all; others are on other ranks.
     """
 
     layers: tuple[int, ...]
@@ -61,6 +62,12 @@ class Experts:
     per_token: int
     intermediate_size: int
     normalized: bool
+    held: range | None = None
+
+    @property
+    def here(self) -> range:
+        """The experts that are here."""
+        return range(self.count) if self.held is None else self.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +165,7 @@ class ModelConfig:
         width = self.layers * self.intermediate_size
         if self.experts is not None:
             e = self.experts
-            width += len(e.layers) * (e.count * e.intermediate_size - self.intermediate_size)
+            width += len(e.layers) * (len(e.here) * e.intermediate_size - self.intermediate_size)
         return 2 * self.hidden_size * width
 
     @property

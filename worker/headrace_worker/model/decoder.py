@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from headrace_worker.attention.interface import Attend
 from headrace_worker.model import norms
@@ -40,7 +39,7 @@ class Decoder:
         hidden = config.hidden_size
         embedding = None
         if first or (last and config.tied):
-            embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, hidden))
+            embedding = weights.embedding("model.embed_tokens.weight", (config.vocab_size, hidden))
         self.embedding = embedding
         self.layers = [self.layer(config, weights, i, self.names) for i in range(config.layers)]
         if last:
@@ -49,7 +48,7 @@ class Decoder:
             self.head = (
                 weights.linear(["lm_head"], [config.vocab_size], hidden)
                 if embedding is None or not config.tied
-                else weights.tied_head(embedding)
+                else weights.tied_head(embedding.table)
             )
         self.dtype = weights.dtype
         # rounded to the model's dtype before it multiplies, as the reference does
@@ -75,7 +74,7 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first layer takes, [N, hidden]."""
         assert self.embedding is not None, "the first stage embeds"
-        x = functional.embedding(tokens, self.embedding)
+        x = self.embedding(tokens)
         return x if self.embedding_scale is None else x * self.embedding_scale
 
     def through(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:

@@ -5,7 +5,8 @@ Transformers", 2021.
 
 Invariant: what a token gets depends on itself alone. Its experts' outputs are summed in the order
 of their weights, whoever else is in the step. Only experts that some token chose are computed; the
-router is never quantized, since its choices are discrete.
+router is never quantized, since its choices are discrete. Where ranks hold some experts each, all
+route alike, from equal numbers, compute what is theirs, and add it up.
 
 Rejected: all experts over all tokens (128 experts for 8), and sorting by index_add_, which sums in
 the order of the experts' numbers and costs a scattered write each.
@@ -40,17 +41,17 @@ class Experts:
     ) -> None:
         """`router`, `experts`: full names; `gate_up`, `down`: below `experts.N.`."""
         inner = shape.intermediate_size
-        self.shape, self.activation = shape, activation
+        self.shape, self.activation, self.total = shape, activation, weights.total
         self.router = DenseLinear(weights.take(f"{router}.weight", (shape.count, hidden)))
-        self.experts: list[tuple[Linear, Linear]] = [
-            (
+        self.experts: dict[int, tuple[Linear, Linear]] = {
+            i: (
                 weights.linear(
                     [f"{experts}.{i}.{name}" for name in gate_up], [inner, inner], hidden
                 ),
                 weights.linear([f"{experts}.{i}.{down}"], [hidden], inner),
             )
-            for i in range(shape.count)
-        ]
+            for i in shape.here
+        }
 
     def __call__(self, x: Tensor) -> Tensor:
         per_token = self.shape.per_token
@@ -62,15 +63,19 @@ class Experts:
         order = chosen.view(-1).argsort(stable=True)
         sorted_x = x[order // per_token]
         counts = torch.bincount(chosen.view(-1), minlength=self.shape.count).tolist()
-        parts, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                parts.append(self._expert(expert, sorted_x[start : start + count]))
-                start += count
-        outputs = torch.empty_like(sorted_x)
-        outputs[order] = torch.cat(parts)
+        begin = start = sum(counts[: self.shape.here.start])
+        parts = []
+        for expert in self.shape.here:
+            if counts[expert]:
+                parts.append(self._expert(expert, sorted_x[start : start + counts[expert]]))
+                start += counts[expert]
+        # what other ranks' experts make is zero here, and comes with the sum
+        make = torch.empty_like if self.shape.held is None else torch.zeros_like
+        outputs = make(sorted_x)
+        if parts:
+            outputs[order[begin:start]] = torch.cat(parts)
         weighted = outputs.view(-1, per_token, x.shape[-1]) * shares.to(x.dtype)[..., None]
-        return weighted.sum(1)
+        return self.total(weighted.sum(1))
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
         gate_up, down = self.experts[index]

@@ -1,4 +1,5 @@
-"""Linear layers: what models call, and the plain one, in the form its machine multiplies fastest.
+"""Linear layers: what models call, and the plain one, in the form its machine multiplies fastest;
+embeddings.
 
 Invariant: packing changes where the weights stand in memory, not what is multiplied. In bfloat16
 oneDNN otherwise re-orders the whole weight matrix at every call; packed once, the multiplications
@@ -85,3 +86,23 @@ class DenseLinear:
         if self._packing is None:
             return residual + functional.linear(x, self._weight, self._bias)
         return self._packing.multiply_add(x, residual, self._weight, self._bias, "add")
+
+
+class Embedding(Protocol):
+    """Rows of `table` [vocab, hidden] by token id."""
+
+    table: Tensor
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [N] → [N, hidden]."""
+        ...
+
+
+class DenseEmbedding:
+    """An Embedding whose whole table is here."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return functional.embedding(tokens, self.table)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headrace_worker.model.linear import Linear
+from headrace_worker.model.linear import Embedding, Linear
 
 
 class Weights(Protocol):
@@ -29,6 +29,10 @@ class Weights(Protocol):
         """The tensor in the model's dtype."""
         ...
 
+    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
+        """From token ids to rows of the matrix `name`, [vocab, hidden]."""
+        ...
+
     def linear(
         self, names: Sequence[str], outs: Sequence[int], columns: int, *, bias: bool = False
     ) -> Linear:
@@ -40,4 +44,8 @@ class Weights(Protocol):
 
     def tied_head(self, embedding: Tensor) -> Linear:
         """The output head that is the embedding matrix [vocab, hidden]."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' `x` where a layer's experts lie on several, else `x` itself."""
         ...

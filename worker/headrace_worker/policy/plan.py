@@ -6,11 +6,15 @@ than they may have beside a better band.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from headrace.types import FinishReason
 from headrace_worker.policy.blocks import CachedBlock
 from headrace_worker.policy.sequence import Sequence
+
+ITEMS_MAX = 1 << 20
+"""More than any plan has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +82,23 @@ class Outcome:
 
 
 class Draft:
-    """The plan in the making. Of prompts of bands worse than `guarded`, `lower_left` tokens fit."""
+    """The plan in the making. Of prompts of bands worse than `guarded`, `lower_left` tokens fit.
 
-    def __init__(self, now: int, budget: int, guarded: int, lower_left: int) -> None:
+    `under_way`: sequences that another plan is computing; `items_max`: how many this one may have.
+    """
+
+    def __init__(
+        self,
+        now: int,
+        budget: int,
+        guarded: int,
+        lower_left: int,
+        under_way: Collection[str] = (),
+        items_max: int = ITEMS_MAX,
+    ) -> None:
         self.now = now
+        self.under_way = under_way
+        self._items_max = items_max
         self.budget = budget
         self.guarded = guarded
         self.lower_left = lower_left
@@ -93,6 +110,8 @@ class Draft:
 
     def room(self, sequence: Sequence) -> int:
         """How many of its tokens this step may compute."""
+        if len(self.items) >= self._items_max:
+            return 0
         return min(self.budget, self.lower_left) if self._limits(sequence) else self.budget
 
     def _limits(self, sequence: Sequence) -> bool:

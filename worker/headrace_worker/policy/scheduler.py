@@ -21,7 +21,7 @@ swapping KV out on preemption, which the prefix cache mostly makes unnecessary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import replace
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from headrace.types import BLOCK_TOKENS, FinishReason
 from headrace_worker.policy import turns
 from headrace_worker.policy.blocks import BlockPool
 from headrace_worker.policy.pace import TOKENS_UNKNOWN
-from headrace_worker.policy.plan import Draft, Outcome, Plan, PlanItem
+from headrace_worker.policy.plan import ITEMS_MAX, Draft, Outcome, Plan, PlanItem
 from headrace_worker.policy.sequence import Sequence, Status, blocks_for
 
 CALM_MS = 5_000
@@ -95,16 +95,30 @@ class Scheduler:
         guesses: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         *,
         lower_prefill_tokens: int = TOKENS_UNKNOWN,
+        under_way: Collection[str] = (),
+        leaving: Collection[str] = (),
+        plans: int = 1,
     ) -> Plan:
         """The next step's plan; `now` in monotonic milliseconds. Allocates what it plans.
 
         `guesses` by sequence id, for sequences that lack one token. `lower_prefill_tokens`: how
         much of all prompts of lower bands may be computed while a better band is about.
+        `plans`: how many are computed at a time, one behind the other; each takes its share of the
+        sequences, so that all of them have some. `under_way`: sequences of plans that are not
+        applied yet: they keep their blocks, and only more of their prompt can be planned.
+        `leaving`: of those, who gets nothing more.
         """
         assert lower_prefill_tokens > 0, "lower bands get on as well"
-        here = [*self._running.values(), *self._waiting.values()]
-        guarded = turns.guarded_band(here, self._ran_ms, now, self._calm_ms)
-        draft = Draft(now, self._step_tokens_max, guarded, lower_prefill_tokens)
+        every = [*self._running.values(), *self._waiting.values()]
+        here = [
+            sequence
+            for sequence in every
+            if sequence.id not in under_way or (sequence.id not in leaving and _goes_on(sequence))
+        ]
+        guarded = turns.guarded_band(every, self._ran_ms, now, self._calm_ms)
+        items_max = -(-len(every) // plans) if plans > 1 else ITEMS_MAX
+        limit = self._step_tokens_max
+        draft = Draft(now, limit, guarded, lower_prefill_tokens, under_way, items_max)
         hurried_for = self._plan_groups(draft, turns.groups(here, now, self._hurried_steps))
         if hurried_for is None:
             self._hurried_steps.clear()
@@ -114,6 +128,9 @@ class Scheduler:
             self._note_step(sequence, sequence.id in draft.items, now)
             if guesses.get(sequence.id) and sequence.id in draft.items:
                 self._guess(draft, sequence, guesses[sequence.id])
+        if plans > 1:
+            for item in draft.items.values():  # the next plan goes on behind this one
+                item.sequence.computed = item.start + item.count
         return Plan(
             tuple(draft.items.values()),
             tuple(draft.admitted.values()),
@@ -139,10 +156,11 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue  # it was failed for what the run said of it
             assert item.samples == bool(tokens), "a token for each item that samples"
-            sequence.computed = item.start + item.count
-            sequence.scored = max(sequence.scored, min(sequence.computed, sequence.scoring))
+            reached = item.start + item.count
+            sequence.computed = max(sequence.computed, reached)  # more may be under way
+            sequence.scored = max(sequence.scored, min(reached, sequence.scoring))
             said, ending = self._say(item, tokens)
-            self._register(sequence)
+            self._register(sequence, sequence.computed if tokens else reached)
             if said or ending is not None:
                 full = self.remove(sequence) if ending else ()
                 outcomes.append(Outcome(sequence, said, ending, full))
@@ -172,13 +190,13 @@ class Scheduler:
         for place, group in enumerate(groups, 1):
             running = turns.streams(group, now)
             for sequence in running:
-                if draft.budget and sequence.status is Status.RUNNING:
+                if draft.room(sequence) and sequence.status is Status.RUNNING:
                     self._extend(draft, sequence)
             prompts = self._plan_prompts(draft, group)
             if place < len(groups) and (prompts or not draft.budget):
                 return group[0].effective_band(now)
             still = [s for s in running if s.status is Status.RUNNING and s.pending == 1]
-            if any(sequence.id not in draft.items for sequence in still):
+            if not draft.budget and any(sequence.id not in draft.items for sequence in still):
                 return groups[0][0].effective_band(now)  # its catching up took the budget
         return None
 
@@ -206,7 +224,7 @@ class Scheduler:
         """Adds those of `drawn` that stand: up to the first that had been guessed differently."""
         sequence = item.sequence
         if not drawn:
-            finished = sequence.pending == 0
+            finished = item.start + item.count == sequence.known
             return (), sequence.ending() if finished else None
         for place, token in enumerate(drawn):
             sequence.tokens.append(token)
@@ -216,8 +234,9 @@ class Scheduler:
         sequence.computed += place  # the guesses before this token were right and have KV
         return tuple(drawn[: place + 1]), ending
 
-    def _register(self, sequence: Sequence) -> None:
-        full = sequence.computed // BLOCK_TOKENS
+    def _register(self, sequence: Sequence, reached: int) -> None:
+        """Its first `reached` tokens have KV that others may use."""
+        full = reached // BLOCK_TOKENS
         for index in range(sequence.registered, full):
             self.pool.register(
                 sequence.blocks[index],
@@ -240,7 +259,9 @@ class Scheduler:
                 self._give(sequence, count)
                 draft.add(sequence, count)
                 return
-            victim = self._victim(draft.now)
+            victim = self._victim(draft)
+            if victim is None:
+                return  # until something that is under way lands
             self._preempt(draft, victim)
             if victim is sequence:
                 return
@@ -305,7 +326,11 @@ class Scheduler:
             return True
         now = draft.now
         band = sequence.effective_band(now)
-        lower = [s for s in self._running.values() if s.effective_band(now) > band]
+        lower = [
+            s
+            for s in self._running.values()
+            if s.effective_band(now) > band and s.id not in draft.under_way
+        ]
         # what was found is not gained by taking it from somebody else
         gain = sum(
             self.pool.freed_by(set(s.blocks) - set(found)) + self._reserved(s) for s in lower
@@ -333,8 +358,10 @@ class Scheduler:
         lost_tokens = max(0, sequence.computed - shared * BLOCK_TOKENS)
         return turns.expendable(sequence, lost_tokens, now)
 
-    def _victim(self, now: int) -> Sequence:
-        return max(self._running.values(), key=lambda s: self._expendable(s, now))
+    def _victim(self, draft: Draft) -> Sequence | None:
+        """Who gives way first; None where all that run are under way."""
+        running = [s for s in self._running.values() if s.id not in draft.under_way]
+        return max(running, key=lambda s: self._expendable(s, draft.now), default=None)
 
     def _preempt(self, draft: Draft, sequence: Sequence) -> None:
         del self._running[sequence.id]
@@ -344,3 +371,12 @@ class Scheduler:
         sequence.become(Status.PREEMPTED)
         self._waiting[sequence.id] = sequence
         draft.drop(sequence)
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether more of a sequence can be computed behind what is under way of it.
+
+    The rest of a prompt can: it does not depend on what comes of the part before. But rows that are
+    scored may end the sequence, which has to wait until nothing of it is under way.
+    """
+    return sequence.pending > 0 and sequence.scored == sequence.scoring

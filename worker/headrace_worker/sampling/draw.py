@@ -20,10 +20,14 @@ shape and by the number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace_worker.sampling.ranking import Floats
+
+AnyFloat = TypeVar("AnyFloat", np.float32, np.float64)
 
 FAN = 32
 BLOCK = 256
@@ -37,11 +41,11 @@ def draw(weights: Floats, numbers: Sequence[float]) -> int:
     """
     levels = [weights]
     while len(levels[-1]) > FAN and len(levels) < len(numbers):
-        levels.append(_grouped(levels[-1]))
+        levels.append(grouped(levels[-1]))
     index = 0
     for at, level in enumerate(reversed(levels)):
         width = len(levels[-at]) if at else 1
-        index += width * _place(level[index::width], numbers[at])
+        index += width * place(level[index::width], numbers[at])
     return index
 
 
@@ -53,17 +57,18 @@ def total(weights: Floats) -> float:
     return float(sums.sum(dtype=np.float64) + rest.sum(dtype=np.float64))
 
 
-def _grouped(weights: Floats) -> Floats:
-    """Sums of the weights whose index is the same modulo m = ceil(n / FAN); float32 [m]."""
+def grouped(weights: NDArray[AnyFloat]) -> NDArray[AnyFloat]:
+    """Sums of the weights [n] whose index is the same modulo m = ceil(n / FAN); [m]."""
     width = -(-len(weights) // FAN)
     whole = len(weights) // width * width
-    sums: Floats = np.add.reduce(weights[:whole].reshape(-1, width), axis=0)
+    sums: NDArray[AnyFloat] = np.add.reduce(weights[:whole].reshape(-1, width), axis=0)
     rest = weights[whole:]
     sums[: len(rest)] += rest
     return sums
 
 
-def _place(weights: Floats, number: float) -> int:
+def place(weights: Floats, number: float) -> int:
+    """Which of `weights`, by inverse CDF."""
     sums = np.cumsum(weights, dtype=np.float64)
     # rounding may place a draw on the far end, where there is no weight any more
     inside = min(number * float(sums[-1]), float(np.nextafter(sums[-1], 0)))

@@ -72,7 +72,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
     tokens = values.argmax(axis=1)
     peaks = values[np.arange(len(values)), tokens]
     finite = np.isfinite(peaks).tolist()
-    numbers = _numbers(rows)
+    numbers = numbers_of(rows)
     room = np.empty(values.shape[1], np.float32)
     chosen: list[Chosen | None] = []
     with np.errstate(over="ignore", under="ignore"):
@@ -86,7 +86,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
     return chosen
 
 
-def _numbers(rows: Sequence[Row]) -> list[list[float] | None]:
+def numbers_of(rows: Sequence[Row]) -> list[list[float] | None]:
     """The numbers in [0, 1) that each row draws by; None for the greedy ones."""
     numbers: list[list[float] | None] = [None] * len(rows)
     drawn = [i for i, row in enumerate(rows) if row.choosing.sampling.temperature > 0]

@@ -1,0 +1,117 @@
+"""Sums, gathers and broadcasts: right, bit-identical on all ranks, counted, and never for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headrace_worker.parallel.collective import (
+    ONE_TURN_BYTES_MAX,
+    PeerError,
+    SharedGroup,
+    minimal_bytes,
+)
+from worker.ranks import together
+
+SLOT_BYTES = 1 << 18
+
+
+def numbers(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_ranks_get_the_same_bits(size: int, dtype: torch.dtype) -> None:
+    """Few numbers in one turn, many in two, more than a slot in pieces; one after another."""
+    counts = [1, 5, 700, ONE_TURN_BYTES_MAX // 4 + 3, SLOT_BYTES + 17]
+
+    def work(group: SharedGroup) -> list[torch.Tensor]:
+        found = [group.all_reduce(numbers(group.rank, count, dtype)) for count in counts]
+        group.check_integrity()
+        return found
+
+    results = together(size, work, SLOT_BYTES)
+    for i, count in enumerate(counts):
+        wide = sum(numbers(rank, count, dtype).double() for rank in range(size))
+        torch.testing.assert_close(
+            results[0][i].double(), wide, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05
+        )
+        assert all(torch.equal(found[i], results[0][i]) for found in results)
+
+
+def test_sums_are_in_place_and_counted() -> None:
+    """Of small sums everybody reads everything; large ones come near the least that is possible."""
+
+    def work(group: SharedGroup) -> list[tuple[int, int]]:
+        noted = []
+        for count in (100, 60_000):
+            group.counts.messages = group.counts.bytes = 0
+            x = torch.ones(count // 10, 10)
+            assert group.all_reduce(x) is x and bool((x == group.size).all())
+            noted.append((group.counts.messages, group.counts.bytes))
+        return noted
+
+    for noted in together(4, work, SLOT_BYTES):
+        assert noted == [(1, 3 * 400), (2, minimal_bytes(4, 240_000))]
+
+
+def test_gather_and_broadcast_mix_with_sums() -> None:
+    """Ranks run ahead of each other by a turn at most, whatever comes after what."""
+
+    def work(group: SharedGroup) -> int:
+        for turn in range(60):
+            mine = torch.full((turn * 40 + 1,), float(group.rank + turn))
+            gathered = group.gather(mine.clone(), to=turn % 3)
+            if gathered is None:
+                assert turn % 3 != group.rank
+            else:
+                assert [float(part[-1]) for part in gathered] == [turn, turn + 1.0, turn + 2.0]
+            told = group.broadcast(mine.clone(), source=(turn + 1) % 3)
+            assert bool((told == turn + (turn + 1) % 3).all())
+            assert float(group.all_reduce(mine)[0]) == 3 * turn + 3
+            group.check_integrity()
+        return group.counts.messages
+
+    assert len(set(together(3, work, 1 << 10))) <= 3
+
+
+def test_who_does_not_come_ends_the_wait() -> None:
+    memory = np.zeros(SharedGroup.bytes_needed(2, 1024), np.uint8)
+    group = SharedGroup(memory, 0, 2, patience_s=0.05)
+    with pytest.raises(PeerError, match="rank 1 did not come"):
+        group.all_reduce(torch.ones(3))
+
+
+PROGRAM = """
+import sys, torch, torch.distributed as dist
+from headrace_worker.parallel.collective import TorchGroup
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+group = TorchGroup(dist.group.WORLD)
+for dtype in (torch.float32, torch.bfloat16):
+    x = torch.arange(1000.0).to(dtype) * (rank + 1)
+    assert torch.equal(group.all_reduce(x), torch.arange(1000.0).to(dtype) * 3), dtype
+    parts = group.gather(torch.full((4,), float(rank), dtype=dtype))
+    assert (parts is None) == (rank > 0)
+    assert parts is None or [float(p[0]) for p in parts] == [0, 1]
+assert int(group.broadcast(torch.tensor([rank + 7]))[0]) == 7
+assert group.counts.messages == (4 if rank == 0 else 3), group.counts
+dist.destroy_process_group()
+"""
+
+
+def test_the_same_over_sockets(tmp_path: Path) -> None:
+    """torch.distributed's gloo between two processes."""
+    argv = [sys.executable, "-c", PROGRAM]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    ranks = [
+        subprocess.Popen([*argv, str(rank), str(tmp_path / "store")], env=env) for rank in range(2)
+    ]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
