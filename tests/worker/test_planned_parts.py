@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from headrace.errors import ModelError
 from headrace.policy.splits import tensor_refusal
+from headrace.policy.topology import stage_layers
 from headrace_worker.describe import read_shape, shape_of
 from headrace_worker.loading.hf_config import read_config
-
-shape_module = pytest.importorskip(
-    "headrace_worker.parallel.shape", reason="this branch has no ranks yet"
-)
+from headrace_worker.parallel.shape import Shape, part_of, refuse
+from headrace_worker.parallel.stages import split
 
 CONFIGS = Path(__file__).parent.parent / "support" / "model_configs"
 
@@ -20,22 +21,21 @@ CONFIGS = Path(__file__).parent.parent / "support" / "model_configs"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_fullest_rank_holds_what_the_planner_counts(path: Path) -> None:
     """For every published shape and 1 to 16 tensor ranks: the same refusals, the same runs."""
-    import json
-
     config = read_config(json.loads(path.read_text())).model
     shape = read_shape(str(path))
     assert shape == shape_of(config)
     for tensor in range(1, 17):
-        refused = tensor_refusal(shape, tensor) is not None
-        split = shape_module.Shape(tensor, 1)
-        if refused:
-            with pytest.raises(Exception, match=r"cannot share|need an expert"):
-                shape_module.refuse(config, split)
+        ranks = Shape(tensor, 1)
+        if tensor_refusal(shape, tensor) is not None:
+            with pytest.raises(ModelError, match=r"cannot share|need an expert"):
+                refuse(config, ranks)
             continue
-        parts = [shape_module.part_of(config, split, rank) for rank in range(tensor)]
+        parts = [part_of(config, ranks, rank) for rank in range(tensor)]
         assert max(len(part.kv_heads) for part in parts) == shape.kv_heads_on(tensor)
         assert max(len(part.heads) for part in parts) == shape.heads_on(tensor)
         assert max(len(part.inner) for part in parts) == shape.columns_on(tensor)
         assert max(len(part.vocab) for part in parts) == shape.vocab_on(tensor)
         if shape.experts and tensor > 1:
             assert max(len(part.experts) for part in parts) == shape.experts_on(tensor)
+    for stages in (1, 2, 3, 4, 8):
+        assert stage_layers(shape, stages) == split(config, stages)

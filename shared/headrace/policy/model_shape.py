@@ -177,6 +177,17 @@ class ModelShape:
         experts = part.gate_up + part.down
         return part.values - experts + 3 * self._routed_inner(tensor) * self.hidden_size
 
+    def layer_cost(self, layer: int) -> int:
+        """What the workers' pipelines weigh a layer by: its matrices, of experts those of a token.
+
+        In the same unit the output head costs as many as the vocabulary times the hidden size.
+        """
+        part = self.layer_part(layer)
+        if layer not in self.expert_layers:
+            return part.values - part.plain
+        routed = 3 * self.experts_per_token * self.expert_size + self.experts
+        return part.qkv + part.out + routed * self.hidden_size
+
     def _routed_inner(self, tensor: int) -> int:
         return -(-self.experts_per_token * self.expert_size // tensor)
 

@@ -13,9 +13,6 @@ from collections.abc import Sequence
 
 from headrace.policy.model_shape import ModelShape
 
-_BISECTIONS = 30
-"""Halvings of what everything costs, after which a stage's limit is exact to a billionth."""
-
 
 def tensor_refusal(shape: ModelShape, tensor: int) -> str | None:
     """Why the model cannot be split over `tensor` devices; None where it can."""
@@ -82,32 +79,31 @@ def replication(shape: ModelShape, tensor: int) -> int:
     return max(1, tensor // shape.kv_heads)
 
 
-def split_layers(costs: Sequence[float], stages: int, *, head: float = 0.0) -> list[range]:
+def split_layers(costs: Sequence[int], stages: int, *, head: int = 0) -> list[range]:
     """`costs` of the layers, in runs, so that the dearest stage is as cheap as it can be.
 
     `head` is what comes to the last stage besides. Every stage gets a layer. Of equal splits the
-    one whose first stages are longest. The partition problem (Skiena, "The Algorithm Design
-    Manual", 8.5), solved by bisecting what a stage may cost, to a billionth.
+    one whose first stages are longest. The linear partition problem (Skiena, "The Algorithm Design
+    Manual", 8.5), solved by bisecting what a stage may cost.
     """
     assert 0 < stages <= len(costs), "each stage has a layer"
-    low, high = 0.0, sum(costs) + head
-    runs = _filled(costs, stages, head, high)
-    assert runs is not None, "what everything costs is enough for a stage"
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        found = _filled(costs, stages, head, middle)
-        if found is None:
-            low = middle
+    low, high = max(costs), sum(costs) + head
+    while low < high:
+        middle = (low + high) // 2
+        if _filled(costs, stages, head, middle) is None:
+            low = middle + 1
         else:
-            high, runs = middle, found
+            high = middle
+    runs = _filled(costs, stages, head, low)
+    assert runs is not None, "what everything costs is enough for a stage"
     return runs
 
 
-def _filled(costs: Sequence[float], stages: int, head: float, limit: float) -> list[range] | None:
+def _filled(costs: Sequence[int], stages: int, head: int, limit: int) -> list[range] | None:
     """Stages filled in order up to `limit` each; None where the last one does not hold the rest."""
     runs, start = [], 0
     for stage in range(stages - 1):
-        stop, spent = start, 0.0
+        stop, spent = start, 0
         last = len(costs) - (stages - 1 - stage)  # each later stage gets a layer
         while stop < last and (stop == start or spent + costs[stop] <= limit):
             spent += costs[stop]

@@ -184,7 +184,7 @@ def judge(
     )
     if refusal:
         return Split(tensor, pipeline, refusal=refusal)
-    runs = stage_layers(shape, how, tensor, pipeline)
+    runs = stage_layers(shape, pipeline)
     stages = tuple(
         _memory(shape, how, fleet, wish, tensor, runs, stage) for stage in range(pipeline)
     )
@@ -222,10 +222,10 @@ def _replicas(fleet: Fleet, tensor: int, pipeline: int) -> int:
     return fleet.hosts * (fleet.per_host // tensor) // pipeline
 
 
-def stage_layers(shape: ModelShape, how: Precision, tensor: int, pipeline: int) -> list[range]:
-    """The layers of each stage, by what their weights take; the head weighs on the last one."""
-    costs = [float(shape.layer_bytes(i, tensor, how)) for i in range(shape.layers)]
-    return split_layers(costs, pipeline, head=float(shape.head_bytes(tensor, how)))
+def stage_layers(shape: ModelShape, pipeline: int) -> list[range]:
+    """The layers of each stage, as workers deal them; the head weighs on the last one."""
+    costs = [shape.layer_cost(i) for i in range(shape.layers)]
+    return split_layers(costs, pipeline, head=shape.embedding_values)
 
 
 def _memory(
