@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headrace_worker.attention.flash_kernels import Flash2, Flash3, Flash4, Kernels
+from headrace_worker.attention.page_sdpa import PageSdpa
 
 calls: list[str] = []
 """Names of the functions that were called, in order."""
@@ -277,4 +278,5 @@ VERSIONS: dict[str, Callable[[], Kernels]] = {
     "2": lambda: _here(Flash2(varlen_2, with_kvcache_2)),
     "3": lambda: _here(Flash3(varlen_3, with_kvcache_3)),
     "4": lambda: _here(Flash4(varlen_4)),
+    "sdpa": PageSdpa,
 }

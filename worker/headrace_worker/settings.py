@@ -20,7 +20,7 @@ class WorkerSettings(ServiceSettings):
         default="auto", description="cpu, cuda or cuda:N; auto: a GPU where there is one"
     )
     attention: Literal["auto", "sdpa", "flash"] = Field(
-        default="auto", description="sdpa computes on CPUs, flash (flash-attn) on GPUs"
+        default="auto", description="sdpa: torch; flash: flash-attn, on GPUs; auto: what works"
     )
     quantization: Literal["none", "int8", "int4"] = "none"
     kv_dtype: Literal["auto", "int8"] = Field(

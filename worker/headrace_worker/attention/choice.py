@@ -1,8 +1,8 @@
 """Which attention backend a worker takes, with the pool that it reads.
 
-Invariant: `auto` always finds one that works or says what is missing; one that is named is taken or
-refused with the reason, never replaced in silence. On a CPU that is torch's SDPA over the pool of
-blocks, on a GPU flash-attn over the pool of pages.
+Invariant: one that is named is taken or refused with the reason, never replaced in silence; `auto`
+says what it took and why. On a CPU that is torch's SDPA over the pool of blocks; on a GPU the pool
+of pages, read by flash-attn, or by torch's SDPA where flash-attn is not installed or cannot.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from headrace_worker.attention.buckets import buckets_up_to
 from headrace_worker.attention.flash import FlashBackend
 from headrace_worker.attention.flash_kernels import Kernels, find_kernels
 from headrace_worker.attention.interface import AttentionBackend
+from headrace_worker.attention.page_sdpa import PageSdpa
 from headrace_worker.attention.sdpa import SdpaBackend
 from headrace_worker.decode_graphs import CudaRecorder, DecodeGraphs
 from headrace_worker.device import CPU, free_bytes
@@ -39,7 +40,6 @@ class Wanted:
     kv_dtype: KvDtype = "auto"
     name: AttentionName = "auto"
     running_max: int = 64
-    graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +59,16 @@ def make_attention(
     device: torch.device = CPU,
 ) -> Machine:
     """The pool and the backend. Raises SettingsError where what is wanted cannot work."""
-    kernels, reason = _choose(config, dtype, wanted, device)
+    kernels = _choose(config, dtype, wanted, device)
     if kernels is None:
-        if device.type != "cpu":
-            raise SettingsError(f"HEADRACE_DEVICE={device}: {reason}")
         pool = KvPool(config, wanted.blocks, dtype, wanted.kv_dtype)
         return Machine(pool, SdpaBackend(pool, config))
     paged = _paged(config, dtype, wanted, device, kernels)
     backend = FlashBackend(paged, config, kernels)
     log.info("attention", backend=kernels.name, page_tokens=kernels.page_tokens)
     graphs = None
-    if wanted.graphs and device.type == "cuda" and model.first and model.last:
+    recorded = device.type == "cuda" and not isinstance(kernels, PageSdpa)
+    if recorded and model.first and model.last:
         buckets = buckets_up_to(wanted.running_max)
         recorder = CudaRecorder(device)
         graphs = DecodeGraphs(model, backend, buckets, config.context_tokens, recorder)
@@ -96,36 +95,38 @@ def _paged(
 
 def _choose(
     config: ModelConfig, dtype: torch.dtype, wanted: Wanted, device: torch.device
-) -> tuple[Kernels | None, str]:
-    """The kernels of flash-attn to use; or None for SDPA, and why it is not flash-attn."""
-    if wanted.name == "sdpa":
-        return None, "HEADRACE_ATTENTION=sdpa computes on CPUs only"
-    if wanted.name == "auto" and device.type == "cpu":
-        return None, "flash-attn computes on GPUs only"
-    reason = _unreadable(config, wanted)
-    if not reason:
-        found, missing = find_kernels()
-        for kernels in found:
-            unfit = _unfit(kernels, config, dtype, device)
-            if not unfit:
-                return kernels, ""
-            missing.append(f"{kernels.name}: {unfit}")
-        reason = f"no flash-attn that works here ({'; '.join(missing)})"
-    if wanted.name == "flash":
-        raise SettingsError(f"HEADRACE_ATTENTION=flash: {reason}")
-    return None, f"{reason}; pip install 'headrace[gpu]'"
-
-
-def _unreadable(config: ModelConfig, wanted: Wanted) -> str:
-    """Why no version can read such a model's KV; empty where one may."""
+) -> Kernels | None:
+    """What reads pages; None for SDPA over blocks in the host's memory. Raises SettingsError."""
+    if device.type == "cpu" and wanted.name != "flash":
+        return None
     if wanted.kv_dtype != "auto":
-        return (
+        raise SettingsError(
             f"HEADRACE_KV_DTYPE={wanted.kv_dtype}: flash-attn reads keys and values in the model's "
             "dtype, and to expand all of them in every step would cost more than it saves"
         )
+    if wanted.name == "sdpa":
+        return PageSdpa()
+    kernels, reason = _flash(config, dtype, device)
+    if kernels is None and wanted.name == "flash":
+        raise SettingsError(f"HEADRACE_ATTENTION=flash: {reason}")
+    if kernels is None:
+        log.warning("attention without flash-attn", reason=reason)
+    return kernels or PageSdpa()
+
+
+def _flash(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Kernels | None, str]:
+    """A version of flash-attn that can compute this, or why there is none."""
     if config.head_dim % 8:
-        return f"heads of {config.head_dim} numbers: flash-attn wants a multiple of 8"
-    return ""
+        return None, f"heads of {config.head_dim} numbers: flash-attn wants a multiple of 8"
+    found, missing = find_kernels()
+    for kernels in found:
+        unfit = _unfit(kernels, config, dtype, device)
+        if not unfit:
+            return kernels, ""
+        missing.append(f"{kernels.name}: {unfit}")
+    return None, f"no flash-attn that works here ({'; '.join(missing)})"
 
 
 def _unfit(kernels: Kernels, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:

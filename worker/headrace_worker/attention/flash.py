@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,9 @@ class FlashBackend:
         ]
         return self.pool.lay(tables, batch.slots.numpy())
 
-    def put(self, numbers: Sequence[int] | NDArray[np.int64], kind: type = np.int64) -> Tensor:
+    def put(
+        self, numbers: Sequence[int] | NDArray[np.int64], kind: type[np.integer[Any]] = np.int64
+    ) -> Tensor:
         """On the pool's device."""
         return torch.from_numpy(np.asarray(numbers, kind)).to(self.pool.device)
 

@@ -86,7 +86,7 @@ class Kernels(Protocol):
         ...
 
     def packed(
-        self, q: Tensor, k: Tensor, v: Tensor, cached: Cached, rows: Rows, look: Look
+        self, q: Tensor, k: Tensor, v: Tensor, cached: Cached, rows: Rows, look: Look, /
     ) -> Tensor:
         """As `prefill`, of keys and values one after the other, [sum of lengths, kv_heads, d]."""
         ...
