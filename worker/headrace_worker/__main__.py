@@ -14,7 +14,7 @@ from headrace import logs, telemetry
 from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
-from headrace.errors import ModelError
+from headrace.errors import ModelError, SettingsError
 from headrace_worker import metrics, native, startup
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
@@ -61,11 +61,13 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
         offer_blocks=bool(settings.cache_url),
         speculation=settings.speculation == "ngram",
         kv_dtype=settings.kv_dtype,
+        attention=settings.attention,
     )
     log.info(
         "model loaded",
         model=loaded.record.name,
         dtype=str(loaded.dtype),
+        device=str(loaded.device),
         quantization=loaded.quantization,
         weight_mib=weight_bytes >> 20,
         kv_tokens=kv_tokens,
@@ -148,7 +150,7 @@ def main() -> None:
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     try:
         asyncio.run(serve(settings))
-    except ModelError as error:
+    except (ModelError, SettingsError) as error:
         print(f"headrace worker: {error.message}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:

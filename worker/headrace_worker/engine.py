@@ -17,18 +17,19 @@ from typing import TypeVar
 import structlog
 
 from headrace.clock import Clock
-from headrace.errors import CallerError
+from headrace.errors import CallerError, SettingsError
 from headrace.grammars import Matcher
 from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
-from headrace_worker.attention.choice import attention_over
+from headrace_worker.attention.choice import Wanted, make_attention
+from headrace_worker.device import free_bytes
 from headrace_worker.engine_config import EngineConfig
 from headrace_worker.entry import Entry, refusal, sequence_of
 from headrace_worker.executor import Executor, Steps
 from headrace_worker.flights import Flights
 from headrace_worker.grammar_link import GrammarFailure
-from headrace_worker.kv.pool import KvDtype, KvPool
+from headrace_worker.kv.pool import KvPool
 from headrace_worker.kv.traffic import Kv, Traffic
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.loading.fingerprint import block_fingerprint
@@ -51,13 +52,20 @@ T = TypeVar("T")
 
 
 def _machine(
-    loaded: LoadedModel, blocks: int, kv_dtype: KvDtype, ranks: Ranks | None
+    loaded: LoadedModel, blocks: int, config: EngineConfig, ranks: Ranks | None
 ) -> tuple[Kv, Steps]:
-    """Where KV lies and who computes."""
+    """Where KV lies and who computes. Raises SettingsError."""
     if ranks is not None:
-        return ranks.open(loaded, blocks, kv_dtype), ranks
-    pool = KvPool(loaded.config, blocks, loaded.dtype, kv_dtype)
-    return pool, Executor(loaded.model, attention_over(pool, loaded.config))
+        if config.attention == "flash":
+            raise SettingsError(
+                "HEADRACE_ATTENTION=flash: ranks share their KV in the host's memory, where "
+                "flash-attn does not read"
+            )
+        return ranks.open(loaded, blocks, config.kv_dtype), ranks
+    wanted = Wanted(blocks, config.kv_dtype, config.attention, config.max_running)
+    machine = make_attention(loaded.model, loaded.config, loaded.dtype, wanted, loaded.device)
+    steps = Executor(loaded.model, machine.backend, loaded.device, machine.graphs)
+    return machine.pool, steps
 
 
 class Engine:
@@ -84,6 +92,7 @@ class Engine:
             (blocks + 1) * block_bytes,
             f"a KV cache of {config.kv_tokens} tokens",
             "lower HEADRACE_KV_TOKENS",
+            free=free_bytes(loaded.device),
         )
         self.record = replace(
             loaded.record,
@@ -95,7 +104,7 @@ class Engine:
         self._config = config
         self._clock = clock
         self._pool = BlockPool(blocks)
-        self._kv, steps = _machine(loaded, blocks, config.kv_dtype, ranks)
+        self._kv, steps = _machine(loaded, blocks, config, ranks)
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
         self._runner = Runner(steps)
         self._scheduler = Scheduler(

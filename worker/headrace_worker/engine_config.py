@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from headrace.errors import SettingsError
 from headrace.types import BLOCK_TOKENS
+from headrace_worker.attention.choice import AttentionName
 from headrace_worker.kv.pool import KvDtype
 from headrace_worker.policy.scheduler import CALM_MS
 
@@ -18,7 +19,7 @@ class EngineConfig:
     `step_tokens_max`: tokens computed in one step; prompts of lower bands take `lower_prefill_ms`
     of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: offer
     KV blocks to a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
-    how keys and values are kept, "auto" as the model computes.
+    how keys and values are kept, "auto" as the model computes. `attention`: the backend.
     """
 
     kv_tokens: int
@@ -29,6 +30,7 @@ class EngineConfig:
     offer_blocks: bool = True
     speculation: bool = True
     kv_dtype: KvDtype = "auto"
+    attention: AttentionName = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_tokens < 2 * BLOCK_TOKENS:

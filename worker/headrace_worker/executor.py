@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
+from headrace_worker.decode_graphs import DecodeGraphs
+from headrace_worker.device import CPU
 from headrace_worker.model import Decoder
 from headrace_worker.native.program import program_of
 from headrace_worker.parallel.vocabulary import Verdict
@@ -54,9 +56,15 @@ class Executor:
     depth = 1
     choosing_vocab = 0
 
-    def __init__(self, model: Decoder, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        backend: AttentionBackend,
+        device: torch.device = CPU,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
-        self._backend = backend
+        self._backend, self._device, self._graphs = backend, device, graphs
         self._program = program_of(model, backend)
         self._done: deque[Tensor | None] = deque()
 
@@ -67,9 +75,13 @@ class Executor:
         stage takes, [N, hidden]; from the last one float32 logits of the wanted rows [M, vocab],
         None where there are none.
         """
+        device = self._device
         with torch.inference_mode():
             if self._program is not None:
                 return self._program.run(inputs)
+            recorded = self._graphs.run(inputs) if self._graphs is not None else None
+            if recorded is not None:
+                return recorded
             attend = self._backend.prepare(
                 AttentionBatch(
                     inputs.block_tables,
@@ -80,13 +92,13 @@ class Executor:
             )
             model = self.model
             if x is None:
-                x = model.embed(torch.from_numpy(inputs.tokens))
-            x = model.through(x, torch.from_numpy(inputs.positions), attend)
+                x = model.embed(torch.from_numpy(inputs.tokens).to(device))
+            x = model.through(x, torch.from_numpy(inputs.positions).to(device), attend)
             if not model.last:
                 return x
             if not inputs.wanted_rows:
                 return None
-            rows = None if inputs.rows is None else torch.from_numpy(inputs.rows)
+            rows = None if inputs.rows is None else torch.from_numpy(inputs.rows).to(device)
             return model.logits(x, rows)
 
     def submit(self, inputs: StepInputs) -> None:

@@ -16,6 +16,12 @@ class WorkerSettings(ServiceSettings):
     model: str = Field(default="smollm2", description="alias, Hugging Face repo id or path")
     model_name: str = Field(default="", description="name clients use; empty: the alias")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = Field(
+        default="auto", description="cpu, cuda or cuda:N; auto: a GPU where there is one"
+    )
+    attention: Literal["auto", "sdpa", "flash"] = Field(
+        default="auto", description="sdpa: torch; flash: flash-attn, on GPUs; auto: what works"
+    )
     quantization: Literal["none", "int8", "int4"] = "none"
     kv_dtype: Literal["auto", "int8"] = Field(
         default="auto", description="int8 halves the KV cache; auto: as the model computes"

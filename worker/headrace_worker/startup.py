@@ -9,9 +9,11 @@ from __future__ import annotations
 import structlog
 import torch
 
+from headrace.errors import ModelError
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS
 from headrace_worker import native
+from headrace_worker.device import CPU, free_bytes, resolve_device
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model, memory
 from headrace_worker.model import ModelConfig
@@ -23,6 +25,8 @@ from headrace_worker.settings import WorkerSettings
 log = structlog.get_logger()
 
 KV_SHARE_OF_FREE_MEMORY = 0.2
+KV_SHARE_OF_GPU = 0.8
+"""Of what the weights leave of a GPU; steps, graphs and spare pages take the rest."""
 KV_BYTES_MAX = 4 * 2**30
 KV_TOKENS_MIN = 2_048
 PROGRESS_PERCENT = 10
@@ -56,8 +60,11 @@ def kv_tokens_for(
         return settings.kv_tokens
     if block_bytes is None:
         block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, settings.kv_dtype)
-    free_bytes = memory.available_bytes() or KV_BYTES_MAX
-    budget_bytes = min(KV_BYTES_MAX, int(free_bytes * KV_SHARE_OF_FREE_MEMORY))
+    gpu_bytes = free_bytes(loaded.device)
+    if gpu_bytes is not None:
+        return max(KV_TOKENS_MIN, int(gpu_bytes * KV_SHARE_OF_GPU) // block_bytes * BLOCK_TOKENS)
+    host_bytes = memory.available_bytes() or KV_BYTES_MAX
+    budget_bytes = min(KV_BYTES_MAX, int(host_bytes * KV_SHARE_OF_FREE_MEMORY))
     least = min(loaded.record.context_tokens, KV_TOKENS_MIN)
     return max(least, budget_bytes // block_bytes * BLOCK_TOKENS)
 
@@ -69,6 +76,14 @@ def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
     """
     native.choose(settings.kernels if links is None else "off")
     told, name = 0, name_of(settings)
+    device = resolve_device(settings.device)
+    if links is not None and device.type != "cpu":
+        if settings.device != "auto":
+            raise ModelError(
+                f"HEADRACE_DEVICE={settings.device}: ranks share their KV and add up in the host's "
+                "memory, so that a model in several parts is computed on CPUs so far"
+            )
+        device = CPU
 
     def progress(done: int, total: int) -> None:
         nonlocal told
@@ -88,6 +103,7 @@ def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
         settings.quantization,
         context_tokens=settings.context_tokens,
         progress=progress if links is None or not links.rank else None,
+        device=device,
         part=part if links is not None else None,
         group=links.group if links is not None else None,
     )

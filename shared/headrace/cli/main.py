@@ -10,6 +10,7 @@ from headrace import __version__
 from headrace.cli.bench import bench
 from headrace.cli.cache import cache
 from headrace.cli.chat import chat
+from headrace.cli.plan import plan
 from headrace.cli.pull import pull
 from headrace.cli.simulate import simulate
 from headrace.cli.status import status
@@ -39,7 +40,7 @@ def main(
     """Serves large language models from a fleet of workers."""
 
 
-for command in (up, chat, status, pull, simulate):
+for command in (up, chat, status, pull, plan, simulate):
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(cache, name="cache")

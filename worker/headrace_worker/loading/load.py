@@ -17,6 +17,7 @@ from torch import Tensor
 from headrace.errors import ModelError
 from headrace.types import ModelRecord
 from headrace_worker import native
+from headrace_worker.device import CPU, free_bytes
 from headrace_worker.loading import memory
 from headrace_worker.loading.fingerprint import fingerprint
 from headrace_worker.loading.gguf_file import GgufSource
@@ -48,6 +49,7 @@ class LoadedModel:
     quantization: Quantization
     weight_bytes: int
     part: Part | None = None
+    device: torch.device = CPU
 
     @property
     def whole(self) -> ModelConfig:
@@ -73,6 +75,7 @@ def load_model(
     progress: Progress | None = None,
     part: Callable[[ModelConfig], Part] | None = None,
     group: Group | None = None,
+    device: torch.device = CPU,
 ) -> LoadedModel:
     """Reads the GGUF file or Hugging Face folder at `path`, to be served as `name`.
 
@@ -82,17 +85,19 @@ def load_model(
     as vLLM does it: the long ones only where it exceeds the context that the model was first
     trained with. `part`: which part of a model of this config to read, None for all of it; it may
     raise ModelError. `group`: the ranks that hold the other parts of the same layers.
-    Raises ModelError, saying what is wrong and what would work.
+    `device`: where weights go. Raises ModelError, saying what is wrong and what would work.
     """
-    kind, mode = resolve_dtype(dtype), resolve_quantization(quantization)
+    kind, mode = resolve_dtype(dtype, device), resolve_quantization(quantization, device)
     source = _open(path)
     facts = source.tokenizer()
     config = _served(source.config, context_tokens)
     held = None if part is None else part(config)
     tensors: Tensors = source if held is None else ShardedTensors(source, held)
     local = config if held is None else held.config
-    memory.require_model(local, tensors.largest_values(), str(kind)[6:], mode)
-    weights = _Weights(tensors, kind, mode, progress)
+    memory.require_model(
+        local, tensors.largest_values(), str(kind)[6:], mode, free=free_bytes(device)
+    )
+    weights = _Weights(tensors, kind, mode, progress, device)
     model = _build(local, weights, held, group)
     weights.check_all_taken()
     record = ModelRecord(
@@ -108,7 +113,7 @@ def load_model(
         template_tokens=facts.template_tokens,
         tokenizer_json=facts.json,
     )
-    return LoadedModel(model, record, local, mode, weights.bytes, held)
+    return LoadedModel(model, record, local, mode, weights.bytes, held, device)
 
 
 def _build(
@@ -129,8 +134,10 @@ def _rounding(mode: Quantization) -> str:
     return f"{mode} in groups" if mode != "none" and native.library() is not None else mode
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """The torch dtype; "auto" is bfloat16 where the CPU multiplies it natively."""
+def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
+    """The torch dtype; "auto" is bfloat16 on a GPU and where the CPU multiplies it natively."""
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16
     if name == "auto":
         return torch.bfloat16 if _native_bfloat16() else torch.float32
     if name not in DTYPES:
@@ -138,8 +145,12 @@ def resolve_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_quantization(name: str) -> Quantization:
-    """`name` itself. Raises ModelError where it is no way to quantize."""
+def resolve_quantization(name: str, device: torch.device = CPU) -> Quantization:
+    """`name` itself. Raises ModelError where it is no way to quantize, or not on `device`."""
+    if name in MODES and name != "none" and device.type != "cpu":
+        raise ModelError(
+            f"HEADRACE_QUANTIZATION={name} multiplies with kernels for CPUs, not on {device}"
+        )
     for mode in MODES:
         if name == mode:
             return mode
@@ -182,7 +193,9 @@ class _Weights:
         dtype: torch.dtype,
         quantization: Quantization,
         progress: Progress | None,
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._source = source
         self.dtype = dtype
         self._quantization = quantization
@@ -192,7 +205,7 @@ class _Weights:
         self._done_bytes, self._all_bytes = 0, sum(map(source.stored_bytes, self._left))
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._read(name, shape).to(self.dtype)
+        tensor = self._read(name, shape).to(self.dtype).to(self._device)
         self.bytes += tensor.nbytes
         return tensor
 
@@ -242,6 +255,8 @@ class _Weights:
         return tensor.to(self.dtype) if self._quantization == "none" else tensor
 
     def _linear(self, weight: Tensor, bias: Tensor | None, role: Role) -> AnyLinear:
+        bias = None if bias is None else bias.to(self._device)
+        weight = weight.to(self._device)
         linear = make_linear(self._quantization, weight, bias, role, self.dtype)
         self.bytes += linear.weight_bytes
         return linear

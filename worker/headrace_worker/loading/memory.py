@@ -62,9 +62,12 @@ def _cgroup_bytes() -> int | None:
         return None
 
 
-def require(needed_bytes: int, what: str, advice: str) -> None:
-    """Raises ModelError when `what` does not fit; `advice` says what would."""
-    free = available_bytes()
+def require(needed_bytes: int, what: str, advice: str, *, free: int | None = None) -> None:
+    """Raises ModelError when `what` does not fit; `advice` says what would.
+
+    `free`: bytes of a GPU that are free; None for the host's memory.
+    """
+    free = available_bytes() if free is None else free
     if free is not None and needed_bytes > free:
         raise ModelError(
             f"{what} needs {_mib(needed_bytes)} MiB of memory, {_mib(free)} MiB are available: "
@@ -73,7 +76,14 @@ def require(needed_bytes: int, what: str, advice: str) -> None:
         )
 
 
-def require_model(config: ModelConfig, largest_values: int, dtype: str, quantization: str) -> None:
+def require_model(
+    config: ModelConfig,
+    largest_values: int,
+    dtype: str,
+    quantization: str,
+    *,
+    free: int | None = None,
+) -> None:
     """Raises ModelError when the model does not fit, saying which options would make it fit.
 
     `largest_values`: numbers in the largest tensor of its files. `dtype`: "float32" or "bfloat16".
@@ -82,7 +92,8 @@ def require_model(config: ModelConfig, largest_values: int, dtype: str, quantiza
         option: model_bytes(config, largest_values, *settings)
         for option, settings in _SMALLER.items()
     }
-    needed, free = model_bytes(config, largest_values, dtype, quantization), available_bytes()
+    needed = model_bytes(config, largest_values, dtype, quantization)
+    free = available_bytes() if free is None else free
     told = {
         option: f"{option} ({_mib(size)} MiB, {_HOW[option]})"
         for option, size in sizes.items()
@@ -96,7 +107,12 @@ def require_model(config: ModelConfig, largest_values: int, dtype: str, quantiza
     else:
         advice = "use a smaller model"
     form = dtype if quantization == "none" else f"{dtype} with {quantization} weights"
-    require(needed, f"a model of {config.parameters / 1e6:,.0f}M parameters in {form}", advice)
+    require(
+        needed,
+        f"a model of {config.parameters / 1e6:,.0f}M parameters in {form}",
+        advice,
+        free=free,
+    )
 
 
 def model_bytes(config: ModelConfig, largest_values: int, dtype: str, quantization: str) -> int:

@@ -149,6 +149,8 @@ class Angles:
         The first half of the sines is negated, so that `rotate` needs a roll instead of a split, a
         negation and a concatenation.
         """
+        if self._frequencies.device != positions.device:  # once: wherever the model is
+            self._frequencies = self._frequencies.to(positions.device)
         angles = positions[:, None, None] * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         if self._factor != 1:

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from headrace.errors import ModelError
+from headrace_worker.device import CPU, collectives_for
 from headrace_worker.parallel.collective import Group, TorchGroup
 from headrace_worker.parallel.links import PATIENCE_S, Alone, LinkError
 from headrace_worker.parallel.shape import Shape
@@ -61,8 +62,10 @@ def end_with_starter() -> None:
 class TorchLinks:
     """One rank's ways over gloo. All ranks build one at the same time."""
 
-    def __init__(self, shape: Shape) -> None:
-        """Raises ModelError where torchrun started another number of processes."""
+    def __init__(self, shape: Shape, device: torch.device = CPU) -> None:
+        """`device`: where the rank computes, which decides what its sums go over.
+
+        Raises ModelError where torchrun started another number of processes."""
         store, self.rank, world = next(iter(rendezvous("env://")))
         if world != shape.ranks:
             raise ModelError(
@@ -81,7 +84,7 @@ class TorchLinks:
         self.group: Group = Alone()
         for stage in range(shape.pipeline):
             ranks = list(shape.stage_ranks(stage))
-            made = dist.new_group(ranks, timeout=patience, backend="gloo")
+            made = dist.new_group(ranks, timeout=patience, backend=collectives_for(device))
             if self.rank in ranks and shape.tensor > 1:
                 self.group = TorchGroup(made)
         self._beats = PrefixStore("beats", store.clone())
