@@ -96,7 +96,7 @@ def build(settings: WorkerSettings) -> Consumer:
         weight_mib=loaded.weight_bytes >> 20,
         kv_tokens=kv_tokens,
     )
-    capacity = Capacity(kv_tokens, settings.max_jobs)
+    capacity = Capacity(kv_tokens, settings.max_jobs, settings.role)
     engine = Engine(loaded, config, clock)
     cache = _link(settings, engine) if settings.cache_url else None
     return Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)

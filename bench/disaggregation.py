@@ -1,0 +1,170 @@
+"""Prefill and decode on workers of their own, or both on each: the same load on the same cores.
+
+Some clients stream without a pause (short prompts, long outputs), others send long prompts. Printed
+for each way: the gaps between the tokens that the streaming clients see, the first token of the
+long prompts, and all tokens a second, of prompts and output. A first pass warms up and does not
+count. `--ways` names them: `both` and `P:D`, as many workers each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bench._fleet import Fleet, settings_of
+from bench._load import Answer, Ask, Client, closed_loop, parse_shape, percentile, run
+from headrace import keys
+from headrace.cli.common import parse_roles
+from headrace.streams import connect, parse_entries
+from headrace.types import JobMoved
+from headrace.wire_reports import decode_event
+
+
+@dataclass
+class Seen:
+    """What one way gave: gaps in ms, answers by kind, seconds."""
+
+    gaps_ms: list[float] = field(default_factory=list)
+    streams: list[Answer] = field(default_factory=list)
+    prompts: list[Answer] = field(default_factory=list)
+    took_s: float = 0.0
+    moved: int = 0
+    cpu_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        done = [each for each in (*self.streams, *self.prompts) if each.complete]
+        return sum(each.ask.prompt + each.tokens for each in done)
+
+
+async def load(
+    url: str, model: str, args: argparse.Namespace, duration_s: float, seed: int
+) -> Seen:
+    """Both kinds of clients for `duration_s`."""
+    seen, dice = Seen(), random.Random(seed)
+    stream, prompt = parse_shape(args.stream), parse_shape(args.long)
+    async with Client([url], model, seed) as client:
+
+        async def streaming(ask: Ask) -> Answer:
+            last_s = 0.0
+
+            def watch(_: int) -> None:
+                nonlocal last_s
+                now = time.perf_counter()
+                if last_s:
+                    seen.gaps_ms.append((now - last_s) * 1000)
+                last_s = now
+
+            return await client.send(ask, watch)
+
+        async def asking(ask: Ask) -> Answer:
+            await asyncio.sleep(dice.expovariate(1 / args.think) if args.think else 0.0)
+            return await client.send(ask)
+
+        def a_stream() -> Ask:
+            spread = stream[1] // 2
+            return Ask(stream[0], stream[1] + dice.randint(-spread, spread))
+
+        began = time.perf_counter()
+        seen.streams, seen.prompts = await asyncio.gather(
+            closed_loop(args.streams, a_stream, streaming, duration_s),
+            closed_loop(args.prompts, lambda: Ask(*prompt), asking, duration_s),
+        )
+        seen.took_s = time.perf_counter() - began
+    return seen
+
+
+async def moved(redis_url: str, model: str) -> int:
+    """Jobs that moved from one worker to another, as far as the events still tell."""
+    redis = connect(redis_url)
+    try:
+        raw = await redis.xrange(keys.events(model))
+        events = [decode_event(entry.data) for entry in parse_entries(raw)]
+        return sum(isinstance(event, JobMoved) for event in events)
+    finally:
+        await redis.aclose()
+
+
+def own_settings(way: str, workers: int) -> dict[str, dict[str, str]]:
+    """Each worker's role."""
+    if way == "both":
+        return {}
+    prefill, decode = parse_roles(way)
+    if prefill + decode != workers:
+        raise SystemExit(f"{way}: {workers} workers are to be split")
+    roles = ["prefill"] * prefill + ["decode"] * decode
+    return {f"w{index}": {"HEADRACE_ROLE": role} for index, role in enumerate(roles)}
+
+
+def measure(way: str, args: argparse.Namespace) -> Seen:
+    with Fleet(
+        args.workers,
+        model=args.model,
+        threads=args.threads,
+        env=settings_of(args.set),
+        own=own_settings(way, args.workers),
+    ) as fleet:
+        url = fleet.urls[0]
+        run(load(url, fleet.model, args, args.warm, 99))
+        before = fleet.cpu()
+        moved_before = asyncio.run(moved(fleet.redis_url, fleet.model))
+        seen: Seen = run(load(url, fleet.model, args, args.seconds, args.seed))
+        seen.moved = asyncio.run(moved(fleet.redis_url, fleet.model)) - moved_before
+        seen.cpu_s = {name: used - before[name] for name, used in fleet.cpu().items()}
+    return seen
+
+
+def told(way: str, seen: Seen) -> str:
+    gaps, done = seen.gaps_ms, [*seen.streams, *seen.prompts]
+    first = [each.ttft_ms for each in seen.prompts if each.complete]
+    incomplete = sum(not each.complete for each in done)
+    output = sum(each.tokens for each in done if each.complete)
+    cpu = ", ".join(f"{name} {used / seen.took_s:.2f}" for name, used in seen.cpu_s.items())
+    return (
+        f"{way:>5}: ITL of {len(gaps)} gaps p50 {percentile(gaps, 50):6.1f}, "
+        f"p90 {percentile(gaps, 90):6.1f}, p99 {percentile(gaps, 99):6.1f}, "
+        f"max {max(gaps, default=0):6.1f} ms | first token of {len(first)} long prompts p50 "
+        f"{percentile(first, 50):6.0f}, p99 {percentile(first, 99):6.0f} ms | "
+        f"{seen.tokens / seen.took_s:6.1f} tokens/s, {output / seen.took_s:5.1f} of output | "
+        f"{seen.moved} jobs moved, {incomplete} of {len(done)} incomplete | cores: {cpu}"
+    )
+
+
+def compare(ways: Sequence[str], results: Sequence[Seen]) -> None:
+    """Each way beside the first."""
+    base = results[0]
+    for way, seen in zip(ways[1:], results[1:], strict=True):
+        itl = percentile(seen.gaps_ms, 99) / percentile(base.gaps_ms, 99)
+        rate = (seen.tokens / seen.took_s) / (base.tokens / base.took_s)
+        print(f"{way} to {ways[0]}: ITL p99 {itl:.2f} times, tokens/s {rate:.2f} times")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ways", nargs="+", default=["both", "1:1"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--streams", type=int, default=6, help="clients that stream")
+    parser.add_argument("--stream", default="32:160", help="their prompt and mean output")
+    parser.add_argument("--prompts", type=int, default=2, help="clients that send long prompts")
+    parser.add_argument("--long", default="1024:16", help="their prompt and output")
+    parser.add_argument("--think", type=float, default=0.0, help="mean seconds between theirs")
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--warm", type=float, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], help="HEADRACE_X=1 for all services")
+    args = parser.parse_args()
+    results = []
+    for way in args.ways:
+        results.append(measure(way, args))
+        print(told(way, results[-1]), flush=True)
+    compare(args.ways, results)
+
+
+if __name__ == "__main__":
+    main()
