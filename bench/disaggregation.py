@@ -1,9 +1,9 @@
 """Prefill and decode on workers of their own, or both on each: the same load on the same cores.
 
-Some clients stream without a pause (short prompts, long outputs), others send long prompts. Printed
-for each way: the gaps between the tokens that the streaming clients see, the first token of the
-long prompts, and all tokens a second, of prompts and output. A first pass warms up and does not
-count. `--ways` names them: `both` and `P:D`, as many workers each.
+Short prompts with long outputs and long prompts with short outputs arrive at random, at the same
+instants for each way. Printed: the gaps between the tokens that the streams see, the first tokens,
+and all tokens a second, of prompts and output, from the first request to the end of the last. A
+first pass warms up and does not count. `--ways` names them: `both` and `P:D`, as many workers each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench._fleet import Fleet, settings_of
-from bench._load import Answer, Ask, Client, closed_loop, parse_shape, percentile, run
+from bench._load import Answer, Ask, Client, Lag, open_loop, parse_shape, percentile, poisson, run
 from headrace import keys
 from headrace.cli.common import parse_roles
 from headrace.streams import connect, parse_entries
@@ -44,12 +44,18 @@ class Seen:
 async def load(
     url: str, model: str, args: argparse.Namespace, duration_s: float, seed: int
 ) -> Seen:
-    """Both kinds of clients for `duration_s`."""
-    seen, dice = Seen(), random.Random(seed)
+    """Both kinds of requests for `duration_s`; returns when the last has ended."""
+    seen, dice, lag = Seen(), random.Random(seed), Lag()
     stream, prompt = parse_shape(args.stream), parse_shape(args.long)
+    spread = stream[1] // 2
+    streams = [
+        (at_s, Ask(stream[0], stream[1] + dice.randint(-spread, spread)))
+        for at_s in poisson(args.stream_rate, duration_s, dice)
+    ]
+    prompts = [(at_s, Ask(*prompt)) for at_s in poisson(args.long_rate, duration_s, dice)]
     async with Client([url], model, seed) as client:
 
-        async def streaming(ask: Ask) -> Answer:
+        async def send(ask: Ask) -> Answer:
             last_s = 0.0
 
             def watch(_: int) -> None:
@@ -59,22 +65,14 @@ async def load(
                     seen.gaps_ms.append((now - last_s) * 1000)
                 last_s = now
 
-            return await client.send(ask, watch)
-
-        async def asking(ask: Ask) -> Answer:
-            await asyncio.sleep(dice.expovariate(1 / args.think) if args.think else 0.0)
-            return await client.send(ask)
-
-        def a_stream() -> Ask:
-            spread = stream[1] // 2
-            return Ask(stream[0], stream[1] + dice.randint(-spread, spread))
+            return await client.send(ask, watch if ask.prompt == stream[0] else None)
 
         began = time.perf_counter()
-        seen.streams, seen.prompts = await asyncio.gather(
-            closed_loop(args.streams, a_stream, streaming, duration_s),
-            closed_loop(args.prompts, lambda: Ask(*prompt), asking, duration_s),
-        )
+        tasks = await open_loop(sorted([*streams, *prompts], key=lambda each: each[0]), send, lag)
+        answers = await asyncio.gather(*tasks)
         seen.took_s = time.perf_counter() - began
+    seen.streams = [each for each in answers if each.ask.prompt == stream[0]]
+    seen.prompts = [each for each in answers if each.ask.prompt != stream[0]]
     return seen
 
 
@@ -121,6 +119,7 @@ def measure(way: str, args: argparse.Namespace) -> Seen:
 def told(way: str, seen: Seen) -> str:
     gaps, done = seen.gaps_ms, [*seen.streams, *seen.prompts]
     first = [each.ttft_ms for each in seen.prompts if each.complete]
+    begun = [each.ttft_ms for each in seen.streams if each.complete]
     incomplete = sum(not each.complete for each in done)
     output = sum(each.tokens for each in done if each.complete)
     cpu = ", ".join(f"{name} {used / seen.took_s:.2f}" for name, used in seen.cpu_s.items())
@@ -128,7 +127,8 @@ def told(way: str, seen: Seen) -> str:
         f"{way:>5}: ITL of {len(gaps)} gaps p50 {percentile(gaps, 50):6.1f}, "
         f"p90 {percentile(gaps, 90):6.1f}, p99 {percentile(gaps, 99):6.1f}, "
         f"max {max(gaps, default=0):6.1f} ms | first token of {len(first)} long prompts p50 "
-        f"{percentile(first, 50):6.0f}, p99 {percentile(first, 99):6.0f} ms | "
+        f"{percentile(first, 50):6.0f}, p99 {percentile(first, 99):6.0f} ms, of streams p50 "
+        f"{percentile(begun, 50):6.0f}, p99 {percentile(begun, 99):6.0f} ms | "
         f"{seen.tokens / seen.took_s:6.1f} tokens/s, {output / seen.took_s:5.1f} of output | "
         f"{seen.moved} jobs moved, {incomplete} of {len(done)} incomplete | cores: {cpu}"
     )
@@ -149,12 +149,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--streams", type=int, default=6, help="clients that stream")
-    parser.add_argument("--stream", default="32:160", help="their prompt and mean output")
-    parser.add_argument("--prompts", type=int, default=2, help="clients that send long prompts")
-    parser.add_argument("--long", default="1024:16", help="their prompt and output")
-    parser.add_argument("--think", type=float, default=0.0, help="mean seconds between theirs")
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--stream", default="32:96", help="streams: prompt and mean output")
+    parser.add_argument("--stream-rate", type=float, default=0.3, help="streams a second")
+    parser.add_argument("--long", default="768:16", help="long prompts: prompt and output")
+    parser.add_argument("--long-rate", type=float, default=0.15, help="long prompts a second")
+    parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--warm", type=float, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="HEADRACE_X=1 for all services")

@@ -46,6 +46,8 @@ class Stack:
     gateways: int = 1
     model: str = "smollm2"
     env: dict[str, str] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
+    """Of the first workers; the others do both."""
 
     def __post_init__(self) -> None:
         self.valkey = Valkey(aof=True)
@@ -65,8 +67,8 @@ class Stack:
     def __enter__(self) -> Stack:
         self.valkey.start()
         self.start_cache()
-        for _ in range(self.workers):
-            self.start_worker()
+        for index in range(self.workers):
+            self.start_worker(self.roles[index] if index < len(self.roles) else "both")
         for index, port in enumerate(self.ports):
             self._spawn(f"gateway{index}", "headrace_gateway", HEADRACE_PORT=str(port))
         self.wait_ready(self.workers)
@@ -88,10 +90,11 @@ class Stack:
         own = {"HEADRACE_CACHE_LISTEN": self.cache_url} | self.cache_env
         self._spawn("cache", "headrace_cache", **own)
 
-    def start_worker(self) -> str:
+    def start_worker(self, role: str = "both") -> str:
+        """Its name is its role's, where it has a special one."""
         self._spawned += 1
-        name = f"w{self._spawned}"
-        self._spawn(name, "headrace_worker", HEADRACE_WORKER_ID=name)
+        name = f"{'w' if role == 'both' else role}{self._spawned}"
+        self._spawn(name, "headrace_worker", HEADRACE_WORKER_ID=name, HEADRACE_ROLE=role)
         return name
 
     def _spawn(self, name: str, module: str, **env: str) -> None:

@@ -338,6 +338,67 @@ async def test_jobs_move_between_two_workers_and_nobody_can_tell(
     decode.engine.check_integrity()
 
 
+async def test_a_job_that_cannot_move_stays_and_says_the_same(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """The decoding worker lives and takes nothing: whoever computed the prompt goes on."""
+    job = make_job("j", PROMPT, max_tokens=20, temperature=0.8, seed=4)
+    alone = finish_all(make_engine(tiny), [job])
+    prefill = Working(tiny, valkey, WorkerRole.PREFILL)
+    decode = Working(tiny, valkey, WorkerRole.DECODE)
+    await both_ready(fleet, redis)
+    inbox = decode.consumer._moves._inbox
+    assert inbox is not None
+    inbox.closed_for = "as if it left"
+    generation = await fleet.submit(job, INVALID_SPAN)
+    assert await everything(generation) == (alone.tokens["j"], FinishReason.LENGTH)
+    assert generation.attempt == 1
+    assert prefill.consumer._moves.stayed == 1
+    await eventually(lambda: _nothing_reserved(redis), limit_s=5)
+    await prefill.stop()
+    await decode.stop()
+
+
+async def test_a_cancel_finds_a_job_wherever_it_is(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """Before, in the middle of and after its move."""
+    prefill = Working(tiny, valkey, WorkerRole.PREFILL)
+    decode = Working(tiny, valkey, WorkerRole.DECODE)
+    await both_ready(fleet, redis)
+    for number, pause_s in enumerate((0.0, 0.01, 0.02, 0.05, 0.1, 0.3)):
+        job = make_job(f"j{number}", random_tokens(400, number), max_tokens=3_000)
+        generation = await fleet.submit(job, INVALID_SPAN)
+        await asyncio.sleep(pause_s)
+        await generation.cancel()
+        _, reason = await everything(generation)
+        assert reason is FinishReason.CANCELLED
+    await eventually(lambda: _nothing_reserved(redis), limit_s=5)
+    await prefill.stop()
+    await decode.stop()
+
+
+async def test_a_worker_takes_the_role_that_it_is_told(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """Through its stream; the word leaves no entry behind, and nonsense changes nothing."""
+    worker = Working(tiny, valkey, WorkerRole.DECODE)
+    await eventually(lambda: _one(redis), limit_s=20)
+    for word, role in (
+        ("prefill", WorkerRole.PREFILL),
+        ("nonsense", WorkerRole.PREFILL),
+        ("decode", WorkerRole.DECODE),
+    ):
+        await redis.xadd(keys.jobs("test", "decode"), {"role": word})
+        await eventually(lambda: _nothing_reserved(redis), limit_s=5)
+        assert worker.consumer.status().role is role
+    await worker.stop()
+
+
+async def _one(redis: Redis) -> bool:
+    return len(await redis.hkeys(keys.workers("test"))) == 1
+
+
 async def _nothing_reserved(redis: Redis) -> bool:
     for worker in ("prefill", "decode"):
         held = await redis.hgetall(keys.load("test", worker))

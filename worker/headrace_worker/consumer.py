@@ -228,9 +228,8 @@ class Consumer:
 
     def counts(self) -> Counts:
         """For `/metrics`."""
-        if self._cache is None:
-            return self._counts
-        return replace(self._counts, cache=self._cache.counts)
+        counts = self._moves.count(self._counts)
+        return counts if self._cache is None else replace(counts, cache=self._cache.counts)
 
     def status(self) -> WorkerStatus:
         """What the fleet is told of this worker."""

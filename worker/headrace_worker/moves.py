@@ -22,6 +22,7 @@ from headrace_worker.cache_link import CacheLink
 from headrace_worker.engine import Engine
 from headrace_worker.kv.export import Export
 from headrace_worker.membership import Capacity
+from headrace_worker.metrics import Counts
 from headrace_worker.moving.inbox import Inbox
 from headrace_worker.moving.mover import Mover
 from headrace_worker.publisher import Moving, Publisher
@@ -86,6 +87,16 @@ class Moves:
             if role is WorkerRole.BOTH or self._inbox is not None:
                 log.info("role changes", before=self.role.value, now=role.value)
                 self.role = role
+
+    def count(self, counts: Counts) -> Counts:
+        """`counts` with what moved."""
+        return replace(
+            counts,
+            moved_out=self.moved_out,
+            stayed=self.stayed,
+            sent_blocks=self._mover.sent_blocks,
+            taken_blocks=0 if self._inbox is None else self._inbox.taken_blocks,
+        )
 
     # jobs that will leave
 
