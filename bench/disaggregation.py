@@ -1,9 +1,11 @@
 """Prefill and decode on workers of their own, or both on each: the same load on the same cores.
 
-Short prompts with long outputs and long prompts with short outputs arrive at random, at the same
-instants for each way. Printed: the gaps between the tokens that the streams see, the first tokens,
-and all tokens a second, of prompts and output, from the first request to the end of the last. A
-first pass warms up and does not count. `--ways` names them: `both` and `P:D`, as many workers each.
+Short prompts with long outputs and long prompts with short outputs arrive at a steady rate, at the
+same instants for each way. Printed: the gaps between the tokens that the streams see, the first
+tokens, and all tokens a second, of prompts and output, from the first request to the end of the
+last. A first pass warms up and does not count. `--ways` names them: `both` and `P:D`, as many
+workers each.
+`--transfer` measures instead how long the KV of a long prompt is on its way, all of it at once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench._fleet import Fleet, settings_of
-from bench._load import Answer, Ask, Client, Lag, open_loop, parse_shape, percentile, poisson, run
+from bench._load import Answer, Ask, Client, Lag, open_loop, parse_shape, percentile, run
 from headrace import keys
 from headrace.cli.common import parse_roles
 from headrace.streams import connect, parse_entries
@@ -41,6 +43,15 @@ class Seen:
         return sum(each.ask.prompt + each.tokens for each in done)
 
 
+def steady(rate: float, duration_s: float, dice: random.Random) -> list[float]:
+    """One arrival in each turn of 1 / `rate` seconds, anywhere in the middle half of it.
+
+    Poisson's bunches would measure how long a queue gets at so few arrivals, for each way another.
+    """
+    count = int(rate * duration_s)
+    return [(number + dice.uniform(0.25, 0.75)) / rate for number in range(count)]
+
+
 async def load(
     url: str, model: str, args: argparse.Namespace, duration_s: float, seed: int
 ) -> Seen:
@@ -50,9 +61,9 @@ async def load(
     spread = stream[1] // 2
     streams = [
         (at_s, Ask(stream[0], stream[1] + dice.randint(-spread, spread)))
-        for at_s in poisson(args.stream_rate, duration_s, dice)
+        for at_s in steady(args.stream_rate, duration_s, dice)
     ]
-    prompts = [(at_s, Ask(*prompt)) for at_s in poisson(args.long_rate, duration_s, dice)]
+    prompts = [(at_s, Ask(*prompt)) for at_s in steady(args.long_rate, duration_s, dice)]
     async with Client([url], model, seed) as client:
 
         async def send(ask: Ask) -> Answer:
@@ -134,6 +145,59 @@ def told(way: str, seen: Seen) -> str:
     )
 
 
+async def transfer(args: argparse.Namespace) -> None:
+    """KV of one prompt from one engine into another's pool, over shared memory and over TCP."""
+    from headrace import models
+    from headrace.clock import SystemClock
+    from headrace.types import Band, Job, Sampling, pack_tokens
+    from headrace_worker.engine import Engine, EngineConfig
+    from headrace_worker.loading import load_model
+    from headrace_worker.moving.inbox import Inbox
+    from headrace_worker.moving.mover import Mover
+
+    loaded, clock = load_model(models.resolve(args.model), args.model), SystemClock()
+    prompt, dice = parse_shape(args.long)[0], random.Random(args.seed)
+    sender = Engine(loaded, EngineConfig(kv_tokens=4 * prompt), clock)
+    for shared in (True, False):
+        receiver = Engine(loaded, EngineConfig(kv_tokens=4 * prompt), clock)
+        inbox = Inbox(
+            receiver,
+            "tcp://127.0.0.1:0",
+            kv_tokens=4 * prompt,
+            max_jobs=8,
+            send=lambda command, engine=receiver: command(engine),
+        )
+        if not shared:
+            inbox.landing.close()
+        address, mover = await inbox.start(), Mover(sender.layout, sender.block_bytes, clock)
+        job = Job(
+            f"shared {shared}", args.model, "t", Band.STANDARD, 0, "g",
+            pack_tokens(dice.randrange(100, 40_000) for _ in range(prompt)),
+            Sampling(max_tokens=8, temperature=0.0), move_to="d", move_address=address,
+        )  # fmt: skip
+        sender.add(job)
+        lent, steps_ms = [], []
+        while sender.has_work:
+            began = time.perf_counter()
+            lent += sender.step().lent
+            steps_ms.append((time.perf_counter() - began) * 1000)
+        mover.begin(job)
+        began = time.perf_counter()
+        mover.lend(lent)
+        arrived = await mover.finish(job.id)
+        took_ms = (time.perf_counter() - began) * 1000
+        megabytes = arrived.blocks * sender.block_bytes / 1e6
+        print(
+            f"{'shared memory' if shared else 'TCP':>13}: {arrived.blocks} blocks of "
+            f"{sender.block_bytes} bytes in {took_ms:.1f} ms ({megabytes / took_ms:.2f} GB/s), "
+            f"{1000 * took_ms / prompt:.1f} ms for 1,000 tokens; computing them took "
+            f"{sum(steps_ms):.0f} ms {arrived.reason}",
+            flush=True,
+        )
+        await mover.close()
+        await inbox.stop()
+
+
 def compare(ways: Sequence[str], results: Sequence[Seen]) -> None:
     """Each way beside the first."""
     base = results[0]
@@ -149,15 +213,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--stream", default="32:96", help="streams: prompt and mean output")
-    parser.add_argument("--stream-rate", type=float, default=0.3, help="streams a second")
-    parser.add_argument("--long", default="768:16", help="long prompts: prompt and output")
-    parser.add_argument("--long-rate", type=float, default=0.15, help="long prompts a second")
+    parser.add_argument("--stream", default="32:64", help="streams: prompt and mean output")
+    parser.add_argument("--stream-rate", type=float, default=0.4, help="streams a second")
+    parser.add_argument("--long", default="512:16", help="long prompts: prompt and output")
+    parser.add_argument("--long-rate", type=float, default=0.2, help="long prompts a second")
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--warm", type=float, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="HEADRACE_X=1 for all services")
+    parser.add_argument("--transfer", action="store_true", help="only measure moving KV")
     args = parser.parse_args()
+    if args.transfer:
+        asyncio.run(transfer(args))
+        return
     results = []
     for way in args.ways:
         results.append(measure(way, args))

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
+from tokenizers import Tokenizer
 
-from headrace import frames, keys
+from headrace import frames, grammars, keys
 from headrace.arena_view import ArenaView
 from headrace.clock import SystemClock
 from headrace.errors import WireError
 from headrace.frame_codec import PREFIX
-from headrace.types import BLOCK_TOKENS, FinishReason, Job, WorkerRole, pack_tokens
+from headrace.types import BLOCK_TOKENS, Band, FinishReason, Job, WorkerRole, pack_tokens
 from headrace_gateway.fleet import Fleet
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
@@ -34,6 +35,7 @@ from headrace_worker.settings import WorkerSettings
 from support.fleet import eventually
 from support.valkey import Valkey
 from worker.builders import Output, finish_all, make_engine, make_job, random_tokens, take_export
+from worker.conftest import NEW_TOKENS, Reference
 from worker.test_consumer import everything
 
 PROMPT = random_tokens(150, 5)
@@ -93,6 +95,32 @@ def test_two_engines_together_say_what_one_says(tiny: LoadedModel, name: str) ->
     assert len(prompt) == (len(PROMPT) - 1 if name == "logprobs" else 0)
     assert {delta.cached_tokens for delta in rest.deltas} == {0}, "as its first worker said"
     assert rest.stories["j"].progress == alone.stories["j"].progress
+
+
+def test_moved_jobs_say_what_the_reference_says(smollm2: LoadedModel, reference: Reference) -> None:
+    """A real model in float32, all prompts at once, from one engine to another after a token."""
+    prefill, decode = make_engine(smollm2, step_tokens_max=128), make_engine(smollm2)
+    jobs = {
+        f"p{i}": make_job(f"p{i}", prompt, max_tokens=NEW_TOKENS)
+        for i, prompt in enumerate(reference.prompts)
+    }
+    for job in jobs.values():
+        prefill.add(moving(job))
+    firsts: dict[str, list[int]] = {}
+    there = []
+    while prefill.has_work:
+        result = prefill.step()
+        firsts |= {delta.job: list(delta.tokens) for delta in result.deltas}
+        payloads = [take_export(export) for export in result.lent]
+        decode.take_in(payloads, Band.STANDARD, "t")
+        there += [
+            replace(jobs[s.job], attempt=2, logged=pack_tokens(firsts[s.job]))
+            for s in result.handed
+        ]
+    rest = finish_all(decode, there)
+    for number, expected in enumerate(reference.outputs):
+        name = f"p{number}"
+        assert [*firsts[name], *rest.tokens[name]] == expected, f"prompt {number}"
 
 
 def test_blocks_that_give_way_before_they_were_sent_are_kept_or_missing(tiny: LoadedModel) -> None:
@@ -336,6 +364,24 @@ async def test_jobs_move_between_two_workers_and_nobody_can_tell(
     await decode.stop()
     prefill.engine.check_integrity()
     decode.engine.check_integrity()
+
+
+async def test_a_grammar_is_kept_to_across_a_move(
+    tiny: LoadedModel, valkey: Valkey, fleet: Fleet, redis: Redis
+) -> None:
+    """Whoever goes on compiles it and follows what stands there already."""
+    words = ["the mill stands still", "the wheel turns on and on"]
+    job = make_job("held", PROMPT, max_tokens=90, grammar=grammars.choice(words))
+    prefill = Working(tiny, valkey, WorkerRole.PREFILL)
+    decode = Working(tiny, valkey, WorkerRole.DECODE)
+    await both_ready(fleet, redis)
+    generation = await fleet.submit(job, INVALID_SPAN)
+    tokens, reason = await everything(generation)
+    text = Tokenizer.from_buffer(tiny.record.tokenizer_json).decode(tokens)
+    assert (text in words, reason) == (True, FinishReason.STOP)
+    assert generation.attempt == 2
+    await prefill.stop()
+    await decode.stop()
 
 
 async def test_a_job_that_cannot_move_stays_and_says_the_same(
