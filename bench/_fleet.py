@@ -54,7 +54,7 @@ class Fleet:
     """Services by name: `valkey`, `cache`, `w0`…, `gw0`…; a context manager.
 
     `threads`: of each worker. `nice`: how far workers step back for the others, as engines on the
-    same cores as the gateways should. `env`: settings of all services.
+    same cores as the gateways should. `env`: settings of all services, `own` of some workers.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Fleet:
         nice: int = 0,
         cache: bool = False,
         env: Mapping[str, str] | None = None,
+        own: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.source = model
         self.model = models.served_name(model)
@@ -74,6 +75,7 @@ class Fleet:
         self._counts = (workers, gateways)
         self._threads, self._nice, self._cache = threads, nice, cache
         self._env = dict(env or {})
+        self._own = dict(own or {})
         self._temporary = tempfile.TemporaryDirectory(prefix="headrace-bench-")
         self.folder = Path(self._temporary.name)
         self.redis_url = embedded.redis_url(self.folder)
@@ -115,7 +117,7 @@ class Fleet:
             self.start_cache()
         workers, _ = self._counts
         for index in range(workers):
-            self.start_worker(f"w{index}")
+            self.start_worker(f"w{index}", self._own.get(f"w{index}"))
         for index, url in enumerate(self.urls):
             port = url.rpartition(":")[2]
             own = {"HEADRACE_PORT": port, "HEADRACE_GATEWAY_ID": f"gw{index}"}

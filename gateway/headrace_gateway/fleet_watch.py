@@ -124,7 +124,7 @@ class FleetWatch:
         for worker, view in self._roster.live.items():
             if worker not in self._known:
                 continue
-            count = len(self._policy.workload.jobs_on(worker))
+            count = len(self._policy.jobs_on(worker))
             agrees = view.load.reserved_jobs == count
             streak = 0 if agrees else self._disagreements.get(worker, 0) + 1
             self._disagreements[worker] = streak
@@ -134,8 +134,8 @@ class FleetWatch:
     async def reconcile(self, worker: str) -> None:
         """Believe the worker's stream about what it has."""
         self._disagreements[worker] = 0
-        booked = list(self._policy.workload.jobs_on(worker))
+        booked = self._policy.jobs_on(worker)
         found = await self._adopt(worker)
         for job_id in booked:
             if job_id not in found:
-                self._policy.workload.cancel(worker, job_id)
+                self._policy.lost(worker, job_id)

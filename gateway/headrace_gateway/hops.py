@@ -12,6 +12,7 @@ from headrace import keys, telemetry
 from headrace.policy.priority import due_ms
 from headrace_gateway.policy.dispatch import Decision
 from headrace_gateway.policy.fetching import Spared
+from headrace_gateway.policy.pairing import Pairing
 from headrace_gateway.policy.routing import Route, Score
 
 
@@ -45,6 +46,8 @@ class Hop:
         )
         route_span = telemetry.tracer().start_span("route", telemetry.under(process))
         route_span.set_attributes(route_attributes(route))
+        if decision.pairing.reason:
+            route_span.set_attributes(pairing_attributes(decision.pairing))
         route_span.end()
         send = telemetry.tracer().start_span(
             f"send jobs {job.model}",
@@ -75,6 +78,15 @@ def route_attributes(route: Route) -> dict[str, str | int | list[str]]:
         "headrace.route.shared_blocks": route.spared.blocks,
         "headrace.route.spared_tokens": route.spared.tokens,
         "headrace.route.scores": [_words(score, route.spared) for score in route.scores],
+    }
+
+
+def pairing_attributes(pairing: Pairing) -> dict[str, str | list[str]]:
+    """Why one worker or two."""
+    return {
+        "headrace.pair.decode_worker": pairing.decode,
+        "headrace.pair.reason": pairing.reason,
+        "headrace.pair.scores": [f"{score.price:.0f}: {score.words}" for score in pairing.scores],
     }
 
 

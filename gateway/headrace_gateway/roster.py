@@ -29,9 +29,20 @@ class WorkerView:
     status: WorkerStatus | None
 
     @property
-    def takes_jobs(self) -> bool:
+    def role(self) -> WorkerRole:
+        """What it does now."""
+        return self.record.role if self.status is None else self.status.role
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it gets jobs, from the queue or from another worker."""
         ready = self.status is not None and self.status.state is WorkerState.READY
-        return ready and self.record.role is not WorkerRole.DECODE
+        return ready and (self.role is not WorkerRole.DECODE or bool(self.record.kv_address))
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether it gets jobs from the queue."""
+        return self.is_ready and self.role is not WorkerRole.DECODE
 
 
 class Roster:
@@ -96,24 +107,29 @@ class Roster:
             )
             self.live[worker] = WorkerView(view.record, load, view.status)
 
+    def kv_address(self, worker: str) -> str:
+        """Where `worker` takes KV; '' where that is not known."""
+        view = self.live.get(worker)
+        return "" if view is None else view.record.kv_address
+
     def forget(self, worker: str) -> None:
         self.live.pop(worker, None)
 
     def facts(self) -> list[WorkerFacts]:
         """The workers that may get a new job."""
         return [
-            WorkerFacts(view.record.id, view.record.kv_tokens, view.record.max_jobs)
+            WorkerFacts(view.record.id, view.record.kv_tokens, view.record.max_jobs, view.role)
             for view in self.live.values()
-            if view.takes_jobs
+            if view.is_ready
         ]
 
     @property
     def capacity_tokens(self) -> int:
-        return sum(view.record.kv_tokens for view in self.live.values() if view.takes_jobs)
+        return sum(view.record.kv_tokens for view in self.live.values() if view.is_ready)
 
     @property
     def reserved_tokens(self) -> int:
-        return sum(view.load.reserved_tokens for view in self.live.values() if view.takes_jobs)
+        return sum(view.load.reserved_tokens for view in self.live.values() if view.is_ready)
 
     @property
     def ready_count(self) -> int:

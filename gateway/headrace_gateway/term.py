@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -20,7 +21,17 @@ from headrace import keys, scripts, wire, wire_reports
 from headrace.clock import Clock
 from headrace.errors import WireError
 from headrace.streams import Entry, Scripts, Tail
-from headrace.types import Board, Delta, Finish, FinishReason, JobDone, Progress
+from headrace.types import (
+    NOT_MOVED,
+    Board,
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    JobDone,
+    JobMoved,
+    Progress,
+)
 from headrace_gateway.fleet_watch import FleetWatch
 from headrace_gateway.hops import Hop
 from headrace_gateway.leadership import Deposed
@@ -134,6 +145,8 @@ class Term:
             self._watch.note_report(event.worker, event.sequence)
         elif isinstance(event, JobDone):
             self.policy.done(event, now)
+        elif isinstance(event, JobMoved):
+            self.policy.moved(event, now)
         else:
             self._refresh_now.set()
 
@@ -146,6 +159,7 @@ class Term:
                 await self._rescue(worker)
             await self._expire()
             await self._publish()
+            await self._rebalance()
             if not len(self.policy.queue):
                 self.policy.check_integrity()
             self._wake.set()
@@ -179,6 +193,14 @@ class Term:
             self.policy.cancel(item.job.id)
             reason = reason_of_lateness(item, now)
             await self._end(item, Finish(FinishReason.DEADLINE, error=reason))
+
+    async def _rebalance(self) -> None:
+        """Tell a worker to change sides, behind the jobs that it has been sent."""
+        change = self.policy.rebalance(self._clock.wall_ms())
+        if change is not None:
+            log.info("role changes", model=self._model, worker=change.worker, reason=change.reason)
+            stream = keys.jobs(self._model, change.worker)
+            await self._redis.xadd(stream, {"role": change.role.value})
 
     async def _publish(self) -> None:
         now = self._clock.wall_ms()
@@ -272,13 +294,24 @@ class Term:
         values = [
             self._token,
             item.entry,
-            wire.encode_job(item.job, decision.virtual, hop.carrier or None),
+            wire.encode_job(self._sent(decision), decision.virtual, hop.carrier or None),
             item.job.attempt,
             cost,
             tokens_max,
             jobs_max,
         ]
         return names, values
+
+    def _sent(self, decision: Decision) -> Job:
+        """The job as its worker gets it: with where it goes on, or with nothing of that."""
+        decode = decision.pairing.decode
+        address = self.roster.kv_address(decode) if decode else ""
+        return replace(
+            decision.item.job,
+            move_to=decode if address else "",
+            move_address=address,
+            found_tokens=NOT_MOVED,
+        )
 
     async def _conclude(self, answer: bytes, decision: Decision) -> None:
         """What the hand-off's answer means for the queue and the picture of the worker."""

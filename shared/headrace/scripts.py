@@ -87,6 +87,40 @@ redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return 1
 """
 
+MOVE = f"""
+-- KEYS job, source stream, source load, source lease, target stream, target load, target lease,
+-- replies, events
+-- ARGV attempt, source entry, payload, fence, cost, tokens_max, jobs_max, replies_ttl_ms, event
+-- A running job goes on elsewhere: room is taken there, given back here, and the fence ends the
+-- attempt that wrote what the payload starts from. Called again after an unknown outcome it says
+-- what came of it.
+local facts = redis.call('HMGET', KEYS[1], 'attempt', 'done', 'cancelled', 'stream')
+local next = tostring(tonumber(ARGV[1]) + 1)
+if facts[1] == next and facts[4] == KEYS[5] then return 'ok' end
+if facts[1] ~= ARGV[1] or facts[2] then return 'stale' end
+if #redis.call('XRANGE', KEYS[2], ARGV[2], ARGV[2]) == 0 then return 'stale' end
+if facts[3] then return 'cancelled' end
+if redis.call('EXISTS', KEYS[7]) == 0 then return 'gone' end
+local held = redis.call('HMGET', KEYS[6], 'tokens', 'jobs')
+local tokens, jobs = tonumber(held[1] or 0), tonumber(held[2] or 0)
+if jobs > 0 and (tokens + ARGV[5] > tonumber(ARGV[6]) or jobs + 1 > tonumber(ARGV[7])) then
+  return 'full'
+end
+redis.call('XDEL', KEYS[2], ARGV[2])
+if redis.call('EXISTS', KEYS[4]) == 1 then
+  redis.call('HINCRBY', KEYS[3], 'tokens', -ARGV[5])
+  redis.call('HINCRBY', KEYS[3], 'jobs', -1)
+end
+redis.call('HINCRBY', KEYS[6], 'tokens', ARGV[5])
+redis.call('HINCRBY', KEYS[6], 'jobs', 1)
+redis.call('XADD', KEYS[8], '*', 'd', ARGV[4])
+redis.call('PEXPIRE', KEYS[8], ARGV[8], 'NX')
+redis.call('XADD', KEYS[5], '*', 'job', ARGV[3])
+redis.call('HSET', KEYS[1], 'attempt', next, 'stream', KEYS[5])
+redis.call('XADD', KEYS[9], 'MAXLEN', '~', {EVENTS_MAX}, '*', 'e', ARGV[9])
+return 'ok'
+"""
+
 RENEW = """
 -- KEYS leader; ARGV token, ttl_ms. A lease that ran out is not renewed, even when it is free:
 -- somebody may have led in between.

@@ -51,6 +51,8 @@ class CacheMode(StrEnum):
 
 
 class WorkerRole(StrEnum):
+    """What a worker does of a job: all of it, its prompt and first token, or what follows them."""
+
     BOTH = "both"
     PREFILL = "prefill"
     DECODE = "decode"
@@ -67,6 +69,7 @@ def pack_tokens(tokens: Iterable[int]) -> array[int]:
     return array("I", tokens)
 
 
+NOT_MOVED = -1
 NO_LOGPROBS = -1
 LOGPROBS_MAX = 20
 """Most probable tokens that can be reported at one position, as in OpenAI's API."""
@@ -124,6 +127,10 @@ class Job:
     What it wants of the cache service: the full blocks among its first `cache_until_tokens` prompt
     tokens are written, and kept for `cache_ttl_ms` from then on (0: no longer than they earn);
     `cache_mode` says what becomes of the others.
+
+    Its move, if it has one: when its first token is there the worker `move_to` goes on with it,
+    which takes KV at `move_address`. `found_tokens` of its prompt had been in a cache where its
+    attempt began, before it moved (NOT_MOVED: it begins here).
     """
 
     id: str
@@ -150,6 +157,9 @@ class Job:
     cache_until_tokens: int = 0
     cache_ttl_ms: int = 0
     cache_mode: CacheMode = CacheMode.IMPLICIT
+    move_to: str = ""
+    move_address: str = ""
+    found_tokens: int = NOT_MOVED
 
     @property
     def expected_output(self) -> int:
@@ -239,6 +249,8 @@ class WorkerRecord:
     """A worker's unchanging facts. An `id` is one incarnation: it is never used again.
 
     `kernels`: the instruction set of its native kernels, or why it computes without them.
+    `role` is the one it was started with, its status says which it has. KV of jobs that move to it
+    is taken at `kv_address`; empty: none can.
     """
 
     id: str
@@ -250,6 +262,7 @@ class WorkerRecord:
     max_jobs: int
     started_ms: int
     kernels: str = ""
+    kv_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +274,7 @@ class WorkerStatus:
     waiting: int
     free_tokens: int
     steps: int
+    role: WorkerRole = WorkerRole.BOTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +354,15 @@ class JobDone:
     worker: str
     progress: JobProgress
     reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class JobMoved:
+    """A job went on from `worker` to `to` with its KV; `progress` is its last on `worker`."""
+
+    worker: str
+    to: str
+    progress: JobProgress
 
 
 @dataclass(frozen=True, slots=True)

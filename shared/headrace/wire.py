@@ -196,6 +196,9 @@ def encode_job(
             "cache_until": job.cache_until_tokens,
             "cache_ttl": job.cache_ttl_ms,
             "cache_mode": job.cache_mode.value,
+            "move_to": job.move_to,
+            "move_at": job.move_address,
+            "found": job.found_tokens,
             "max": s.max_tokens,
             "temp": s.temperature,
             "top_p": s.top_p,
@@ -223,7 +226,7 @@ _JOB_KINDS: dict[str, type] = {
     "id": str, "model": str, "tenant": str, "arrived": int, "gateway": str, "salt": bytes,
     "affinity": bytes, "attempt": int, "priority": int, "weight": float, "virtual": float,
     "ttft_by": int, "done_by": int, "expected": int, "cached": int, "blocks": bytes,
-    "cache_until": int, "cache_ttl": int,
+    "cache_until": int, "cache_ttl": int, "move_to": str, "move_at": str, "found": int,
 }  # fmt: skip
 _SAMPLING_KINDS: dict[str, type] = {
     "max": int,
@@ -249,7 +252,7 @@ def decode_job(data: bytes) -> Job:
     (
         job_id, model, tenant, arrived, gateway, salt, affinity, attempt,
         priority, weight, virtual, ttft_by, done_by, expected, cached, blocks,
-        cache_until, cache_ttl,
+        cache_until, cache_ttl, move_to, move_address, found,
     ) = f.all_of(_JOB_KINDS)  # fmt: skip
     return Job(
         job_id,
@@ -276,6 +279,9 @@ def decode_job(data: bytes) -> Job:
         cache_until_tokens=cache_until,
         cache_ttl_ms=cache_ttl,
         cache_mode=f.one_of("cache_mode", CacheMode),
+        move_to=move_to,
+        move_address=move_address,
+        found_tokens=found,
     )
 
 
@@ -453,6 +459,7 @@ def encode_worker(record: WorkerRecord) -> bytes:
             "max_jobs": record.max_jobs,
             "started": record.started_ms,
             "kernels": record.kernels,
+            "kv_at": record.kv_address,
         }
     )
 
@@ -469,6 +476,7 @@ def decode_worker(data: bytes) -> WorkerRecord:
         max_jobs=f.get("max_jobs", int),
         started_ms=f.get("started", int),
         kernels=f.get("kernels", str),
+        kv_address=f.get("kv_at", str),
     )
 
 
@@ -480,6 +488,7 @@ def encode_status(status: WorkerStatus) -> bytes:
             "waiting": status.waiting,
             "free_tokens": status.free_tokens,
             "steps": status.steps,
+            "role": status.role.value,
         }
     )
 
@@ -492,4 +501,5 @@ def decode_status(data: bytes) -> WorkerStatus:
         waiting=f.get("waiting", int),
         free_tokens=f.get("free_tokens", int),
         steps=f.get("steps", int),
+        role=f.one_of("role", WorkerRole),
     )

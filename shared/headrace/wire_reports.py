@@ -16,6 +16,7 @@ from headrace.types import (
     Board,
     FinishReason,
     JobDone,
+    JobMoved,
     JobProgress,
     Positions,
     Progress,
@@ -70,7 +71,7 @@ def _per_band(f: Fields, key: str) -> tuple[int, int, int]:
     return values[0], values[1], values[2]
 
 
-Event = Progress | JobDone | str
+Event = Progress | JobDone | JobMoved | str
 """What stands in the events stream; a string is news whose kind alone matters."""
 
 
@@ -98,6 +99,11 @@ def encode_done(done: JobDone) -> bytes:
     return pack(["done", done.worker, p.job, p.computed, p.cached, p.output, done.reason.value])
 
 
+def encode_moved(moved: JobMoved) -> bytes:
+    p = moved.progress
+    return pack(["moved", moved.worker, moved.to, p.job, p.computed, p.cached, p.output])
+
+
 def encode_news(kind: str, subject: str) -> bytes:
     """`kind` is one word: "join", "leave", "ended"."""
     return pack([kind, subject])
@@ -115,6 +121,8 @@ def decode_event(data: bytes) -> Event:
             )  # fmt: skip
         case ["done", str(worker), *facts, str(reason)] if reason in set(FinishReason):
             return JobDone(worker, _job(facts), FinishReason(reason))
+        case ["moved", str(worker), str(to), *facts]:
+            return JobMoved(worker, to, _job(facts))
         case [str(kind), str(_)]:
             return kind
     raise WireError("event: not of a known form")

@@ -16,7 +16,7 @@ from random import Random
 from typing import Protocol
 
 from headrace.errors import SettingsError
-from headrace.types import Job, JobDone, Progress
+from headrace.types import Job, JobDone, JobMoved, Progress
 from headrace_gateway.policy.dispatch import Decision, DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.outlook import Outlook
@@ -45,6 +45,8 @@ class Dispatch(Protocol):
     def progress(self, report: Progress, now_ms: int, /) -> None: ...
 
     def done(self, done: JobDone, now_ms: int, /) -> None: ...
+
+    def moved(self, moved: JobMoved, now_ms: int, /) -> None: ...
 
     def late(self, now_ms: int, /) -> list[Queued]: ...
 
@@ -158,6 +160,10 @@ class Arrivals:
     def done(self, done: JobDone, _now_ms: int) -> None:
         worker, tokens = self._booked.pop(done.progress.job)
         self._loads.add(worker, -tokens, -1)
+
+    def moved(self, moved: JobMoved, _now_ms: int) -> None:
+        """It makes no pairs, so nothing moves."""
+        raise AssertionError(f"{moved.progress.job} moved, and nobody had said so")
 
     def late(self, _now_ms: int) -> list[Queued]:
         """It knows no deadlines."""

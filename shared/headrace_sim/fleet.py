@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from headrace.policy.cost_model import CostModel
-from headrace.types import Board, FinishReason, Job, JobDone
+from headrace.types import Board, FinishReason, Job, JobDone, JobMoved, WorkerRole
 from headrace_gateway.policy.dispatch import DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.workload import WorkerFacts
@@ -24,7 +24,7 @@ from headrace_sim.alternatives import OURS, Alternative, Dispatch
 from headrace_sim.gateway import EPOCH_MS, BlockNames, GatewayConfig, SimGateway
 from headrace_sim.kv_cache import round_up
 from headrace_sim.metrics import Gaps, Outcome, Records, Service
-from headrace_sim.sequence import SimSequence
+from headrace_sim.sequence import SimSequence, moved
 from headrace_sim.worker import SimWorker
 from headrace_sim.workload import SimRequest, Stream
 
@@ -45,8 +45,27 @@ class Delays:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfer:
+    """What moving a job takes in ms: `move_ms`, and `per_1k_ms` for each 1,000 tokens of KV that
+    are not under way before its first token is there, which are those of one step at most.
+
+    Assumed: 131 KB a token (Llama-3-8B in bfloat16) at 25 GB/s; links have room for all at once.
+    """
+
+    move_ms: float = 4.0
+    per_1k_ms: float = 5.2
+
+    def takes_ms(self, prompt_tokens: int, step_tokens: int) -> float:
+        return self.move_ms + self.per_1k_ms * min(prompt_tokens, step_tokens) / 1_000
+
+
+@dataclass(frozen=True, slots=True)
 class FleetConfig:
-    """What is simulated. `check`: integrity after every event, slow."""
+    """What is simulated. `check`: integrity after every event, slow.
+
+    `roles`: how many of the workers, the first ones, compute prompts, and how many decode; the
+    others do both. `adapts`: workers change sides as the dispatcher says.
+    """
 
     workers: int
     cost: CostModel
@@ -54,11 +73,23 @@ class FleetConfig:
     gateways: int = 1
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     delays: Delays = field(default_factory=Delays)
+    transfer: Transfer = field(default_factory=Transfer)
+    roles: tuple[int, int] = (0, 0)
+    adapts: bool = False
     seed: int = 0
     check: bool = False
 
+    def __post_init__(self) -> None:
+        assert sum(self.roles) <= self.workers, "roles are given to workers"
 
-STEP, DONE, REPORT, BOARD, ARRIVE, INTAKE, REACH, DEADLINE = range(8)
+    def role(self, number: int) -> WorkerRole:
+        prefill, decode = self.roles
+        if number < prefill:
+            return WorkerRole.PREFILL
+        return WorkerRole.DECODE if number < prefill + decode else WorkerRole.BOTH
+
+
+STEP, DONE, REPORT, BOARD, ARRIVE, INTAKE, REACH, DEADLINE, MOVE = range(9)
 """Events; at the same instant the lower goes first."""
 
 
@@ -73,6 +104,7 @@ class Live:
     sequence: SimSequence | None = None
     handed_ms: float = 0.0
     virtual: float = 0.0
+    decode: SimWorker | None = None
 
 
 class Fleet:
@@ -85,6 +117,8 @@ class Fleet:
         self.gaps = Gaps()
         self.now_ms = 0.0
         self.events = 0
+        self.moves = 0
+        self.role_changes = 0
         alternative = config.alternative
         self.policy: Dispatch = alternative.make(config.seed)
         self._names = BlockNames()
@@ -127,9 +161,8 @@ class Fleet:
 
     def run(self) -> Fleet:
         """To the end of the last request."""
-        cost = self.config.cost
-        facts = [WorkerFacts(name, cost.kv_tokens, cost.max_jobs) for name in self.workers]
-        self.policy.set_workers(facts, self.wall_ms)
+        self._roles = {name: self.config.role(n) for n, name in enumerate(self.workers)}
+        self._set_workers()
         self._source = iter(self._stream.start())
         self._board(None)
         self._next_arrival()
@@ -142,6 +175,7 @@ class Fleet:
             self._intake,
             self._reach,
             self._deadline,
+            self._move,
         )
         queue, check = self._queue, self.config.check
         while queue:
@@ -151,6 +185,14 @@ class Fleet:
             if check:
                 self.check_integrity()
         return self
+
+    def _set_workers(self) -> None:
+        cost = self.config.cost
+        facts = [
+            WorkerFacts(name, cost.kv_tokens, cost.max_jobs, role)
+            for name, role in self._roles.items()
+        ]
+        self.policy.set_workers(facts, self.wall_ms)
 
     def _at(self, at_ms: float, kind: int, subject: Any) -> None:
         self._number += 1
@@ -211,6 +253,7 @@ class Fleet:
             # the service writes it into the job
             live.virtual = decision.virtual
             live.worker = self.workers[decision.route.worker]
+            live.decode = self.workers.get(decision.pairing.decode)
             live.handed_ms = self.now_ms
             self._reserved += live.job.cost_tokens
             self._book(live.worker.name, 1)
@@ -225,6 +268,7 @@ class Fleet:
             self._waiting -= 1
             self.service.goes(item.job.tenant, self.now_ms)
             self._finish(self._live[item.job.id], Outcome.LATE)
+        self._rebalance(now)
         outlook = self.policy.outlook(now)
         board = Board(
             leader="g0",
@@ -238,13 +282,29 @@ class Fleet:
             work_per_s=outlook.work_per_s,
             prefill_per_s=outlook.prefill_per_s,
             band_work_per_s=outlook.band_work_per_s,
-            free_jobs=self._free_jobs,
+            free_jobs=self._free_slots(),
         )
         for gateway in self.gateways:
             gateway.see(board)
         self._dispatch()
         if self._live or self._arriving or not self._number:
             self._at(self.now_ms + self.config.delays.board_ms, BOARD, None)
+
+    def _free_slots(self) -> int:
+        """As the dispatcher counts them: those of workers that get jobs from the queue."""
+        if sum(self.config.roles) and isinstance(self.policy, DispatchPolicy):
+            return self.policy.workload.free_jobs
+        return self._free_jobs
+
+    def _rebalance(self, now: int) -> None:
+        """A worker changes sides; what it has it keeps."""
+        if not self.config.adapts or not isinstance(self.policy, DispatchPolicy):
+            return
+        change = self.policy.rebalance(now)
+        if change is not None:
+            self._roles[change.worker] = change.role
+            self.role_changes += 1
+            self._set_workers()
 
     def _book(self, worker: str, jobs: int) -> None:
         """The dispatcher counts so many more jobs on `worker`."""
@@ -259,6 +319,7 @@ class Fleet:
         assert worker is not None, "it was handed to somebody"
         sequence = SimSequence(job, live.request.output_tokens, live.request.blocks)
         sequence.virtual = live.virtual
+        sequence.moves = live.decode is not None
         live.sequence = sequence
         before_ms = worker.next_ms
         worker.add(sequence, self.now_ms)
@@ -280,12 +341,35 @@ class Fleet:
         now_ms = self.now_ms
         if worker.next_ms != now_ms:
             return  # its steps end earlier by now
-        finished, dropped = worker.advance(now_ms)
+        finished, dropped, handed = worker.advance(now_ms)
         for sequence in finished:
             self._leave(worker, sequence, FinishReason.STOP)
         for sequence in dropped:
             self._leave(worker, sequence, FinishReason.DEADLINE)
+        for sequence in handed:
+            config = self.config
+            takes_ms = config.transfer.takes_ms(sequence.prompt_tokens, config.cost.step_tokens)
+            self._at(now_ms + takes_ms, MOVE, self._live[sequence.job.id])
         self._follow(worker, now_ms)
+
+    def _move(self, live: Live) -> None:
+        """A job that has its first token comes to the worker that goes on with it."""
+        before, worker, sequence = live.worker, live.decode, live.sequence
+        assert before is not None and worker is not None and sequence is not None, "it had both"
+        progress = before.last_progress(sequence, self.now_ms)
+        there = moved(sequence, live.request.blocks)
+        live.sequence, live.worker, live.decode = there, worker, None
+        self.moves += 1
+        self._book(before.name, -1)
+        self._book(worker.name, 1)
+        self.policy.moved(JobMoved(before.name, worker.name, progress), self.wall_ms)
+        next_ms = worker.next_ms
+        worker.add(there, self.now_ms)
+        self._follow(worker, next_ms)
+        if live.job.done_by_ms:  # it may have passed on the way
+            by_ms = live.job.done_by_ms
+            self._at(max(self.now_ms, by_ms - EPOCH_MS), DEADLINE, (live, by_ms))
+        self._dispatch()
 
     def _leave(self, worker: SimWorker, sequence: SimSequence, reason: FinishReason) -> None:
         progress = worker.last_progress(sequence, self.now_ms)
@@ -341,6 +425,8 @@ class Fleet:
         sequence, worker = live.sequence, live.worker
         if live.request.id not in self._live or sequence is None or worker is None:
             return
+        if sequence.moves and sequence.first_ms >= 0 and live.decode is not None:
+            return  # under way: it is looked at again when it is there
         if by_ms == live.job.ttft_by_ms != live.job.done_by_ms and sequence.first_ms >= 0:
             return
         before_ms = worker.next_ms
@@ -359,5 +445,5 @@ class Fleet:
         waiting = sum(live.worker is None for live in self._live.values())
         assert self._waiting <= waiting, "who waits has no worker; others are on their way"
         assert self._free_jobs == free, "free slots are those that no job has"
-        if isinstance(self.policy, DispatchPolicy):
+        if isinstance(self.policy, DispatchPolicy) and not sum(self.config.roles):
             assert self.policy.workload.free_jobs == free, "the board says what the policy books"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from headrace.cli.common import parse_roles
 from headrace.errors import SettingsError
 from headrace_gateway.policy.admission import AdmissionLimits
 from headrace_sim import plots, report, studies
-from headrace_sim.alternatives import chosen
+from headrace_sim.alternatives import OURS, chosen
 from headrace_sim.fleet import Delays, FleetConfig
 from headrace_sim.gateway import GatewayConfig
 from headrace_sim.metrics import Slo
@@ -64,6 +65,8 @@ class Asked:
     slo_itl_ms: str
     report_ms: float
     queue_jobs: int
+    roles: str
+    adapt_roles: bool
     plot: Path | None
     json_file: Path | None
     study: str | None
@@ -109,8 +112,22 @@ def fleet_config(asked: Asked) -> FleetConfig:
         gateways=asked.gateways,
         gateway=GatewayConfig(limits=limits, sessions=asked.sessions),
         delays=Delays(report_ms=asked.report_ms),
+        roles=_roles(asked),
+        adapts=asked.adapt_roles,
         seed=asked.seed,
     )
+
+
+def _roles(asked: Asked) -> tuple[int, int]:
+    """Raises SettingsError for more roles than workers, or for ways that know none."""
+    if not asked.roles:
+        return 0, 0
+    prefill, decode = parse_roles(asked.roles)
+    if prefill + decode > asked.workers:
+        raise SettingsError(f"--roles: {asked.roles} are more than --workers {asked.workers}")
+    if asked.compare != OURS.name:
+        raise SettingsError(f"--roles: only {OURS.name} makes pairs of workers")
+    return prefill, decode
 
 
 def slo_of(asked: Asked) -> Slo:

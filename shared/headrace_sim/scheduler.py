@@ -421,7 +421,9 @@ class _Draft:
         scheduler.cache.hold(found)
         sequence.held, sequence.held_tokens = count, tokens
         # the last token is computed in any case: its row gives the next one
-        sequence.computed = min(tokens, (sequence.known - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
+        most = (sequence.known - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        sequence.computed = min(max(tokens, sequence.brought), most)
+        sequence.brought = 0
         sequence.own_tokens = max(0, round_up(sequence.known) - tokens)
         scheduler.cache.reserve(sequence.own_tokens)
         if sequence.cached < 0:

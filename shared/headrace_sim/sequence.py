@@ -9,7 +9,7 @@ members at once, so a thousand sequences advance at no cost.
 from __future__ import annotations
 
 from headrace.policy.priority import Rank, aged_band, due_ms
-from headrace.types import Job
+from headrace.types import BLOCK_TOKENS, Job
 from headrace_sim.kv_cache import PrefixBlock
 from headrace_worker.policy.sequence import CATCH_UP_TOKENS, PROMOTE_MS
 
@@ -19,6 +19,7 @@ class SimSequence:
 
     __slots__ = (
         "blocks",
+        "brought",
         "cached",
         "computed",
         "due_ms",
@@ -29,6 +30,7 @@ class SimSequence:
         "job",
         "joined_idle_ms",
         "joined_steps",
+        "moves",
         "order",
         "output",
         "output_tokens",
@@ -78,6 +80,10 @@ class SimSequence:
         self.idle_since_ms: float | None = None
         self.seen_band = int(job.band)
         self.reported = (0, 0)
+        self.moves = False
+        """Another worker goes on with it when it has its first token."""
+        self.brought = 0
+        """KV tokens that came with it, until it is admitted."""
 
     @property
     def known(self) -> int:
@@ -124,6 +130,22 @@ class SimSequence:
         elif self.idle_since_ms is not None:
             self.waited_ms += now_ms - self.idle_since_ms
             self.idle_since_ms = None
+
+
+def moved(sequence: SimSequence, blocks: tuple[PrefixBlock, ...]) -> SimSequence:
+    """`sequence`, which has left its first worker, as it comes to the next one with its KV.
+
+    All of the prompt's full blocks came along; what follows them is computed again.
+    """
+    there = SimSequence(sequence.job, sequence.output_tokens, blocks)
+    there.virtual = sequence.virtual
+    there.output = sequence.output
+    there.first_ms = sequence.first_ms
+    there.cached = sequence.cached
+    there.prompt_computed = sequence.prompt_computed
+    there.reported = (sequence.prompt_computed, sequence.output)
+    there.brought = sequence.prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+    return there
 
 
 def left_to_promotion_ms(waited_ms: float) -> float:

@@ -1,4 +1,5 @@
-"""Three studies that the documentation quotes: prefix caching, goodput, adversary tenants.
+"""The studies that the documentation quotes: prefix caching, goodput, adversaries, and (in a module
+of its own) disaggregation.
 
 Invariant: each says what it compares and with what bound, prints every figure behind its verdict,
 and runs the same code as `headrace simulate` does; a verdict that fails is printed as failed.
@@ -18,6 +19,7 @@ from headrace.types import Band
 from headrace_gateway.policy.virtual_counters import INPUT_WEIGHT, OUTPUT_WEIGHT
 from headrace_sim import plots
 from headrace_sim.alternatives import ALTERNATIVES, OURS, Alternative
+from headrace_sim.disaggregation import disaggregation
 from headrace_sim.fleet import Fleet, FleetConfig
 from headrace_sim.goodput import goodput
 from headrace_sim.kv_cache import KvCache, round_up
@@ -59,6 +61,8 @@ def run(
         raise SettingsError(f"the {name} study replays a trace: name its file")
     elif name == "prefix":
         study = prefix(trace, config, slo)
+    elif name == "disaggregation":
+        study = disaggregation(trace, config, slo)
     else:
         study = goodput(trace, config, slo)
     for each in study.tables:

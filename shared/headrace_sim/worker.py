@@ -33,10 +33,11 @@ def _unheard(*_: object) -> None:
 
 
 class Advance(NamedTuple):
-    """What a stretch of steps brought: complete outputs, and those dropped."""
+    """What a stretch of steps brought: complete outputs, those dropped, and those that move on."""
 
     finished: list[SimSequence]
     dropped: list[SimSequence]
+    handed: list[SimSequence]
 
 
 class SimWorker:
@@ -104,14 +105,14 @@ class SimWorker:
         took_ms = segment.elapsed_ms(segment.steps)
         self.steps += segment.steps
         self.busy_ms += took_ms
-        result = Advance([], [])
+        result = Advance([], [], [])
         if segment.rows:
             self._take_in_rows(segment, took_ms, now_ms, result)
         if segment.chunks:
             self._take_in_chunks(segment, took_ms, now_ms, result)
         if self._leaving:
             for sequence in self._leaving:
-                if sequence not in result.finished:
+                if sequence not in result.finished and sequence not in result.handed:
                     self.scheduler.remove(sequence, now_ms)
                     result.dropped.append(sequence)
             self._leaving.clear()
@@ -173,6 +174,9 @@ class SimWorker:
         if sequence.output >= sequence.output_tokens:
             self.scheduler.remove(sequence, now_ms)
             result.finished.append(sequence)
+        elif sequence.moves:
+            self.scheduler.remove(sequence, now_ms)
+            result.handed.append(sequence)
 
     def _cut(self, now_ms: float) -> None:
         """Something changed: the steps under way end with the one that `now_ms` is in."""

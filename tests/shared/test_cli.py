@@ -155,7 +155,7 @@ def options_of(
 def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same fleet from flags and from HEADRACE_ variables."""
     values = {
-        "host": "0.0.0.0", "port": "9000", "workers": "3", "model": "/m/x.gguf",
+        "host": "0.0.0.0", "port": "9000", "workers": "3", "roles": "1:2", "model": "/m/x.gguf",
         "model-name": "mine", "dtype": "bfloat16", "quantization": "int4", "kv-dtype": "int8",
         "speculation": "off", "context-tokens": "4096",
         "tensor-parallel": "2", "pipeline-parallel": "3",
@@ -169,7 +169,7 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     by_env = options_of(monkeypatch, env=env | {"HEADRACE_NO_CACHE": "1"})
     assert by_flags == by_env
     assert by_flags == stack.UpOptions(
-        host="0.0.0.0", port=9000, workers=3, model="/m/x.gguf", model_name="mine",
+        host="0.0.0.0", port=9000, workers=3, roles=(1, 2), model="/m/x.gguf", model_name="mine",
         dtype="bfloat16", quantization="int4", kv_dtype="int8", threads=4,
         tensor_parallel=2, pipeline_parallel=3,
         speculation="off", context_tokens=4096,
@@ -210,7 +210,19 @@ async def test_services_get_what_concerns_them(
     worker = env["worker-0"]
     assert [worker[f"HEADRACE_{name}"] for name in names] == ["int8", "int8", "99", "off", "2"]
     assert "HEADRACE_KV_TOKENS" not in env["worker-0"], "left to the worker"
+    assert "HEADRACE_ROLE" not in env["worker-0"], "each does both"
     await fleet.redis.aclose()
+
+
+def test_a_split_of_roles_makes_as_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--roles 1:2` needs no count; workers that it does not speak of do both."""
+    options = options_of(monkeypatch, "--roles", "1:2")
+    assert (options.workers, options.roles) == (3, (1, 2))
+    more = options_of(monkeypatch, "--roles", "1:2", "--workers", "4")
+    roles = [stack.worker_env(more, "m", n).get("HEADRACE_ROLE") for n in range(4)]
+    assert roles == ["prefill", "decode", "decode", None]
+    result = CliRunner().invoke(main.app, ["up", "--roles", "1"])
+    assert result.exit_code == 1 and "write it like 1:1" in result.output
 
 
 def test_the_banner_tells_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -368,7 +368,8 @@ def test_a_socket_folder_of_somebody_else_is_refused(
 
 def options(data_dir: Path, **changes: object) -> stack.UpOptions:
     facts: dict[str, object] = {
-        "host": "127.0.0.1", "port": 0, "workers": 1, "model": "smollm2", "model_name": "",
+        "host": "127.0.0.1", "port": 0, "workers": 1, "roles": (0, 0),
+        "model": "smollm2", "model_name": "",
         "dtype": "", "quantization": "", "kv_dtype": "", "threads": None,
         "tensor_parallel": 1, "pipeline_parallel": 1,
         "speculation": "", "context_tokens": None,

@@ -51,6 +51,8 @@ class Stack:
     model: str = "smollm2"
     env: dict[str, str] = field(default_factory=dict)
     each: Sequence[dict[str, str]] = ()
+    roles: tuple[str, ...] = ()
+    """Of the first workers; the others do both."""
 
     def __post_init__(self) -> None:
         self.valkey = Valkey(aof=True)
@@ -71,7 +73,9 @@ class Stack:
         self.valkey.start()
         self.start_cache()
         for number in range(self.workers):
-            self.start_worker(**(self.each[number] if number < len(self.each) else {}))
+            own = self.each[number] if number < len(self.each) else {}
+            role = self.roles[number] if number < len(self.roles) else "both"
+            self.start_worker(role, **own)
         for index, port in enumerate(self.ports):
             self._spawn(f"gateway{index}", "headrace_gateway", HEADRACE_PORT=str(port))
         self.wait_ready(self.workers)
@@ -93,10 +97,12 @@ class Stack:
         own = {"HEADRACE_CACHE_LISTEN": self.cache_url} | self.cache_env
         self._spawn("cache", "headrace_cache", **own)
 
-    def start_worker(self, **env: str) -> str:
+    def start_worker(self, role: str = "both", **env: str) -> str:
+        """Its name is its role's, where it has a special one."""
         self._spawned += 1
-        name = f"w{self._spawned}"
-        self._spawn(name, "headrace_worker", HEADRACE_WORKER_ID=name, **env)
+        name = f"{'w' if role == 'both' else role}{self._spawned}"
+        own = {"HEADRACE_WORKER_ID": name, "HEADRACE_ROLE": role} | env
+        self._spawn(name, "headrace_worker", **own)
         return name
 
     def start_torchrun(self, names: list[str], commands: list[list[str]], **env: str) -> None:

@@ -75,7 +75,8 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
         kernels=native.state(),
     )
     clock = SystemClock()
-    capacity = Capacity(kv_tokens, settings.max_jobs, native.state()[:KERNELS_CHARS_MAX])
+    kernels = native.state()[:KERNELS_CHARS_MAX]
+    capacity = Capacity(kv_tokens, settings.max_jobs, settings.role, kernels=kernels)
     engine = Engine(loaded, config, clock, ranks)
     cache = _link(settings, engine) if settings.cache_url else None
     consumer = Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)

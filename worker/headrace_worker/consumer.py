@@ -12,17 +12,15 @@ from dataclasses import replace
 from functools import partial
 
 import structlog
-from opentelemetry.trace import Span
 from redis.asyncio import Redis
 
 from headrace import keys, wire
 from headrace.clock import Clock
 from headrace.errors import CallerError, WireError
-from headrace.grammars import Grammars, Matcher
+from headrace.grammars import Matcher
 from headrace.policy import priority
 from headrace.streams import REDIS_DOWN, Entry, Tail, connect
 from headrace.types import (
-    BLOCK_TOKENS,
     Delta,
     Finish,
     FinishReason,
@@ -31,17 +29,20 @@ from headrace.types import (
     ModelRecord,
     WorkerState,
     WorkerStatus,
+    pack_tokens,
 )
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.engine import Engine
 from headrace_worker.engine_thread import EngineThread
 from headrace_worker.membership import Capacity, Membership, new_worker_id
 from headrace_worker.metrics import Counts
+from headrace_worker.moves import CANCELLED, OK, STALE, Moves
+from headrace_worker.preparing import Preparation
 from headrace_worker.publisher import Addressed, Delivery, Publisher
 from headrace_worker.reporter import Reporter
 from headrace_worker.results import JobStory, MissingRun, StepResult
 from headrace_worker.settings import WorkerSettings
-from headrace_worker.story import close_span, open_span
+from headrace_worker.story import close_span, open_span, tell_story
 from headrace_worker.ticket import Ticket, last_words
 
 log = structlog.get_logger()
@@ -74,13 +75,14 @@ class Consumer:
         self._cache = cache
         self._threads = threads
         self._redis: Redis = connect(settings.redis_url)
-        self._grammars = Grammars(record)
         self._counts = Counts()
         self._tickets: dict[str, Ticket] = {}
         self._state = WorkerState.READY
         self._stop = asyncio.Event()
         self._publisher = Publisher(self._redis, record.name, self._note_sent)
         self._reporter = Reporter(self._redis, record.name, clock)
+        self._preparation = Preparation(record, cache, self._reporter, clock)
+        self._moves = Moves(engine, self._publisher, cache, clock)
         self._thread: EngineThread | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._next_id = settings.worker_id or new_worker_id()
@@ -88,6 +90,7 @@ class Consumer:
     def drain(self) -> None:
         """Take nothing new, finish what runs, leave."""
         self._state = WorkerState.DRAINING
+        self._moves.drain()
         self._stop.set()
 
     async def run(self) -> None:
@@ -101,6 +104,9 @@ class Consumer:
             debug=self._settings.debug,
         )
         self._thread.start()
+        self._capacity = await self._moves.open(
+            self._capacity, self._settings.kv_listen, self._thread.send
+        )
         self._loops = [asyncio.create_task(self._publisher.run())]
         if self._cache is not None:
             self._loops.append(asyncio.create_task(self._cache.run()))
@@ -112,6 +118,7 @@ class Consumer:
             for loop in self._loops:
                 loop.cancel()
             await asyncio.gather(*self._loops, return_exceptions=True)
+            await self._moves.close()
             if self._cache is not None:
                 await self._cache.close()
             await self._redis.aclose()
@@ -221,9 +228,8 @@ class Consumer:
 
     def counts(self) -> Counts:
         """For `/metrics`."""
-        if self._cache is None:
-            return self._counts
-        return replace(self._counts, cache=self._cache.counts)
+        counts = self._moves.count(self._counts)
+        return counts if self._cache is None else replace(counts, cache=self._cache.counts)
 
     def status(self) -> WorkerStatus:
         """What the fleet is told of this worker."""
@@ -236,6 +242,7 @@ class Consumer:
             waiting=waiting,
             free_tokens=free_tokens,
             steps=self._thread.steps if self._thread is not None else 0,
+            role=self._moves.role,
         )
 
     def _drop_tickets(self, why: str) -> None:
@@ -246,6 +253,7 @@ class Consumer:
 
     def _leave(self, ticket: Ticket, why: str) -> None:
         ticket.stop_tasks()
+        self._moves.forget(ticket.job.id)
         if self._cache is not None:
             self._cache.forget(ticket.job.id)
         ticket.span.set_attribute("headrace.moved_on", why)
@@ -270,8 +278,12 @@ class Consumer:
                 await self._take(entry, tail.stream, member.id)
 
     async def _take(self, entry: Entry, stream: str, worker: str) -> None:
-        if entry.kind == "cancel":
-            self._cancel(entry.data.decode(errors="replace"))
+        if entry.kind in ("cancel", "role"):
+            word = entry.data.decode(errors="replace")
+            if entry.kind == "role":
+                self._moves.take_role(word)
+            else:
+                self._cancel(word)
             with contextlib.suppress(*REDIS_DOWN):
                 await self._redis.xdel(stream, entry.id)
             return
@@ -328,9 +340,12 @@ class Consumer:
 
     async def _prepare(self, ticket: Ticket, missing: MissingRun | None) -> None:
         """What the engine needs of others, both at a time: the grammar, and KV that is cached."""
+        assert self._thread is not None, "jobs are read while the engine runs"
         job = ticket.job
         compiled, _ = await asyncio.gather(
-            self._compile(job, ticket.span), self._fetch(ticket, missing), return_exceptions=True
+            self._preparation.compile(job, ticket.span),
+            self._preparation.fetch(ticket, missing, self._thread.outlook),
+            return_exceptions=True,
         )
         if isinstance(compiled, CallerError):
             # gateways have compiled it before, so this is rare; nobody else may notice
@@ -341,35 +356,13 @@ class Consumer:
         elif self._tickets.get(job.id) is ticket:
             self._add(ticket, compiled)
 
-    async def _compile(self, job: Job, span: Span) -> Matcher | None:
-        """The job's grammar, compiled off the event loop and the engine's thread."""
-        if not job.sampling.grammar:
-            return None
-        start_ns = self._clock.wall_ns()
-        matcher = await asyncio.to_thread(self._grammars.compile, job.sampling.grammar)
-        took_ms = (self._clock.wall_ns() - start_ns) / 1e6
-        span.add_event("grammar compiled", {"duration_ms": took_ms})
-        return matcher
-
-    async def _fetch(self, ticket: Ticket, missing: MissingRun | None) -> None:
-        if self._cache is None or missing is None or not missing.hashes:
-            return
-        assert self._thread is not None, "jobs are read while the engine runs"
-        job, outlook = ticket.job, self._thread.outlook
-        try:
-            fetched = await self._cache.fetch(job, missing, outlook, ticket.span)
-            ticket.fetched = fetched
-            self._reporter.note_fetch(len(fetched.blocks) * BLOCK_TOKENS, fetched.took_ms)
-        except Exception as error:
-            # our bug, but not this job's: it is computed as if nothing were cached
-            log.error("cache lookup failed", job=job.id, error=repr(error), exc_info=error)
-
     def _add(self, ticket: Ticket, matcher: Matcher | None) -> None:
         assert self._thread is not None, "jobs are read while the engine runs"
         loop = asyncio.get_running_loop()
         job, fetched = ticket.job, ticket.fetched
         ticket.preparing = None
         ticket.added = True
+        self._moves.begin(job)
 
         def add(engine: Engine) -> None:
             try:
@@ -383,8 +376,8 @@ class Consumer:
 
     def _cancel(self, job_id: str) -> None:
         ticket = self._tickets.get(job_id)
-        if ticket is None:
-            return
+        if ticket is None or ticket.moving is not None:
+            return  # one that moves hears of it from the step that moves it
         if ticket.added:
             assert self._thread is not None, "jobs are read while the engine runs"
             self._thread.send(partial(_cancel_in_engine, job_id))
@@ -399,6 +392,7 @@ class Consumer:
             return  # it moved on while it was prepared
         delta = Delta(job.id, job.attempt, len(job.logged), (), finish)
         del self._tickets[job.id]
+        self._moves.forget(job.id)
         self._counts.late_jobs += finish.reason is FinishReason.DEADLINE
         close_span(ticket.span, None, finish, self._clock.wall_ns())
         progress = JobProgress(job.id, 0, 0, len(job.logged))
@@ -414,16 +408,40 @@ class Consumer:
             self._counts.guessed_right += story.guessed_right
             self._counts.forced += story.forced
         self._store(result)
+        self._moves.lend(result.lent)
+        handed = {story.job: story for story in result.handed}
         step = []
         for delta in result.deltas:
             ticket = self._tickets.get(delta.job)
             if ticket is None or ticket.to.attempt != delta.attempt:
                 continue
             step += self._addressed(ticket, delta, stories.get(delta.job))
+            if delta.job in handed:
+                ticket.moving = asyncio.create_task(self._move(ticket, delta, handed[delta.job]))
         if step:
             self._publisher.put(step, steps=1)
         else:
             self._note_sent(1)
+
+    async def _move(self, ticket: Ticket, delta: Delta, story: JobStory) -> None:
+        """Let a job go on elsewhere, or here where that is refused."""
+        job = ticket.job
+        logged = pack_tokens((*job.logged, *delta.tokens))
+        answer = await self._moves.move(ticket, story, replace(job, logged=logged))
+        ticket.moving = None
+        ticket.job = replace(job, logged=logged, move_to="", found_tokens=story.progress.cached)
+        if answer == CANCELLED:
+            self._end(ticket, Finish(FinishReason.CANCELLED))
+        elif answer in (OK, STALE):
+            del self._tickets[job.id]
+            if answer == OK:
+                tell_story(ticket.span, story)
+            self._leave(ticket, "to the worker that decodes" if answer == OK else "stale")
+        else:
+            log.info("a job stays", job=job.id, to=job.move_to, reason=answer)
+            ticket.added = False
+            ticket.fetched = None
+            ticket.preparing = asyncio.create_task(self._prepare_then_add(ticket, None))
 
     def _store(self, result: StepResult) -> None:
         """What the engine offers is written; that of jobs which have moved on without a count."""
@@ -464,6 +482,7 @@ class Consumer:
     def _close(self, ticket: Ticket, told: JobStory | None, finish: Finish) -> None:
         """The job has ended: nothing of it is left here but its last words."""
         del self._tickets[ticket.job.id]
+        self._moves.forget(ticket.job.id)
         if self._cache is not None:
             written = self._cache.written_tokens(ticket.job.id)
             ticket.span.set_attribute("headrace.cache.written_tokens", written)

@@ -161,6 +161,14 @@ class Engine:
         first = next((i for i, h in enumerate(hashes) if not self._pool.contains(h)), len(hashes))
         return MissingRun(hashes[first:], hashes[first - 1] if first else root, first)
 
+    def holds(self, block_hash: bytes) -> bool:
+        """Whether a block is in the pool. Safe to call from another thread."""
+        return self._pool.contains(block_hash)
+
+    def take_in(self, payloads: Iterable[BlockPayload], band: Band, tenant: str) -> None:
+        """KV of a job that will move here."""
+        self._traffic.take_in(payloads, band, tenant, cost_ms=self._block_ms)
+
     def add(
         self, job: Job, imported: Iterable[BlockPayload] = (), matcher: Matcher | None = None
     ) -> None:
@@ -242,6 +250,7 @@ class Engine:
             landed, busy_ns = self._land()
         result, self._result = self._result, StepResult([], [], [])
         result.blocks.extend(self._traffic.take())
+        result.lent.extend(self._traffic.take_lent())
         return replace(result, work=self._work(landed, result, busy_ns))
 
     def _begin(self, now: int) -> bool:
@@ -405,6 +414,8 @@ class Engine:
             entry = self._entries.get(sequence.id)
             if entry is not None and sequence.registered:
                 self._offer(entry, sequence.blocks[: sequence.registered], ended=False)
+                if entry.job.move_to:
+                    entry.lent = self._traffic.lend(sequence, entry.lent)
         for outcome in outcomes:
             item, got = items[outcome.sequence.id]
             self._note_outcome(outcome, item, got)
@@ -444,9 +455,17 @@ class Engine:
                 blocks = self._scheduler.remove(entry.sequence)
         if ending is None:
             self._result.deltas.append(entry.delta())
+            if entry.job.move_to:
+                self._hand_over(entry, now_ns)
             return
         self._offer(entry, blocks, ended=True)
         self._end(entry, Finish(ending))
+
+    def _hand_over(self, entry: Entry, now_ns: int) -> None:
+        """Another worker goes on with it; if none does, it comes back as a job with output."""
+        self._offer(entry, self._scheduler.remove(entry.sequence), ended=True)
+        del self._entries[entry.job.id]
+        self._result.handed.append(entry.story(None, now_ns))
 
     @property
     def _block_ms(self) -> float:

@@ -12,6 +12,7 @@ from headrace.policy.hashing import root_hash
 from headrace.types import (
     BLOCK_TOKENS,
     NO_LOGPROBS,
+    NOT_MOVED,
     Delta,
     Finish,
     FinishReason,
@@ -95,6 +96,8 @@ class Entry:
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.offered = 0
         """Leading blocks of which the cache service has been offered what it shall have."""
+        self.lent = 0
+        """Leading blocks that the worker which goes on with the job has been lent."""
         self.scheduled_ns = 0
         self.first_token_ns = 0
         self.guessed = 0
@@ -112,7 +115,10 @@ class Entry:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens found in the pool, wherever they had come from."""
+        """Prompt tokens found in the pool, wherever they had come from; where it began, if it has
+        moved since."""
+        if self.job.found_tokens != NOT_MOVED:
+            return self.job.found_tokens
         found = len(self.sequence.cached_blocks or ()) * BLOCK_TOKENS
         return min(found, len(self.job.prompt))
 
@@ -150,7 +156,7 @@ class Entry:
             tuple(prompt_logprobs),
         )
 
-    def story(self, reason: FinishReason, finished_ns: int) -> JobStory:
+    def story(self, reason: FinishReason | None, finished_ns: int) -> JobStory:
         sequence = self.sequence
         found = sequence.hashes[: len(sequence.cached_blocks or ())]
         imported = sum(block_hash in self.imported for block_hash in found)

@@ -31,6 +31,8 @@ class Capacity:
 
     kv_tokens: int
     max_jobs: int
+    role: WorkerRole = WorkerRole.BOTH
+    kv_address: str = ""
     kernels: str = ""
 
 
@@ -53,13 +55,14 @@ class Membership:
         self.card = WorkerRecord(
             id=worker_id,
             model=record.name,
-            role=WorkerRole.BOTH,
+            role=capacity.role,
             host=socket.gethostname(),
             pid=os.getpid(),
             kv_tokens=capacity.kv_tokens,
             max_jobs=capacity.max_jobs,
             started_ms=clock.wall_ms(),
             kernels=capacity.kernels,
+            kv_address=capacity.kv_address,
         )
 
     async def join(self, status: WorkerStatus) -> bool:

@@ -25,6 +25,10 @@ class Counts:
     guessed: int = 0
     guessed_right: int = 0
     forced: int = 0
+    moved_out: int = 0
+    stayed: int = 0
+    sent_blocks: int = 0
+    taken_blocks: int = 0
     cache: CacheCounts = field(default_factory=CacheCounts)
 
 
@@ -80,6 +84,16 @@ class WorkerCollector(Collector):
             "headrace_worker_forced_tokens": (
                 "Tokens that a grammar left no choice about",
                 counts.forced,
+            ),
+            "headrace_worker_moved_jobs": ("Jobs handed to a decoding worker", counts.moved_out),
+            "headrace_worker_stayed_jobs": (
+                "Jobs that were to move and went on here",
+                counts.stayed,
+            ),
+            "headrace_worker_sent_blocks": ("KV blocks sent to other workers", counts.sent_blocks),
+            "headrace_worker_taken_blocks": (
+                "KV blocks taken in from other workers",
+                counts.taken_blocks,
             ),
         }
         for name, (text, value) in counters.items():

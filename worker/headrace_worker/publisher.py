@@ -18,8 +18,8 @@ from redis.exceptions import NoScriptError
 
 from headrace import keys, scripts, wire
 from headrace.streams import REDIS_DOWN
-from headrace.types import Delta, JobDone, JobProgress
-from headrace.wire_reports import encode_done
+from headrace.types import Delta, JobDone, JobMoved, JobProgress
+from headrace.wire_reports import encode_done, encode_moved
 
 log = structlog.get_logger()
 
@@ -48,6 +48,24 @@ class Addressed:
     progress: JobProgress | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A job that goes on at `target`, where it stands at `to`: behind all that was put before.
+
+    `job` is what it reads there, `fence` ends the attempt here. No more than `tokens_max` and
+    `jobs_max` may be reserved there. `answer` is the script's.
+    """
+
+    to: Delivery
+    target: str
+    job: bytes
+    fence: Delta
+    progress: JobProgress
+    tokens_max: int
+    jobs_max: int
+    answer: asyncio.Future[str]
+
+
 class Publisher:
     """One task that empties the outbox. `on_sent` is called with the number of steps sent."""
 
@@ -55,11 +73,12 @@ class Publisher:
         self._redis = redis
         self._model = model
         self._on_sent = on_sent
-        self._outbox: deque[tuple[list[Addressed], int]] = deque()
+        self._outbox: deque[tuple[list[Addressed | Moving], int]] = deque()
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._finish_sha = ""
+        self._move_sha = ""
 
     def put(self, deltas: Iterable[Addressed], steps: int) -> None:
         """Queue deltas that `steps` engine steps made (0: made without the engine).
@@ -69,6 +88,13 @@ class Publisher:
         self._outbox.append((list(deltas), steps))
         self._idle.clear()
         self._news.set()
+
+    async def move(self, moving: Moving) -> str:
+        """Move a job behind everything that was put before; what the script says of it."""
+        self._outbox.append(([moving], 0))
+        self._idle.clear()
+        self._news.set()
+        return await moving.answer
 
     async def flushed(self) -> None:
         """Wait until Redis has everything."""
@@ -88,7 +114,7 @@ class Publisher:
                 self._on_sent(sum(steps for _, steps in parts))
             self._idle.set()
 
-    async def _send_until_done(self, batch: list[Addressed]) -> None:
+    async def _send_until_done(self, batch: list[Addressed | Moving]) -> None:
         failures = 0
         while batch:
             try:
@@ -100,14 +126,17 @@ class Publisher:
                     log.warning("redis is away, tokens wait", error=str(error))
                 await asyncio.sleep(min(0.05 * 2**failures, RETRY_S_MAX))
 
-    async def _send(self, batch: list[Addressed]) -> None:
-        """One round trip: an XADD per reply stream, then a finish script per ended job."""
+    async def _send(self, batch: list[Addressed | Moving]) -> None:
+        """One round trip: an XADD per reply stream, then a script per job that ended or moves."""
         if not self._finish_sha:
             self._finish_sha = str(await self._redis.script_load(scripts.FINISH))
+            self._move_sha = str(await self._redis.script_load(scripts.MOVE))
         running: dict[str, list[Delta]] = {}
-        endings = []
+        endings, moves = [], []
         for item in batch:
-            if item.delta.finish is None:
+            if isinstance(item, Moving):
+                moves.append(item)
+            elif item.delta.finish is None:
                 running.setdefault(item.to.gateway, []).append(item.delta)
             else:
                 endings.append(item)
@@ -118,11 +147,16 @@ class Publisher:
                 pipe.xadd(keys.replies(self._model, gateway), fields)
         for item in endings:
             self._add_finish(pipe, item)
+        for moving in moves:
+            self._add_move(pipe, moving)
         try:
-            await pipe.execute()
+            answers = await pipe.execute()
         except NoScriptError:
             self._finish_sha = ""
             raise
+        for moving, answer in zip(moves, answers[len(answers) - len(moves) :], strict=True):
+            if not moving.answer.done():
+                moving.answer.set_result(answer.decode())
 
     def _add_finish(self, pipe: Any, item: Addressed) -> None:
         m, to, finish = self._model, item.to, item.delta.finish
@@ -146,6 +180,34 @@ class Publisher:
             keys.JOB_LINGER_MS,
             keys.REPLIES_TTL_MS,
             encode_done(JobDone(to.worker, item.progress, finish.reason)),
+        )
+
+    def _add_move(self, pipe: Any, item: Moving) -> None:
+        m, to, target = self._model, item.to, item.target
+        names = [
+            keys.job(m, to.job),
+            keys.jobs(m, to.worker),
+            keys.load(m, to.worker),
+            keys.lease(m, to.worker),
+            keys.jobs(m, target),
+            keys.load(m, target),
+            keys.lease(m, target),
+            keys.replies(m, to.gateway),
+            keys.events(m),
+        ]
+        pipe.evalsha(
+            self._move_sha,
+            len(names),
+            *names,
+            to.attempt,
+            to.entry,
+            item.job,
+            wire.encode_deltas([item.fence]),
+            to.cost_tokens,
+            item.tokens_max,
+            item.jobs_max,
+            keys.REPLIES_TTL_MS,
+            encode_moved(JobMoved(to.worker, target, item.progress)),
         )
 
 

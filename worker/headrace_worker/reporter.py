@@ -69,7 +69,7 @@ class Reporter:
         work = result.work
         for progress in work.moved:
             self._moved[progress.job] = progress
-        for story in result.stories:
+        for story in (*result.stories, *result.handed):
             self._moved.pop(story.job, None)  # its end tells more
         for key, came in work.news.items():
             self._note_block(key, came)

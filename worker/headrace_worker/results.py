@@ -55,6 +55,8 @@ class Outlook:
 class JobStory:
     """What a trace tells of one finished job. Times are wall-clock nanoseconds, 0 = never.
 
+    `reason`: None where it has not ended, but goes on at another worker.
+
     `chunks`: (tokens, start_ns, end_ns) of each prefill step, recomputation after a preemption
     included. `progress` is its last. `cached_local`, `cached_imported`: tokens found in the pool at
     first admission, those imported for this job apart. `output_tokens`: tokens made by this
@@ -63,7 +65,7 @@ class JobStory:
 
     job: str
     attempt: int
-    reason: FinishReason
+    reason: FinishReason | None
     progress: JobProgress
     added_ns: int
     scheduled_ns: int
@@ -97,9 +99,14 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step gave: at most one delta a job, KV worth caching, stories of ended jobs."""
+    """What one step gave: at most one delta a job, KV worth caching, stories of ended jobs.
+
+    `lent`: KV of jobs that will move. `handed`: those that are to move now; they left the engine.
+    """
 
     deltas: list[Delta]
     blocks: list[Export]
     stories: list[JobStory]
     work: StepWork = StepWork()
+    lent: list[Export] = field(default_factory=list)
+    handed: list[JobStory] = field(default_factory=list)

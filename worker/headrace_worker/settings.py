@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from headrace.config import ServiceSettings
+from headrace.types import WorkerRole
 from headrace_worker.policy.scheduler import CALM_MS
 
 
@@ -66,6 +67,16 @@ class WorkerSettings(ServiceSettings):
     )
     drain_ms: int = Field(
         default=8_000, ge=0, description="how long SIGTERM waits for running jobs"
+    )
+    role: WorkerRole = Field(
+        default=WorkerRole.BOTH,
+        description="prefill: computes prompts and hands jobs on; decode: goes on with them; "
+        "both: neither",
+    )
+    kv_listen: str = Field(
+        default="tcp://127.0.0.1:0",
+        description="where a prefill or decode worker takes KV: tcp://host:port that the others "
+        "reach, or unix:///path",
     )
     cache_url: str = Field(
         default="",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from opentelemetry.trace import Span, Status, StatusCode
 
 from headrace import telemetry
-from headrace.types import Finish, FinishReason, Job
+from headrace.types import NOT_MOVED, Finish, FinishReason, Job
 from headrace_worker.results import JobStory
 
 
@@ -24,11 +24,18 @@ def open_span(job: Job, stream: str, entry: str, worker: str, now_ns: int) -> Sp
             "headrace.job.id": job.id,
             "headrace.job.attempt": job.attempt,
             "headrace.job.resumed_tokens": len(job.logged),
+            "headrace.job.moved_here": job.found_tokens != NOT_MOVED,
             "gen_ai.request.model": job.model,
             "gen_ai.usage.input_tokens": len(job.prompt),
         }
     )
     return span
+
+
+def tell_story(span: Span, story: JobStory) -> None:
+    """Tell the story of a job that moves under `span`, which its keeper ends."""
+    if span.is_recording():
+        _tell(span, story)
 
 
 def close_span(span: Span, story: JobStory | None, finish: Finish, now_ns: int) -> None:

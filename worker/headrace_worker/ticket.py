@@ -18,7 +18,7 @@ class Ticket:
 
     `added`: the engine has it. `fetched`: what the cache service had of it; whoever adds it to the
     engine sees to it that it is given back. `ending`: the engine is done with it, its end waits for
-    what it wants written.
+    what it wants written. `moving`: the engine is done with it, another worker is to go on.
     """
 
     job: Job
@@ -28,9 +28,10 @@ class Ticket:
     added: bool = False
     fetched: Fetched | None = None
     ending: asyncio.Task[None] | None = None
+    moving: asyncio.Task[None] | None = None
 
     def stop_tasks(self) -> None:
-        for task in (self.preparing, self.ending):
+        for task in (self.preparing, self.ending, self.moving):
             if task is not None:
                 task.cancel()
 

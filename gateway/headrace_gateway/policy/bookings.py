@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Band, Job, JobProgress
+from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Band, Job, JobProgress, WorkerRole
 from headrace_gateway.policy.peak import PeakProfile
 from headrace_gateway.policy.speeds import Speeds
 
@@ -41,11 +41,12 @@ class Expect(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """A worker that takes jobs."""
+    """A worker that takes jobs; one whose role is to decode takes those that move to it."""
 
     worker: str
     kv_tokens: int
     max_jobs: int
+    role: WorkerRole = WorkerRole.BOTH
 
 
 class Room(Enum):

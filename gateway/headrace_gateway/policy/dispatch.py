@@ -20,16 +20,28 @@ from headrace.types import (
     FinishReason,
     Job,
     JobDone,
+    JobMoved,
     Positions,
     Progress,
+    WorkerRole,
 )
 from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.fair_queue import BAND_SHARES, FairQueue, Queued
 from headrace_gateway.policy.fetching import Fetching
 from headrace_gateway.policy.lengths import Lengths
 from headrace_gateway.policy.outlook import Outlook, Throughput
+from headrace_gateway.policy.pairing import (
+    ALONE,
+    Pairing,
+    PairingConfig,
+    Pairs,
+    PairScore,
+    Promise,
+    first_part,
+)
 from headrace_gateway.policy.prefix_index import PrefixIndex
-from headrace_gateway.policy.routing import Route, Router, RoutingConfig
+from headrace_gateway.policy.roles import RoleChange, RolePolicy, RolesConfig, SideFacts
+from headrace_gateway.policy.routing import Allows, Route, Router, RoutingConfig
 from headrace_gateway.policy.workload import WorkerFacts, Workload
 
 
@@ -39,15 +51,18 @@ class DispatchConfig:
 
     shares: tuple[float, float, float] = BAND_SHARES
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
 
 
 class Decision(NamedTuple):
-    """`item` goes to `route.worker`. `virtual` is its tenant's virtual counter, which the job
-    carries from now on."""
+    """`item` goes to `route.worker`, and on from there as `pairing` says. `virtual` is its tenant's
+    virtual counter, which the job carries from now on."""
 
     item: Queued
     route: Route
     virtual: float
+    pairing: Pairing = ALONE
 
     @property
     def uncached_tokens(self) -> int:
@@ -57,24 +72,46 @@ class Decision(NamedTuple):
         return max(1, known - route.cached_blocks * BLOCK_TOKENS - route.spared.tokens)
 
 
+class _Among(NamedTuple):
+    """The breakers, as far as workers of some roles are concerned."""
+
+    breakers: Breakers
+    workers: frozenset[str]
+
+    def allows(self, worker: str, now_ms: int) -> bool:
+        return worker in self.workers and self.breakers.allows(worker, now_ms)
+
+
 class DispatchPolicy:
-    """One model's queue, workload, prefix index, breakers and what has been learned."""
+    """One model's queue, workload, prefix index, breakers and what has been learned.
+
+    `workload` is of those that compute prompts, `decoding` of those that only decode.
+    """
 
     def __init__(self, config: DispatchConfig | None = None) -> None:
         config = config or DispatchConfig()
         self.lengths = Lengths()
         self.queue = FairQueue(config.shares)
         self.workload = Workload(self.lengths.expect)
+        self.decoding = Workload(self.lengths.expect)
+        self.pairs = Pairs(self.decoding, config.pairing)
+        self.roles = RolePolicy(config.roles)
         self.index = PrefixIndex()
-        self.breakers = Breakers(self.workload.count_on)
+        self.breakers = Breakers(self._running)
         self.throughput = Throughput(config.shares)
         self._router = Router(config.routing)
         self.shared = Fetching()
+        self._prefilling: frozenset[str] = frozenset()
+        self._single: frozenset[str] = frozenset()
 
     def set_workers(self, facts: Sequence[WorkerFacts], now_ms: int) -> None:
         """The workers that live and take jobs; what is known of vanished ones is forgotten."""
-        gone = set(self.workload.workers) - {each.worker for each in facts}
-        self.workload.set_workers(facts)
+        known = {*self.workload.workers, *self.decoding.workers}
+        gone = known - {each.worker for each in facts}
+        self.workload.set_workers([each for each in facts if each.role is not WorkerRole.DECODE])
+        self.decoding.set_workers([each for each in facts if each.role is WorkerRole.DECODE])
+        self._prefilling = _of_role(facts, WorkerRole.PREFILL)
+        self._single = _of_role(facts, WorkerRole.BOTH)
         for worker in sorted(gone):
             self.forget(worker)
         for each in facts:
@@ -82,17 +119,43 @@ class DispatchPolicy:
         self.throughput.set_workers(len(facts), now_ms)
 
     def forget(self, worker: str) -> None:
+        for promise in self.pairs.forget(worker):
+            self._stays(promise)
         self.workload.forget(worker)
+        self.decoding.forget(worker)
         self.index.forget_worker(worker)
         self.breakers.forget(worker)
 
     def adopt(self, worker: str, job: Job, now_ms: int) -> None:
         """A job was found on `worker` that this object has not sent there."""
-        if not self.workload.booked(worker, job.id):
-            self.workload.book(worker, job, len(job.prompt), now_ms, found=True)
+        promise = self.pairs.get(job.id)
+        if promise is not None and promise.decode == worker:
+            # that it moved was not heard of
+            self.pairs.end(job.id)
+            self.workload.cancel(promise.prefill, job.id)
+        here = self.decoding if worker in self.decoding.open_workers else self.workload
+        if not (self.workload.booked(worker, job.id) or self.decoding.booked(worker, job.id)):
+            here.book(worker, job, len(job.prompt), now_ms, found=True)
             self.breakers.dispatched(worker, now_ms)
 
+    def jobs_on(self, worker: str) -> list[str]:
+        """Ids of the jobs that are on `worker`, those left out that are only promised to it."""
+        promised = self.pairs.promised_to(worker)
+        here = (*self.workload.jobs_on(worker), *self.decoding.jobs_on(worker))
+        return [job for job in here if job not in promised]
+
+    def lost(self, worker: str, job_id: str) -> None:
+        """A job that was booked on `worker` is not there."""
+        self.pairs.end(job_id)
+        self.workload.cancel(worker, job_id)
+        self.decoding.cancel(worker, job_id)
+
+    def _running(self, worker: str) -> int:
+        booked = self.workload.count_on(worker) + self.decoding.count_on(worker)
+        return booked - len(self.pairs.promised_to(worker))
+
     def push(self, item: Queued) -> bool:
+        self.pairs.end(item.job.id)  # whoever was to go on with it, it begins again
         return self.queue.push(item)
 
     def cancel(self, job_id: str) -> Queued | None:
@@ -101,20 +164,60 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            route = self._router.choose(
-                item.job, self.workload, self.index, self.breakers, now_ms, self.shared
-            )
+            route, pairing = self._choose(item.job, now_ms)
             if route.worker:
                 job = item.job
-                return Decision(item, route, self.queue.counters.value(job.tenant, job.band))
+                virtual = self.queue.counters.value(job.tenant, job.band)
+                return Decision(item, route, virtual, pairing)
         return None
+
+    def _choose(self, job: Job, now_ms: int) -> tuple[Route, Pairing]:
+        """One worker, or two."""
+        if not self._prefilling:
+            return self._route(job, self.breakers, now_ms), ALONE
+        demand = self.workload.demand(job, now_ms)
+        decode, load, why = self.pairs.decoder(
+            demand, lambda worker: self.breakers.allows(worker, now_ms)
+        )
+        alone = Pairing(reason=why)
+        ways: list[tuple[PairScore, Route]] = []
+        if decode:
+            among = _Among(self.breakers, self._prefilling)
+            route = self._route(first_part(job), among, now_ms)
+            if route.worker:
+                ways.append((self.pairs.pair_score(job, route, decode, load), route))
+        if self._single or not decode:
+            among = _Among(self.breakers, self._single if decode else self._all_open)
+            route = self._route(job, among, now_ms)
+            if route.worker:
+                streams = self._running(route.worker)
+                ways.append((self.pairs.single_score(job, route, streams), route))
+        if not ways:
+            return Route("", "no worker has room"), alone
+        best, route = min(ways, key=lambda way: way[0])
+        scores = tuple(score for score, _ in ways)
+        if not best.decode:
+            cheaper = "cheaper than a pair" if decode else why
+            return route, Pairing("", cheaper, scores)
+        return route, Pairing(best.decode, why, scores)
+
+    def _route(self, job: Job, breakers: Allows, now_ms: int) -> Route:
+        return self._router.choose(job, self.workload, self.index, breakers, now_ms, self.shared)
+
+    @property
+    def _all_open(self) -> frozenset[str]:
+        return self._prefilling | self._single
 
     def handed_off(self, decision: Decision, now_ms: int) -> None:
         """Book `decision`: it leaves the queue, its tenant pays for the prompt."""
         item, worker, uncached = decision.item, decision.route.worker, decision.uncached_tokens
         job = item.job
         self.queue.take(job.id, _to_pay(item, uncached))
-        self.workload.book(worker, job, uncached, now_ms)
+        decode = decision.pairing.decode
+        if decode:
+            self.pairs.promise(job, worker, decode, now_ms)
+        booked = first_part(job) if decode else job
+        self.workload.book(worker, booked, uncached, now_ms)
         self.index.expect(worker, job.blocks, now_ms)
         self.breakers.dispatched(worker, now_ms)
         self.throughput.dispatched(job.band, uncached + job.expected_output)
@@ -122,6 +225,7 @@ class DispatchPolicy:
     def refused(self, decision: Decision, *, again: bool) -> None:
         """The hand-off did not happen; with `again` the job waits on, else it is gone."""
         item, job = decision.item, decision.item.job
+        self.pairs.end(job.id)
         self.workload.cancel(decision.route.worker, job.id)
         self.queue.put_back(item, _to_pay(item, decision.uncached_tokens))
         if not again:
@@ -129,7 +233,12 @@ class DispatchPolicy:
 
     def progress(self, report: Progress, now_ms: int) -> None:
         """What a worker said of its running jobs, its blocks and its speed."""
+        for told in report.jobs if self._prefilling else ():
+            promise = self.pairs.kept(report.worker, told)
+            if promise is not None:
+                self._stays(promise, now_ms)
         self.queue.charge_all(self.workload.progress(report))
+        self.queue.charge_all(self.decoding.progress(report))
         self.index.removed(report.worker, report.removed)
         self.index.stored(report.worker, report.stored)
         tokens = report.prefill_tokens + report.output_tokens
@@ -137,10 +246,30 @@ class DispatchPolicy:
         self.throughput.served(tokens)
         self.shared.note(report.fetched_tokens, report.fetch_ms)
 
+    def _stays(self, promise: Promise, now_ms: int = 0) -> None:
+        """Nobody takes a job over: whoever computes its prompt will have all of it."""
+        if self.workload.booked(promise.prefill, promise.job.id):
+            self.workload.cancel(promise.prefill, promise.job.id)
+            self.workload.book(promise.prefill, promise.job, 1, now_ms, found=True)
+
+    def moved(self, moved: JobMoved, now_ms: int) -> None:
+        """A job has its first token and goes on elsewhere."""
+        promise = self.pairs.moved(moved, now_ms)
+        end = JobDone(moved.worker, moved.progress, FinishReason.LENGTH)
+        charge = self.workload.done(end)
+        self.breakers.succeeded(moved.worker, now_ms)
+        if charge is not None:
+            self.queue.charge_all((charge,))
+        if promise is not None:
+            self.breakers.dispatched(moved.to, now_ms)
+
     def done(self, done: JobDone, now_ms: int) -> None:
         """A job ended on a worker: room is free, its tenant pays, its length is learned."""
-        charge = self.workload.done(done)
         p = done.progress
+        promise = self.pairs.get(p.job)
+        if promise is not None and promise.prefill == done.worker:
+            self.pairs.end(p.job)
+        charge = self.workload.done(done) or self.decoding.done(done)
         self.queue.finished(p.job, p.output)
         complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
         if done.reason is FinishReason.ERROR:
@@ -181,11 +310,38 @@ class DispatchPolicy:
             found.setdefault(item.job.gateway, {})[item.job.id] = (place, start_ms)
         return found
 
+    def rebalance(self, now_ms: int) -> RoleChange | None:
+        """Which worker changes sides now, if one does."""
+        if not self._prefilling or not self.decoding.open_workers:
+            return None
+        facts = [
+            SideFacts(
+                worker,
+                role,
+                self._running(worker),
+                here.waiting_tokens(worker),
+                here.used(worker),
+            )
+            for role, here, workers in (
+                (WorkerRole.PREFILL, self.workload, sorted(self._prefilling)),
+                (WorkerRole.DECODE, self.decoding, self.decoding.open_workers),
+            )
+            for worker in workers
+        ]
+        queued = sum(self.queue.work) if len(self.queue) else 0
+        return self.roles.decide(facts, queued, self.workload.prefill_per_s, now_ms)
+
     def check_integrity(self) -> None:
         self.queue.check_integrity()
         self.workload.check_integrity()
+        self.decoding.check_integrity()
+        self.pairs.check_integrity()
         self.index.check_integrity()
         self.shared.check_integrity()
+
+
+def _of_role(facts: Sequence[WorkerFacts], role: WorkerRole) -> frozenset[str]:
+    return frozenset(each.worker for each in facts if each.role is role)
 
 
 def _to_pay(item: Queued, uncached_tokens: int) -> int:

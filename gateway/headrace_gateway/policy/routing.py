@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import (
@@ -46,7 +46,6 @@ from headrace_gateway.policy.bookings import (
     Room,
     shared_key,
 )
-from headrace_gateway.policy.breaker import Breakers
 from headrace_gateway.policy.expectations import Holders
 from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
 from headrace_gateway.policy.fetching import Fetching, Spared
@@ -98,6 +97,12 @@ class RoutingConfig:
 
 COSTS_MORE = "costs more"
 """The verdict where nobody had to ask for one."""
+
+
+class Allows(Protocol):
+    """Breakers, or who lets only some workers through besides."""
+
+    def allows(self, worker: str, now_ms: int) -> bool: ...
 
 
 class Score(NamedTuple):
@@ -203,7 +208,7 @@ class Router:
         job: Job,
         workload: Workload,
         index: PrefixIndex,
-        breakers: Breakers,
+        breakers: Allows,
         now_ms: int,
         shared: Fetching | None = None,
     ) -> Route:

@@ -290,6 +290,19 @@ class Workload:
         known = self._workers.get(worker)
         return 0 if known is None else sum(known.reserved)
 
+    def waiting_tokens(self, worker: str) -> int:
+        """Prompt tokens on `worker` that are still to be computed."""
+        known = self._workers.get(worker)
+        return 0 if known is None else sum(known.waiting)
+
+    def used(self, worker: str) -> float:
+        """The larger part of its slots and its KV that the jobs on `worker` take."""
+        known = self._workers.get(worker)
+        if known is None or not known.facts.max_jobs or not known.facts.kv_tokens:
+            return 0.0
+        slots = len(known.jobs) / known.facts.max_jobs
+        return max(slots, sum(known.reserved) / known.facts.kv_tokens)
+
     @property
     def capacity_tokens(self) -> int:
         """KV tokens of all workers that take jobs."""

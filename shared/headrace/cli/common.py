@@ -23,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)i?b?", re.IGNORECASE)
+_ROLES = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
 class CommandError(HeadraceError):
@@ -70,6 +71,14 @@ def parse_size(text: str) -> int:
     if not match:
         raise SettingsError(f"{text!r} is not a size: write it like 4096, 256M or 2G")
     return int(match[1]) << (10 * " kmgt".index(match[2].lower() or " "))
+
+
+def parse_roles(text: str) -> tuple[int, int]:
+    """How many compute prompts and how many decode, from `2:1`. Raises SettingsError."""
+    match = _ROLES.fullmatch(text.strip())
+    if not match:
+        raise SettingsError(f"{text!r} is no split of roles: write it like 1:1 or 2:6")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ async def _worker(redis: Redis, model: str, worker_id: str, data: bytes) -> dict
         "model": record.model,
         "host": record.host,
         "pid": record.pid,
-        "role": record.role.value,
+        "role": (status.role if status else record.role).value,
         "state": state,
         "running": status.running if status else 0,
         "waiting": status.waiting if status else 0,

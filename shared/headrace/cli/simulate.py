@@ -62,10 +62,15 @@ Sessions = Annotated[
 QueueJobs = Annotated[
     int, typer.Option(min=0, help="Jobs that may wait. 0: the services' default, 1,024.")
 ]
+Roles = Annotated[
+    str,
+    typer.Option(help="P:D: how many workers compute prompts and how many decode; others do both."),
+]
+AdaptRoles = Annotated[bool, typer.Option(help="Workers change sides as load asks for it.")]
 Plot = Annotated[Path | None, typer.Option(help="Draws TTFT and ITL into a PNG.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Writes every figure.")]
 Study = Annotated[
-    Literal["prefix", "goodput", "adversary"] | None,
+    Literal["prefix", "goodput", "adversary", "disaggregation"] | None,
     typer.Option(help="One of the studies that the docs quote, instead of a single run."),
 ]
 
@@ -93,6 +98,8 @@ def simulate(
     slo_itl_ms: ItlSlo = "100/150/300",
     report_ms: ReportMs = 250.0,
     queue_jobs: QueueJobs = 0,
+    roles: Roles = "",
+    adapt_roles: AdaptRoles = False,
     plot: Plot = None,
     json_file: JsonFile = None,
     study: Study = None,
@@ -133,6 +140,8 @@ def simulate(
         slo_itl_ms=slo_itl_ms,
         report_ms=report_ms,
         queue_jobs=queue_jobs,
+        roles=roles,
+        adapt_roles=adapt_roles,
         plot=plot,
         json_file=json_file,
         study=study,

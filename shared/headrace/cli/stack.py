@@ -27,6 +27,7 @@ from headrace.cli.common import CommandError, RunFile, data_dir_of, place
 from headrace.cli.fleet import worker_ready
 from headrace.errors import ModelError
 from headrace.supervisor import Launch, Service, Stage, Supervisor
+from headrace.types import WorkerRole
 
 STORE_READY_S = 120.0
 CACHE_READY_S = 30.0
@@ -41,11 +42,15 @@ DRAIN_MS = 2_500
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """The flags of `up`; '' and None leave the choice to the service."""
+    """The flags of `up`; '' and None leave the choice to the service.
+
+    `roles`: how many of the workers, the first ones, compute prompts, and how many decode.
+    """
 
     host: str
     port: int
     workers: int
+    roles: tuple[int, int]
     model: str
     model_name: str
     dtype: str
@@ -249,9 +254,18 @@ def worker_env(options: UpOptions, model: str, index: int) -> dict[str, str]:
         "HEADRACE_CONTEXT_TOKENS": options.context_tokens,
         "HEADRACE_KV_TOKENS": options.kv_tokens,
         "HEADRACE_MAX_JOBS": options.max_jobs,
+        "HEADRACE_ROLE": role_of(options.roles, index),
     }
     env |= {key: str(value) for key, value in optional.items() if value is not None}
     return env | _metrics_env(1 + index)
+
+
+def role_of(roles: tuple[int, int], index: int) -> str | None:
+    """What worker `index` of a fleet with so many of each is to be; None: what it is by default."""
+    prefill, decode = roles
+    if index < prefill:
+        return WorkerRole.PREFILL.value
+    return WorkerRole.DECODE.value if index < prefill + decode else None
 
 
 def _metrics_env(offset: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from headrace.cli.common import DataDir, data_dir_of, parse_size, plain_errors
+from headrace.cli.common import DataDir, data_dir_of, parse_roles, parse_size, plain_errors
 
 Host = Annotated[str, typer.Option(envvar="HEADRACE_HOST", help="Address to serve on.")]
 Port = Annotated[
@@ -56,6 +56,13 @@ Threads = Annotated[
     int | None,
     typer.Option(envvar="HEADRACE_THREADS", min=1, help="Per worker. Default: cores / workers."),
 ]
+Roles = Annotated[
+    str | None,
+    typer.Option(
+        envvar="HEADRACE_ROLES",
+        help="P:D: how many workers compute prompts and how many decode; others do both.",
+    ),
+]
 RedisUrl = Annotated[
     str | None,
     typer.Option(envvar="HEADRACE_REDIS_URL", help="Default: an embedded Valkey of its own."),
@@ -92,6 +99,7 @@ def up(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     workers: Workers = 1,
+    roles: Roles = None,
     model: Model = "smollm2",
     model_name: ModelName = None,
     dtype: Dtype = None,
@@ -114,11 +122,13 @@ def up(
     """Start the whole fleet on this machine and keep it up until Ctrl-C."""
     from headrace.cli.stack import UpOptions, run
 
+    split = parse_roles(roles) if roles else (0, 0)
     run(
         UpOptions(
             host=host,
             port=port,
-            workers=workers,
+            workers=max(workers, sum(split)),
+            roles=split,
             model=model,
             model_name=model_name or "",
             dtype=dtype or "",

@@ -1,4 +1,4 @@
-"""KV that goes to the cache service and comes from it, between the pool's books and its bytes.
+"""KV that goes to the cache service or another worker and comes from it: books and bytes.
 
 Invariant: a block that is offered keeps its bytes until they are taken: whoever hands it out again
 tells `note_evicted` before it is overwritten. What comes in is held against the sequence's own
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.frames import Buffer
+from headrace.types import Band
 from headrace_worker.kv.export import Export, ExportFacts, State
 from headrace_worker.policy.blocks import BlockPool, CachedBlock
 from headrace_worker.policy.sequence import Sequence
@@ -52,8 +53,11 @@ class Traffic:
         self._offers = offers
         self._open: dict[int, list[Export]] = {}
         """Exports by block, as long as it holds what they are of; settled ones among them."""
+        self._lent: dict[int, list[Export]] = {}
+        """As `_open`, of what goes to other workers."""
         self._copies: list[Export] = []
         self._made: list[Export] = []
+        self._made_lent: list[Export] = []
 
     def take(self) -> list[Export]:
         """What was offered since the last call, parents first."""
@@ -84,6 +88,35 @@ class Traffic:
         self._made.append(export)
         return True
 
+    def take_lent(self) -> list[Export]:
+        """What was lent since the last call, parents first."""
+        made, self._made_lent = self._made_lent, []
+        return made
+
+    def lend(self, sequence: Sequence, first: int) -> int:
+        """Lends the full blocks from number `first` to who goes on with the job; how many it has
+        now been lent."""
+        for index in range(first, sequence.registered):
+            # another block may hold the same, and then that one can be found
+            found = self._pool.match_prefix([sequence.block_hash(index)])
+            cached = self._pool.cached(found[0]) if found else None
+            if cached is None:
+                continue
+            facts = ExportFacts(
+                cached.hash,
+                cached.parent,
+                cached.depth,
+                sequence.band,
+                sequence.tenant,
+                sequence.id,
+            )
+            read = partial(self._kv.copy_block, cached.block)
+            export = Export(facts, self._kv.payload_bytes, read, self._kv.accepts)
+            still = [e for e in self._lent.get(cached.block, ()) if e.state is State.OFFERED]
+            self._lent[cached.block] = [*still, export]
+            self._made_lent.append(export)
+        return max(first, sequence.registered)
+
     def note_evicted(self, evicted: Iterable[CachedBlock], *, cost_ms: float = 0.0) -> None:
         """Copies those that the service has not been offered, or has not taken yet.
 
@@ -95,7 +128,7 @@ class Traffic:
                 cached.offered = False
             if not cached.offered and self.offer(cached, cost_ms=cost_ms):
                 exports += self._open.pop(cached.block)
-            for export in exports:
+            for export in (*exports, *self._lent.pop(cached.block, ())):
                 if export.state is State.OFFERED:
                     self._keep(export)
 
@@ -111,7 +144,7 @@ class Traffic:
         """What `blocks` hold cannot be trusted: nobody finds it, or is given it, again."""
         blocks = list(blocks)
         for block in blocks:
-            for export in self._open.pop(block, ()):
+            for export in (*self._open.pop(block, ()), *self._lent.pop(block, ())):
                 export.drop()
         self._pool.forget(blocks)
 
@@ -147,23 +180,52 @@ class Traffic:
         self._pool.release(chain, sequence.band)
         return frozenset(taken)
 
+    def take_in(
+        self, payloads: Iterable[BlockPayload], band: Band, tenant: str, *, cost_ms: float = 0.0
+    ) -> int:
+        """Puts into the pool what another worker computed for a job that will come; how many.
+
+        Nobody's for now: they give way as others do that came last.
+        """
+        taken = 0
+        for payload in payloads:
+            if self._pool.contains(payload.hash):
+                continue
+            if not self._pool.can_allocate(1):
+                break
+            taken += self._adopt(payload, payload.parent, payload.depth, band, tenant, cost_ms) >= 0
+        return taken
+
     def _load_one(
         self, sequence: Sequence, index: int, payload: BlockPayload, cost_ms: float
     ) -> int | None:
         """The block that holds `payload` now; None, and it is free, if that is no valid KV."""
         parent = sequence.parent_hash(index)
-        block = self._pool.adopt(payload.hash, parent, index, sequence.band, sequence.tenant)
+        block = self._adopt(payload, parent, index, sequence.band, sequence.tenant, cost_ms)
+        return block if block >= 0 else None
+
+    def _adopt(
+        self,
+        payload: BlockPayload,
+        parent: bytes,
+        depth: int,
+        band: Band,
+        tenant: str,
+        cost_ms: float,
+    ) -> int:
+        """The block that holds `payload` now; -1 if that is no valid KV."""
+        block = self._pool.adopt(payload.hash, parent, depth, band, tenant)
         self.note_evicted(self._pool.take_evicted(), cost_ms=cost_ms)  # before it is overwritten
         try:
             self._kv.import_block(block, payload.data)
         except ValueError:
             self.forget([block])
-            return None
+            return -1
         return block
 
     def check_integrity(self) -> None:
         """Only blocks that can be found are on offer in place."""
-        for block, exports in self._open.items():
+        for block, exports in (*self._open.items(), *self._lent.items()):
             if any(export.state is State.OFFERED for export in exports):
                 cached = self._pool.cached(block)
                 assert cached is not None, "an offered block was forgotten"
