@@ -54,6 +54,14 @@ class Machine:
     graphs: DecodeGraphs | None = None
 
 
+def attention_over(pool: KvPool, config: ModelConfig) -> AttentionBackend:
+    """The faster one over a pool in the host's memory: the native kernels, where they are."""
+    library = native.library()
+    if library is not None and supports(config, pool.dtype):
+        return NativeBackend(library, pool, config)
+    return SdpaBackend(pool, config)
+
+
 def make_attention(
     model: Decoder,
     config: ModelConfig,
@@ -65,9 +73,8 @@ def make_attention(
     kernels = _choose(config, dtype, wanted, device)
     if kernels is None:
         pool = KvPool(config, wanted.blocks, dtype, wanted.kv_dtype)
-        library = native.library()
-        if wanted.name == "auto" and library is not None and supports(config, dtype):
-            return Machine(pool, NativeBackend(library, pool, config))
+        if wanted.name == "auto":
+            return Machine(pool, attention_over(pool, config))
         return Machine(pool, SdpaBackend(pool, config))
     paged = _paged(config, dtype, wanted, device, kernels)
     backend = FlashBackend(paged, config, kernels)
