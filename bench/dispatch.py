@@ -298,7 +298,7 @@ class Script:
 
     async def join(self) -> None:
         now = int(time.time() * 1000)
-        status = wire.encode_status(WorkerStatus(WorkerState.READY, 0, 0, 1_000_000, 0))
+        status = wire_reports.encode_status(WorkerStatus(WorkerState.READY, 0, 0, 1_000_000, 0))
         pipe = self.redis.pipeline(transaction=False)
         for name in self.names():
             card = WorkerRecord(name, "m", WorkerRole.BOTH, "here", 1, 1_000_000, 64, now)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 from redis.asyncio import Redis
 
-from headrace import keys, wire
+from headrace import keys, wire, wire_reports
 from headrace.errors import WireError
 from headrace.streams import as_bytes
 from headrace.types import WorkerLoad, WorkerRecord, WorkerRole, WorkerState, WorkerStatus
@@ -86,7 +86,7 @@ class Roster:
     def _decode_status(self, raw: bytes | None) -> WorkerStatus | None:
         """None, which means no jobs for it, where the status is missing or unreadable."""
         try:
-            return wire.decode_status(raw) if raw else None
+            return wire_reports.decode_status(raw) if raw else None
         except WireError as error:
             log.warning("worker status unreadable", model=self._model, error=error.message)
             return None

@@ -30,8 +30,6 @@ from headrace.types import (
     TokenLogprobs,
     WorkerRecord,
     WorkerRole,
-    WorkerState,
-    WorkerStatus,
 )
 
 MESSAGE_BYTES_MAX = 32 * 1024 * 1024
@@ -477,29 +475,4 @@ def decode_worker(data: bytes) -> WorkerRecord:
         started_ms=f.get("started", int),
         kernels=f.get("kernels", str),
         kv_address=f.get("kv_at", str),
-    )
-
-
-def encode_status(status: WorkerStatus) -> bytes:
-    return pack(
-        {
-            "state": status.state.value,
-            "running": status.running,
-            "waiting": status.waiting,
-            "free_tokens": status.free_tokens,
-            "steps": status.steps,
-            "role": status.role.value,
-        }
-    )
-
-
-def decode_status(data: bytes) -> WorkerStatus:
-    f = Fields("status", data)
-    return WorkerStatus(
-        state=f.one_of("state", WorkerState),
-        running=f.get("running", int),
-        waiting=f.get("waiting", int),
-        free_tokens=f.get("free_tokens", int),
-        steps=f.get("steps", int),
-        role=f.one_of("role", WorkerRole),
     )

@@ -20,6 +20,9 @@ from headrace.types import (
     JobProgress,
     Positions,
     Progress,
+    WorkerRole,
+    WorkerState,
+    WorkerStatus,
 )
 from headrace.wire import Fields, pack, unpack
 
@@ -172,3 +175,28 @@ def decode_positions(data: bytes) -> Positions:
             case _:
                 raise WireError("positions: a row is not of a known form")
     return found
+
+
+def encode_status(status: WorkerStatus) -> bytes:
+    return pack(
+        {
+            "state": status.state.value,
+            "running": status.running,
+            "waiting": status.waiting,
+            "free_tokens": status.free_tokens,
+            "steps": status.steps,
+            "role": status.role.value,
+        }
+    )
+
+
+def decode_status(data: bytes) -> WorkerStatus:
+    f = Fields("status", data)
+    return WorkerStatus(
+        state=f.one_of("state", WorkerState),
+        running=f.get("running", int),
+        waiting=f.get("waiting", int),
+        free_tokens=f.get("free_tokens", int),
+        steps=f.get("steps", int),
+        role=f.one_of("role", WorkerRole),
+    )

@@ -51,7 +51,7 @@ async def put_fleet(redis: Redis) -> None:
     await redis.set(keys.record(MODEL), wire.encode_model(RECORD))
     await redis.hset(keys.workers(MODEL), "w0-1", worker_record("w0-1", 101))
     await redis.hset(keys.workers(MODEL), "w1-1", worker_record("w1-1", 102))
-    status = wire.encode_status(WorkerStatus(WorkerState.READY, 2, 1, 3_000, 77))
+    status = wire_reports.encode_status(WorkerStatus(WorkerState.READY, 2, 1, 3_000, 77))
     await redis.set(keys.status(MODEL, "w0-1"), status, px=60_000)
     await redis.set(keys.lease(MODEL, "w0-1"), b"1", px=60_000)
     await redis.hset(keys.load(MODEL, "w0-1"), mapping={"tokens": 1_096, "jobs": 3})

@@ -146,7 +146,7 @@ def test_a_steps_deltas_survive_the_wire(step: list[Delta]) -> None:
 
 def test_status_and_board_survive_the_wire() -> None:
     status = WorkerStatus(WorkerState.DRAINING, 3, 2, 100, 9)
-    assert wire.decode_status(wire.encode_status(status)) == status
+    assert wire_reports.decode_status(wire_reports.encode_status(status)) == status
     board = Board("g", 5, (1, 2, 3), (4, 5, 6), (7, 8, 9), 5, 6, 7, 8.5, 9.5, (1.5, 2.5, 3.5), 4)
     assert wire_reports.decode_board(wire_reports.encode_board(board)) == board
     assert board.queued_tokens == 15
@@ -180,7 +180,7 @@ def test_block_keys_that_are_cut_short_are_refused() -> None:
 def test_random_bytes_are_refused_and_nothing_else_happens(data: bytes) -> None:
     for decode in (
         wire.decode_job, wire.decode_deltas, wire.decode_model, wire.decode_worker,
-        wire.decode_status, wire_reports.decode_board, wire_reports.decode_event,
+        wire_reports.decode_status, wire_reports.decode_board, wire_reports.decode_event,
         wire_reports.decode_snapshot, wire_reports.decode_positions,
     ):  # fmt: skip
         with contextlib.suppress(WireError):

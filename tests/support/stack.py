@@ -21,7 +21,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from headrace import keys, wire
+from headrace import keys, wire, wire_reports
 from headrace.streams import connect
 from headrace.types import WorkerStatus
 from support.valkey import Valkey
@@ -200,7 +200,7 @@ class Stack:
                 status = await redis.get(keys.status(self.model, record.id))
                 leased = await redis.exists(keys.lease(self.model, record.id))
                 if status and leased and record.pid in alive:
-                    found[record.id] = wire.decode_status(status)
+                    found[record.id] = wire_reports.decode_status(status)
             return found
         finally:
             await redis.aclose()
@@ -238,7 +238,7 @@ async def _leftovers(redis: Redis, model: str) -> dict[str, int]:
             left[f"{worker} reserved {name.decode()}"] = int(value)
         status = await redis.get(keys.status(model, worker))
         if status:
-            decoded = wire.decode_status(status)
+            decoded = wire_reports.decode_status(status)
             left[f"{worker} running"] = decoded.running
             left[f"{worker} waiting"] = decoded.waiting
     return left

@@ -18,7 +18,7 @@ from headrace import keys, wire
 from headrace.clock import Clock
 from headrace.streams import as_bytes
 from headrace.types import ModelRecord, WorkerRecord, WorkerRole, WorkerStatus
-from headrace.wire_reports import encode_news
+from headrace.wire_reports import encode_news, encode_status
 
 
 def new_worker_id() -> str:
@@ -77,7 +77,7 @@ class Membership:
         pipe = self._redis.pipeline(transaction=True)
         pipe.set(keys.record(m), wire.encode_model(self._model))
         pipe.hset(keys.workers(m), w, as_bytes(wire.encode_worker(self.card)))
-        pipe.set(keys.status(m, w), wire.encode_status(status), px=self._lease_ms * 3)
+        pipe.set(keys.status(m, w), encode_status(status), px=self._lease_ms * 3)
         pipe.set(keys.lease(m, w), self.card.pid, px=self._lease_ms)
         pipe.xadd(
             keys.events(m),
@@ -95,7 +95,7 @@ class Membership:
         m, w = self._model.name, self.id
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(keys.lease(m, w), self.card.pid, px=self._lease_ms, xx=True)
-        pipe.set(keys.status(m, w), wire.encode_status(status), px=self._lease_ms * 3)
+        pipe.set(keys.status(m, w), encode_status(status), px=self._lease_ms * 3)
         renewed, _ = await pipe.execute()
         return bool(renewed)
 

@@ -21,7 +21,7 @@ GATEWAYS_MAX = 1_000
 async def worker_ready(redis: Redis, model: str, worker_id: str) -> bool:
     """Whether that worker says that it takes jobs."""
     data: Any = await redis.get(keys.status(model, worker_id))
-    return data is not None and wire.decode_status(data).state is WorkerState.READY
+    return data is not None and wire_reports.decode_status(data).state is WorkerState.READY
 
 
 async def read_fleet(redis: Redis) -> dict[str, Any]:
@@ -89,7 +89,7 @@ async def _worker(redis: Redis, model: str, worker_id: str, data: bytes) -> dict
     pipe.pttl(keys.lease(model, worker_id))
     pipe.hmget(keys.load(model, worker_id), "tokens", "jobs")
     status_data, lease_ms, (tokens, jobs) = await pipe.execute()
-    status = wire.decode_status(status_data) if status_data else None
+    status = wire_reports.decode_status(status_data) if status_data else None
     # without its lease a worker's last words about itself no longer hold
     state = "gone" if lease_ms <= 0 else status.state.value if status else "starting"
     return {
