@@ -8,7 +8,7 @@ about a job (the streams are), so losing all of it costs order and affinity, nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ from headrace_gateway.policy.outlook import Outlook, Throughput
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.routing import Route, Router, RoutingConfig
 from headrace_gateway.policy.workload import WorkerFacts, Workload
+
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,22 @@ class DispatchPolicy:
         self._router = Router(config.routing)
         self.shared = Fetching()
 
-    def set_workers(self, facts: Sequence[WorkerFacts], now_ms: int) -> None:
-        """The workers that live and take jobs; what is known of vanished ones is forgotten."""
-        gone = set(self.workload.workers) - {each.worker for each in facts}
+    def set_workers(
+        self, facts: Sequence[WorkerFacts], now_ms: int, draining: Collection[str] = ()
+    ) -> None:
+        """The workers that live and take jobs; what is known of vanished ones is forgotten.
+
+        Those that are `draining` live and take no jobs: what is booked there is kept to its end, so
+        that it is charged for. Their blocks are of no use to anybody any more.
+        """
+        left = set(self.workload.workers) - {each.worker for each in facts}
         self.workload.set_workers(facts)
-        for worker in sorted(gone):
-            self.forget(worker)
+        for worker in sorted(left):
+            if worker in draining:
+                self.index.forget_worker(worker)
+                self.breakers.forget(worker)
+            else:
+                self.forget(worker)
         for each in facts:
             self.index.limit(each.worker, each.kv_tokens // BLOCK_TOKENS)
         self.throughput.set_workers(len(facts), now_ms)
@@ -90,7 +102,8 @@ class DispatchPolicy:
         """A job was found on `worker` that this object has not sent there."""
         if not self.workload.booked(worker, job.id):
             self.workload.book(worker, job, len(job.prompt), now_ms, found=True)
-            self.breakers.dispatched(worker, now_ms)
+            if self.workload.takes_jobs(worker):
+                self.breakers.dispatched(worker, now_ms)
 
     def push(self, item: Queued) -> bool:
         return self.queue.push(item)
@@ -130,8 +143,9 @@ class DispatchPolicy:
     def progress(self, report: Progress, now_ms: int) -> None:
         """What a worker said of its running jobs, its blocks and its speed."""
         self.queue.charge_all(self.workload.progress(report))
-        self.index.removed(report.worker, report.removed)
-        self.index.stored(report.worker, report.stored)
+        if self.workload.takes_jobs(report.worker):
+            self.index.removed(report.worker, report.removed)
+            self.index.stored(report.worker, report.stored)
         tokens = report.prefill_tokens + report.output_tokens
         self.breakers.progress(report.worker, now_ms, tokens)
         self.throughput.served(tokens)
@@ -142,10 +156,10 @@ class DispatchPolicy:
         charge = self.workload.done(done)
         p = done.progress
         self.queue.finished(p.job, p.output)
-        complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
+        complete = done.reason in _COMPLETE
         if done.reason is FinishReason.ERROR:
             # one that nothing was computed of was refused: its caller's fault, whoever has it
-            if p.computed:
+            if p.computed and self.workload.takes_jobs(done.worker):
                 self.breakers.failed(done.worker, now_ms)
         elif complete:
             self.breakers.succeeded(done.worker, now_ms)
