@@ -77,14 +77,13 @@ class FleetWatch:
     async def take_in(self) -> None:
         """Bring the policy's workers in step with the roster's. Raises what redis-py raises."""
         facts = self._roster.facts()
-        self._policy.set_workers(facts, self._clock.wall_ms())
+        self._policy.set_workers(facts, self._clock.wall_ms(), self._roster.draining)
         present = {each.worker for each in facts}
         for worker in sorted(present - self._known):
             await self._adopt(worker)
             self._snapshots_wanted[worker] = None
-        for worker in self._known - present:
-            self._reports.pop(worker, None)
-            self._disagreements.pop(worker, None)
+        for worker in self._reports.keys() - self._roster.live.keys():
+            del self._reports[worker]
         self._known = present
         await self._read_snapshots()
         await self._compare()
@@ -121,15 +120,16 @@ class FleetWatch:
                 log.warning("block snapshot unreadable", worker=worker, error=error.message)
 
     async def _compare(self) -> None:
+        streaks: dict[str, int] = {}
         for worker, view in self._roster.live.items():
-            if worker not in self._known:
+            if worker not in self._policy.workload.workers:
                 continue
             count = len(self._policy.jobs_on(worker))
             agrees = view.load.reserved_jobs == count
-            streak = 0 if agrees else self._disagreements.get(worker, 0) + 1
-            self._disagreements[worker] = streak
-            if streak >= DISAGREEMENTS_MAX:
-                await self.reconcile(worker)
+            streaks[worker] = 0 if agrees else self._disagreements.get(worker, 0) + 1
+        self._disagreements = streaks
+        for worker in [each for each, streak in streaks.items() if streak >= DISAGREEMENTS_MAX]:
+            await self.reconcile(worker)
 
     async def reconcile(self, worker: str) -> None:
         """Believe the worker's stream about what it has."""

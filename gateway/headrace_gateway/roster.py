@@ -124,6 +124,11 @@ class Roster:
         ]
 
     @property
+    def draining(self) -> list[str]:
+        """Those that live and get no new job."""
+        return [worker for worker, view in self.live.items() if not view.takes_jobs]
+
+    @property
     def capacity_tokens(self) -> int:
         return sum(view.record.kv_tokens for view in self.live.values() if view.is_ready)
 

@@ -261,6 +261,39 @@ def test_a_new_term_books_what_it_finds_on_workers() -> None:
     assert len(gone(policy)) == 1
 
 
+def test_what_runs_on_a_draining_worker_is_charged_to_its_end() -> None:
+    """A worker that takes no new jobs still makes output of those it has; when the last has ended,
+    or it is gone, nothing of it is left."""
+    policy = a_policy(workers=2, max_jobs=1)
+    for number in range(2):
+        policy.push(queued(a_job(f"j{number}", tenant=f"t{number}")))
+    by_worker = {decision.route.worker: decision.item.job for decision in gone(policy)}
+    counters, staying = policy.queue.counters, WorkerFacts("w1", 16_000, 1)
+    leaving, paid = by_worker["w0"], counters.value(by_worker["w0"].tenant, Band.STANDARD)
+    policy.set_workers([staying], NOW, draining=["w0"])
+    policy.push(queued(a_job("waits")))
+    assert go(policy) is None, "the draining worker gets no more"
+    policy.progress(Progress("w0", 1, (JobProgress(leaving.id, 64, 0, 10),), output_tokens=10), NOW)
+    assert counters.value(leaving.tenant, Band.STANDARD) == paid + 2 * 10
+    policy.set_workers([staying], NOW, draining=["w0"])
+    policy.done(ended("w0", leaving), NOW)
+    assert counters.value(leaving.tenant, Band.STANDARD) == paid + 2 * 32
+    assert list(policy.workload.workers) == ["w1"]
+    assert set(policy.index.bits) <= {"w1"}, "its blocks serve nobody"
+    policy.check_integrity()
+
+
+def test_a_draining_worker_that_vanishes_is_forgotten() -> None:
+    policy = a_policy(workers=1)
+    policy.push(queued(a_job("j")))
+    gone(policy)
+    policy.set_workers([], NOW, draining=["w0"])
+    assert list(policy.workload.jobs_on("w0")) == ["j"]
+    policy.set_workers([], NOW)
+    assert not policy.workload.workers
+    policy.check_integrity()
+
+
 @dataclass
 class Machine:
     """A fleet of the simplest kind, to drive random programs: every job makes a token a round."""

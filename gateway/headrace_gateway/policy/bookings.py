@@ -28,6 +28,7 @@ waits in the queue, where it can be reordered, told its place, and refused in ti
 SHARED_BLOCKS = 32
 """Shared prefixes are looked for in steps of so many blocks."""
 SHARED_STEPS_MAX = 64
+LEVELS = len(Band)
 ALL = int(Band.BATCH)
 """The level at which jobs of all bands count."""
 _UNLIMITED = (1 << 60, 1 << 60)
@@ -53,6 +54,10 @@ class Room(Enum):
     FREE = "free"
     PREEMPTING = "preempting"
     NONE = "none"
+
+
+# asking an enum for a member or its length costs as much as ten look-ups of a name
+FREE, NONE = Room.FREE, Room.NONE
 
 
 class Verdict(NamedTuple):
@@ -208,9 +213,9 @@ class Bookings:
         self.facts = facts
         self.is_open = False
         self.jobs: dict[str, Booking] = {}
-        self.counts = [0] * len(Band)
-        self.waiting = [0] * len(Band)
-        self.reserved = [0] * len(Band)
+        self.counts = [0] * LEVELS
+        self.waiting = [0] * LEVELS
+        self.reserved = [0] * LEVELS
         self.held = 0
         self.load = 0
         self.place = (0, facts.worker)
@@ -218,10 +223,10 @@ class Bookings:
         self.shares: dict[int, int] = {}
         self.shared = 0
         """Steps of prefixes that more than one job has."""
-        self.profiles: list[PeakProfile | None] = [None] * len(Band)
-        self.refusals = [_UNLIMITED] * len(Band)
+        self.profiles: list[PeakProfile | None] = [None] * LEVELS
+        self.refusals = [_UNLIMITED] * LEVELS
         """Per level the (held, remaining) that did not fit."""
-        self.shut: list[Verdict | None] = [None] * len(Band)
+        self.shut: list[Verdict | None] = [None] * LEVELS
         """Per level why nothing fits, whatever its size."""
         self.speeds = Speeds()
 
@@ -237,7 +242,7 @@ class Bookings:
         self.waiting[band] += booking.waiting
         self.reserved[band] += held + booking.remaining
         self.held += held
-        self.profiles = [None] * len(Band)
+        self.profiles = [None] * LEVELS
 
     def take(self, job_id: str) -> Booking | None:
         """The job leaves."""
@@ -296,17 +301,17 @@ class Bookings:
 
     def changed(self) -> None:
         """What did not fit may fit now."""
-        self.profiles = [None] * len(Band)
-        self.refusals = [_UNLIMITED] * len(Band)
-        self.shut = [None] * len(Band)
+        self.profiles = [None] * LEVELS
+        self.refusals = [_UNLIMITED] * LEVELS
+        self.shut = [None] * LEVELS
 
     def room(self, demand: Demand, kv_share: float, *, patient: bool = False) -> Verdict:
         """Whether `demand` may come; who is `patient` waits for its turn."""
         verdict = self.fits(ALL, demand, kv_share, patient=patient)
-        if verdict.room is Room.FREE or demand.level == ALL:
+        if verdict.room is FREE or demand.level == ALL:
             return verdict
         own = self.fits(demand.level, demand, kv_share, patient=patient)
-        return PREEMPTING if own.room is Room.FREE else own
+        return PREEMPTING if own.room is FREE else own
 
     def fits(
         self, level: int, demand: Demand, kv_share: float, *, patient: bool = False

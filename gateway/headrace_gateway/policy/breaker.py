@@ -31,6 +31,10 @@ class State(Enum):
     HALF_OPEN = "half open"
 
 
+# asking an enum for a member costs as much as ten look-ups of a name
+_CLOSED, _OPEN, _HALF_OPEN = State.CLOSED, State.OPEN, State.HALF_OPEN
+
+
 class News(Enum):
     """What can happen to a breaker."""
 
@@ -91,7 +95,7 @@ class Breakers:
         if self._running(worker) <= 1:
             breaker.quiet_ms = now_ms
         self._look(worker, breaker, now_ms)
-        if breaker.state is State.HALF_OPEN:
+        if breaker.state is _HALF_OPEN:
             breaker.quiet_ms, breaker.probe = now_ms, True
 
     def progress(self, worker: str, now_ms: int, tokens: int) -> None:
@@ -100,9 +104,9 @@ class Breakers:
         if breaker is None or tokens <= 0:
             return
         breaker.quiet_ms = now_ms
-        if breaker.state is State.OPEN and breaker.stalled:
+        if breaker.state is _OPEN and breaker.stalled:
             self._move(breaker, News.COOLED, now_ms)
-        elif breaker.state is State.HALF_OPEN and breaker.probe:
+        elif breaker.state is _HALF_OPEN and breaker.probe:
             self._move(breaker, News.TOKENS, now_ms)
 
     def succeeded(self, worker: str, now_ms: int) -> None:
@@ -117,8 +121,8 @@ class Breakers:
         breaker = self._breakers.setdefault(worker, _Breaker())
         breaker.quiet_ms = now_ms
         breaker.failures += 1
-        probe_failed = breaker.state is State.HALF_OPEN and breaker.probe
-        many = breaker.state is State.CLOSED and breaker.failures >= self._config.failures_max
+        probe_failed = breaker.state is _HALF_OPEN and breaker.probe
+        many = breaker.state is _CLOSED and breaker.failures >= self._config.failures_max
         if probe_failed or many:
             self._move(breaker, News.FAILED, now_ms)
 
@@ -127,13 +131,13 @@ class Breakers:
         breaker = self._breakers.get(worker)
         if breaker is None:
             return True
-        if breaker.state is State.CLOSED and now_ms - breaker.quiet_ms < self._config.stall_ms:
+        if breaker.state is _CLOSED and now_ms - breaker.quiet_ms < self._config.stall_ms:
             return True  # as most are, most of the time
         self._look(worker, breaker, now_ms)
-        if breaker.state is State.HALF_OPEN:
+        if breaker.state is _HALF_OPEN:
             # a probe that was taken back or cancelled has told nothing: the next one may go
             return not breaker.probe or not self._running(worker)
-        return breaker.state is State.CLOSED
+        return breaker.state is _CLOSED
 
     def state(self, worker: str, now_ms: int) -> State:
         breaker = self._breakers.get(worker)
@@ -147,17 +151,17 @@ class Breakers:
 
     def check_integrity(self) -> None:
         for breaker in self._breakers.values():
-            assert breaker.state is State.HALF_OPEN or not breaker.probe, "who is half open probes"
+            assert breaker.state is _HALF_OPEN or not breaker.probe, "who is half open probes"
             assert breaker.cool_down_ms <= self._config.cool_down_ms_max, "cool-downs are bounded"
-            assert breaker.state is State.CLOSED or breaker.cool_down_ms > 0
+            assert breaker.state is _CLOSED or breaker.cool_down_ms > 0
 
     def _look(self, worker: str, breaker: _Breaker, now_ms: int) -> None:
         """Bring a breaker up to now."""
-        if breaker.state is State.OPEN:
+        if breaker.state is _OPEN:
             if now_ms >= breaker.until_ms:
                 self._move(breaker, News.COOLED, now_ms)
             return
-        awaited = breaker.state is State.CLOSED or breaker.probe
+        awaited = breaker.state is _CLOSED or breaker.probe
         silent = now_ms - breaker.quiet_ms >= self._config.stall_ms
         if awaited and silent and self._running(worker):
             self._move(breaker, News.STALLED, now_ms)
@@ -165,11 +169,11 @@ class Breakers:
     def _move(self, breaker: _Breaker, news: News, now_ms: int) -> None:
         breaker.state = TRANSITIONS[breaker.state][news]
         breaker.probe = False
-        if breaker.state is State.OPEN:
+        if breaker.state is _OPEN:
             config = self._config
             doubled = max(config.cool_down_ms, 2 * breaker.cool_down_ms)
             breaker.cool_down_ms = min(config.cool_down_ms_max, doubled)
             breaker.until_ms = now_ms + breaker.cool_down_ms
             breaker.stalled = news is News.STALLED
-        elif breaker.state is State.CLOSED:
+        elif breaker.state is _CLOSED:
             breaker.cool_down_ms = breaker.failures = 0

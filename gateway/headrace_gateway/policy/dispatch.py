@@ -8,7 +8,7 @@ about a job (the streams are), so losing all of it costs order and affinity, nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,8 @@ from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.roles import RoleChange, RolePolicy, RolesConfig, SideFacts
 from headrace_gateway.policy.routing import Allows, Route, Router, RoutingConfig
 from headrace_gateway.policy.workload import WorkerFacts, Workload
+
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +106,28 @@ class DispatchPolicy:
         self._prefilling: frozenset[str] = frozenset()
         self._single: frozenset[str] = frozenset()
 
-    def set_workers(self, facts: Sequence[WorkerFacts], now_ms: int) -> None:
-        """The workers that live and take jobs; what is known of vanished ones is forgotten."""
+    def set_workers(
+        self, facts: Sequence[WorkerFacts], now_ms: int, draining: Collection[str] = ()
+    ) -> None:
+        """The workers that live and take jobs; what is known of vanished ones is forgotten.
+
+        Those that are `draining` live and take no jobs: what is booked there is kept to its end, so
+        that it is charged for. Their blocks are of no use to anybody any more.
+        """
         known = {*self.workload.workers, *self.decoding.workers}
-        gone = known - {each.worker for each in facts}
+        left = known - {each.worker for each in facts}
         self.workload.set_workers([each for each in facts if each.role is not WorkerRole.DECODE])
         self.decoding.set_workers([each for each in facts if each.role is WorkerRole.DECODE])
         self._prefilling = _of_role(facts, WorkerRole.PREFILL)
         self._single = _of_role(facts, WorkerRole.BOTH)
-        for worker in sorted(gone):
-            self.forget(worker)
+        for worker in sorted(left):
+            if worker in draining:
+                for promise in self.pairs.forget(worker):
+                    self._stays(promise)
+                self.index.forget_worker(worker)
+                self.breakers.forget(worker)
+            else:
+                self.forget(worker)
         for each in facts:
             self.index.limit(each.worker, each.kv_tokens // BLOCK_TOKENS)
         self.throughput.set_workers(len(facts), now_ms)
@@ -126,6 +140,9 @@ class DispatchPolicy:
         self.index.forget_worker(worker)
         self.breakers.forget(worker)
 
+    def _takes_jobs(self, worker: str) -> bool:
+        return self.workload.takes_jobs(worker) or self.decoding.takes_jobs(worker)
+
     def adopt(self, worker: str, job: Job, now_ms: int) -> None:
         """A job was found on `worker` that this object has not sent there."""
         promise = self.pairs.get(job.id)
@@ -136,7 +153,8 @@ class DispatchPolicy:
         here = self.decoding if worker in self.decoding.open_workers else self.workload
         if not (self.workload.booked(worker, job.id) or self.decoding.booked(worker, job.id)):
             here.book(worker, job, len(job.prompt), now_ms, found=True)
-            self.breakers.dispatched(worker, now_ms)
+            if self._takes_jobs(worker):
+                self.breakers.dispatched(worker, now_ms)
 
     def jobs_on(self, worker: str) -> list[str]:
         """Ids of the jobs that are on `worker`, those left out that are only promised to it."""
@@ -239,8 +257,9 @@ class DispatchPolicy:
                 self._stays(promise, now_ms)
         self.queue.charge_all(self.workload.progress(report))
         self.queue.charge_all(self.decoding.progress(report))
-        self.index.removed(report.worker, report.removed)
-        self.index.stored(report.worker, report.stored)
+        if self._takes_jobs(report.worker):
+            self.index.removed(report.worker, report.removed)
+            self.index.stored(report.worker, report.stored)
         tokens = report.prefill_tokens + report.output_tokens
         self.breakers.progress(report.worker, now_ms, tokens)
         self.throughput.served(tokens)
@@ -271,10 +290,10 @@ class DispatchPolicy:
             self.pairs.end(p.job)
         charge = self.workload.done(done) or self.decoding.done(done)
         self.queue.finished(p.job, p.output)
-        complete = done.reason in (FinishReason.STOP, FinishReason.LENGTH)
+        complete = done.reason in _COMPLETE
         if done.reason is FinishReason.ERROR:
             # one that nothing was computed of was refused: its caller's fault, whoever has it
-            if p.computed:
+            if p.computed and self._takes_jobs(done.worker):
                 self.breakers.failed(done.worker, now_ms)
         elif complete:
             self.breakers.succeeded(done.worker, now_ms)

@@ -39,8 +39,10 @@ from typing import NamedTuple, Protocol
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import (
     ALL,
+    FREE,
     NO_SLOT,
     NO_TURN,
+    NONE,
     SHARED_BLOCKS,
     Demand,
     Room,
@@ -400,7 +402,7 @@ class _Choice:
         best: Score | None = None
         for score in ranked:
             answer = self._ask(score)
-            if answer.room is Room.FREE:
+            if answer.room is FREE:
                 best = best or score
                 if not answer.patient:
                     break
@@ -422,7 +424,7 @@ class _Choice:
                 continue
             if unknown and self._is_over(near) and not self._is_over(best):
                 continue
-            if self._ask(near).room is Room.FREE:
+            if self._ask(near).room is FREE:
                 return near
         return best
 
@@ -441,9 +443,9 @@ class _Choice:
             patient = verdict is NO_TURN and score.blocks > 0
             if patient:
                 room = self.workload.room_for(score.worker, self._demand, patient=True).room
-            if room is not Room.NONE and not self._may(score.worker):
-                room, words = Room.NONE, "its breaker is open"
-            elif room is not Room.NONE and self._is_over(score):
+            if room is not NONE and not self._may(score.worker):
+                room, words = NONE, "its breaker is open"
+            elif room is not NONE and self._is_over(score):
                 words = "over its share"
             answer = self._answers[score.worker] = Answer(room, patient, words)
         return answer

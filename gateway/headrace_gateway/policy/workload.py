@@ -28,6 +28,8 @@ from headrace.types import Band, Job, JobDone, Progress
 from headrace_gateway.policy.bookings import (
     ALL,
     CLOSED,
+    FREE,
+    LEVELS,
     NO_SLOT,
     NO_TOKENS,
     Bookings,
@@ -92,7 +94,7 @@ class Workload:
         self._workers: dict[str, Bookings] = {}
         self._order: list[tuple[int, str]] = []
         self._open: tuple[str, ...] = ()
-        self._refusals = Refusals(len(Band))
+        self._refusals = Refusals(LEVELS)
         self._given = Given(self._config.half_life_ms)
         self._speed = 0.0
         self._measured = 0
@@ -137,6 +139,10 @@ class Workload:
     def open_workers(self) -> tuple[str, ...]:
         """Those that take jobs, by name; the same tuple as long as they are the same."""
         return self._open
+
+    def takes_jobs(self, worker: str) -> bool:
+        known = self._workers.get(worker)
+        return known is not None and known.is_open
 
     # what is on them
 
@@ -251,7 +257,7 @@ class Workload:
         for worker in maybe.workers:
             asked += 1
             verdict = self._workers[worker].fits(level, demand, self._config.kv_share)
-            if verdict.room is not Room.FREE:
+            if verdict.room is not FREE:
                 sized = sized or verdict is NO_TOKENS
             elif allows(worker):
                 found.append(worker)
@@ -356,7 +362,7 @@ class Workload:
     def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
         """How `workers` stand for a job of `band`, without those that take no jobs."""
         workloads, given, mean = self._workers, self._given.sums, self.prefill_per_s
-        lower = range(band + 1, len(Band))
+        lower = range(band + 1, LEVELS)
         found = []
         for worker in workers:
             known = workloads.get(worker)

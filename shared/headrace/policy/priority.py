@@ -21,6 +21,8 @@ LEVELS_MAX = 600
 TARGET_MS = (500, 5_000, 60_000)
 """When a job without a deadline is due after its arrival, by Band."""
 
+_FIRST = Band.INTERACTIVE
+
 
 class Rank(NamedTuple):
     """Smaller goes first."""
@@ -49,7 +51,7 @@ def aged_band(band: int, age_ms: int, promote_ms: int) -> int:
 def is_pressing(job: Job, now_ms: int) -> bool:
     """Whether work of lower bands shall give way to `job` at wall-clock `now_ms`: to interactive
     jobs always, to others when half of the time until they are due is over."""
-    if job.band is Band.INTERACTIVE:
+    if job.band is _FIRST:
         return True
     return 2 * now_ms >= job.arrived_ms + due_ms(job)
 
