@@ -8,7 +8,7 @@ Rejected: a heap of slots, which would have to move each of them as it ages.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 NOBODY = -1
 NO_CELL = -1
@@ -22,6 +22,8 @@ class Cells:
         self._previous = array("i")
         self._cell = array("i")
         self._ends: dict[int, tuple[int, int]] = {}
+        self.cell_of: Callable[[int], int] = self._cell.__getitem__
+        """Where a slot stands; NO_CELL if nowhere."""
 
     def grow(self, slots: int) -> None:
         """Make room for slots up to `slots` - 1."""
@@ -38,10 +40,6 @@ class Cells:
 
     def __contains__(self, cell: int) -> bool:
         return cell in self._ends
-
-    def cell_of(self, slot: int) -> int:
-        """Where `slot` stands; NO_CELL if nowhere."""
-        return self._cell[slot]
 
     def first(self, cell: int) -> int:
         """Who stands longest in `cell`, which exists."""

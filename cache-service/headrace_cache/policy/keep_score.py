@@ -99,34 +99,52 @@ class KeepScore(Chains):
             self._size[slot] = size_bytes
             self._band[slot] = band
             self._tenant[slot] = tenant
-            self._cost_us[slot] = min(cost_us, COST_US_MAX)
             self._used_ms[slot] = now_ms
             self.entries += 1
             self.used_bytes += size_bytes
+            self._cost_us[slot] = cost_us = min(cost_us, COST_US_MAX)
+            if cost_us:
+                self._costs_us += cost_us
+                self._costed_bytes += size_bytes
             if parent != NO_SLOT:
                 if parent == self._fresh:
                     self._fresh = NO_SLOT
                 elif not children[parent]:
                     self._bind(parent)
                 children[parent] += 1
-            self._entered(slot, name)
-            self._free_at_first(slot)
+            self._name[slot] = name
+            self._uses[slot] = self._recall(name) + 1
+            self._note_use(slot)
+            if self._fresh != NO_SLOT:
+                self._place_fresh()
+            self._fresh = slot
 
     def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
         """What `touch` does, without its calls: of a chain, only the last stands in a cell."""
         self._place_fresh()
-        uses, bands, cell_of = self._uses, self._band, self._cells.cell_of
-        for slot in slots:
-            if cell_of(slot) != NO_CELL:
-                self.touch(slot, now_ms, band)
-                continue
-            assert self._resident[slot], "only residents are used"
-            if uses[slot] < USES_MAX:
-                uses[slot] += 1
+        *inner, last = slots or [NO_SLOT]
+        standing = set(map(self._cells.cell_of, inner)) - {NO_CELL}
+        if standing or self._model.clock + len(inner) >= self._look_at:
+            super().touch_all(slots, now_ms, band)
+            return
+        assert all(map(self._resident.__getitem__, inner)), "only residents are used"
+        uses, bands, clock = self._uses, self._band, self._model.clock
+        classes = []
+        for slot in inner:
+            clock += 1
+            count = uses[slot]
+            if count < USES_MAX:
+                count += 1
+                uses[slot] = count
             if band is not None and band < bands[slot]:
                 bands[slot] = band
-            self._note_use(slot)
+            self._last[slot] = clock
             self._used_ms[slot] = now_ms
+            step = count if count < USE_STEPS else USE_STEPS
+            classes.append(bands[slot] * USE_STEPS + step - 1)
+        self._model.used_all(list(map(self._name.__getitem__, inner)), classes)
+        if last != NO_SLOT:
+            self.touch(last, now_ms, band)
 
     def _entered(self, slot: int, name: int) -> None:
         self._account(slot, 1)

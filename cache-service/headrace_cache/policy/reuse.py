@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
 
 BUCKETS = 40
 """Ages are told apart by half octaves, from YOUNG uses on."""
@@ -100,6 +101,23 @@ class ReuseModel:
         self._watched[name] = self.clock << CLASS_BITS | class_
         if len(self._watched) > WATCHED_MAX:
             self._give_up(next(iter(self._watched)))
+
+    def used_all(self, names: Sequence[int], classes: Sequence[int]) -> None:
+        """As `used` for each, in order."""
+        clock, shift, watched = self.clock, self._shift, self._watched
+        for name, class_ in zip(names, classes, strict=True):
+            clock += 1
+            if name >> shift:
+                continue
+            seen = watched.pop(name, None)
+            if seen is not None:
+                age = clock - (seen >> CLASS_BITS)
+                self._reused[seen & (CLASSES_MAX - 1)][bucket_of(age)] += 1.0
+            watched[name] = clock << CLASS_BITS | class_
+            if len(watched) > WATCHED_MAX:
+                self.clock = clock
+                self._give_up(next(iter(watched)))
+        self.clock = clock
 
     def _give_up(self, name: int) -> None:
         """Stop watching the name that was used longest ago."""
