@@ -84,6 +84,11 @@ class KeepScore(Chains):
     def _entered(self, slot: int, name: int) -> None:
         self._account(slot, 1)
         self._name[slot] = name
+        if self._is_orphan(slot):
+            # nobody asked for it: who asks for a chain gets, and writes, its head first
+            self._uses[slot] = max(1, self._recall(name))
+            self._last[slot] = self._model.clock
+            return
         self._uses[slot] = self._recall(name) + 1
         self._note_use(slot)
 
@@ -95,6 +100,12 @@ class KeepScore(Chains):
             self._freed(slot)
         else:
             self._note_use(slot)
+
+    def _raised(self, slot: int) -> None:
+        self._place_fresh()
+        if self._cells.cell_of(slot) != NO_CELL:
+            self._cells.remove(slot)
+            self._freed(slot)
 
     def _left(self, slot: int) -> None:
         self._place_fresh()
