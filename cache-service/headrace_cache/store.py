@@ -280,7 +280,7 @@ class Store:
     def _reserve_one(self, facts: EntryFacts, now_ms: int) -> tuple[int, Outcome]:
         slot = self.index.find(facts.key, _WRITTEN)
         if slot != NO_SLOT and self.index.tiers[slot] & _RAM:
-            self._use_again(slot, facts, now_ms)
+            self._renew(slot, facts, now_ms)
             return NOWHERE, Outcome.PRESENT
         if slot != NO_SLOT:
             return NOWHERE, Outcome.BUSY
@@ -300,8 +300,8 @@ class Store:
         self.reserved_bytes += charge
         return place, Outcome.KEPT
 
-    def _use_again(self, slot: int, facts: EntryFacts, now_ms: int) -> None:
-        self._policy.touch(slot, now_ms, facts.band)
+    def _renew(self, slot: int, facts: EntryFacts, now_ms: int) -> None:
+        self._policy.renew(slot, facts.band)
         self.index.raise_band(slot, facts.band)
         if facts.pin_ms:
             self._policy.pin(slot, now_ms + facts.pin_ms)

@@ -33,14 +33,20 @@ from headrace_gateway.policy.admission import (
     ask_of,
     decide,
 )
+from headrace_gateway.policy.fetching import PART_DEFAULT, part_of, spared_by
 from headrace_gateway.policy.lengths import Lengths
+from headrace_gateway.policy.shared_index import SharedIndex
 from headrace_gateway.replies import Replies
 from headrace_gateway.shared_flights import SharedFlights
+from headrace_gateway.shared_watch import SharedWatch
 
 log = structlog.get_logger()
 
 BOARD_EVERY_MS = 200
 TRIM_EVERY_MS = 2_000
+HELD_BLOCKS_MAX = 131_072
+"""Blocks in the cache services that admission knows of, some 100 bytes each. Of more it knows a
+part, and takes the others for blocks to compute."""
 KEEP_EVERY_MS = 3_000
 ACCEPT_TRIES = 3
 CANCEL_TRIES = 5
@@ -72,6 +78,8 @@ class Channel:
         self.places = Places(redis, model, gateway_id, self.replies.live, lambda: self.board, clock)
         self.flights = SharedFlights(url, redis, model, gateway_id, lambda: self.board, clock)
         self.lengths = Lengths()
+        self._held = SharedIndex(HELD_BLOCKS_MAX)
+        self._held_watch = SharedWatch(url, redis, model, self._held)
         self._recent = _Recent()
         self._chores: set[asyncio.Task[None]] = set()
 
@@ -83,9 +91,16 @@ class Channel:
             self._poll_board(),
             self.places.run(),
             self.flights.run(),
+            self._held_watch.run(),
             self._trim_loop(),
             self._keep_loop(),
         ]
+
+    def held_tokens(self, blocks: bytes) -> int:
+        """Tokens of a prompt of these `blocks` that fetching spares; costs no round trip."""
+        board = self.board
+        part = PART_DEFAULT if board is None else part_of(board.prefill_per_s, board.fetched_per_s)
+        return spared_by(self._held, blocks, 0, part).tokens
 
     def admit(self, ask: Ask) -> Admission:
         """Whether `ask` may enter as things stand; costs no round trip and changes nothing."""
@@ -116,6 +131,7 @@ class Channel:
                 "messaging.destination.name": keys.intake(job.model),
                 "headrace.job.id": job.id,
                 "headrace.admission.reason": admission.reason,
+                "headrace.admission.uncached_tokens": ask.uncached_tokens,
             },
         )
         try:

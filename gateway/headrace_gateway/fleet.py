@@ -133,6 +133,13 @@ class Fleet:
         """
         return await self._channel(job.model).submit(job, span)
 
+    def held_tokens(self, model: str, blocks: bytes) -> int:
+        """Tokens of a prompt of these `blocks` (as Job has them) that the cache services spare.
+
+        Raises NotFoundError.
+        """
+        return self._channel(model).held_tokens(blocks)
+
     def flights(self, model: str) -> SharedFlights:
         """What all gateways compute of `model` that may be shared. Raises NotFoundError."""
         return self._channel(model).flights

@@ -218,6 +218,7 @@ class Term:
             prefill_per_s=outlook.prefill_per_s,
             band_work_per_s=outlook.band_work_per_s,
             free_jobs=self.policy.workload.free_jobs,
+            fetched_per_s=self.policy.shared.fetched_per_s,
         )
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(keys.board(self._model), wire_reports.encode_board(board), px=keys.BOARD_TTL_MS)

@@ -294,7 +294,8 @@ class Board:
     arrives now would wait for a worker. `work_per_s` is the rate at which the fleet does such work
     when it is busy, 0 before it was measured, `band_work_per_s` that at which each band's leaves
     the queue; `prefill_per_s` the uncached prompt tokens per second of one worker. `free_jobs` are
-    the workers' free slots. `published_ms` is wall-clock time.
+    the workers' free slots. `fetched_per_s` are the tokens whose KV a worker fetches in a second
+    from the cache services, 0 while unknown. `published_ms` is wall-clock time.
     """
 
     leader: str
@@ -309,6 +310,7 @@ class Board:
     prefill_per_s: float
     band_work_per_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
     free_jobs: int = 0
+    fetched_per_s: float = 0.0
 
     @property
     def queued_tokens(self) -> int:

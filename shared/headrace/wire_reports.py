@@ -42,6 +42,7 @@ def encode_board(board: Board) -> bytes:
             "prefill": board.prefill_per_s,
             "band_rates": list(board.band_work_per_s),
             "free": board.free_jobs,
+            "fetched": board.fetched_per_s,
         }
     )
 
@@ -64,6 +65,7 @@ def decode_board(data: bytes) -> Board:
         prefill_per_s=f.number("prefill"),
         band_work_per_s=(rates[0], rates[1], rates[2]),
         free_jobs=f.get("free", int),
+        fetched_per_s=f.number("fetched"),
     )
 
 

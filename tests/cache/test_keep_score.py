@@ -175,3 +175,47 @@ def test_a_chain_at_once_is_as_its_blocks_one_by_one() -> None:
             chains = [left for each in chains if (left := [s for s in each if s not in gone])]
         at_once.check_integrity()
     one_by_one.check_integrity()
+
+
+def test_being_written_again_is_no_use() -> None:
+    """What is written and never read counts as used once, whoever writes it how often."""
+    policy = KeepScore()
+    policy.admit(0, facts(name=1 << 50), 0)
+    policy.admit(1, facts(name=1 << 51), 0)
+    uses = policy._model.clock
+    for _ in range(50):
+        policy.renew(0, Band.STANDARD)
+    assert policy._model.clock == uses
+    (victim,) = policy.victims(SIZE, 9)
+    assert victim.slot == 0
+    assert "used 1x, idle 9 ms" in victim.reason
+
+
+def test_being_written_again_by_a_higher_class_raises_an_entry() -> None:
+    policy = KeepScore()
+    policy.admit(0, facts(Band.BATCH), 0)
+    policy.admit(1, facts(Band.STANDARD), 0)
+    policy.renew(0, Band.INTERACTIVE)
+    policy.renew(0, Band.BATCH)
+    policy.check_integrity()
+    assert leave(policy, 1) == [1]
+
+
+def test_an_entry_without_its_parent_was_asked_for_by_nobody() -> None:
+    """What cannot be read is not used by being written, also where it was known before."""
+    policy = KeepScore()
+    policy.admit(0, facts(), 0)
+    policy.admit(1, facts(parent=0, name=(1 << 50) + 5), 0)
+    policy.touch(1, 0)
+    uses = policy._model.clock
+    policy.remove(1)
+    policy.remove(0)
+    for _ in range(3):
+        policy.admit(1, facts(parent=0, name=(1 << 50) + 5), 0)
+        assert policy._model.clock == uses
+        policy.check_integrity()
+        policy.remove(1)
+    policy.admit(0, facts(), 0)
+    policy.admit(1, facts(parent=0, name=(1 << 50) + 5), 0)
+    (victim,) = policy.victims(SIZE, 7)
+    assert victim.slot == 1 and "used 3x" in victim.reason

@@ -112,13 +112,13 @@ def test_a_parent_is_not_evicted_to_make_room_for_its_child() -> None:
     assert keys_of("parent")[0] in store
 
 
-def test_putting_again_counts_as_a_use_and_keeps_the_first_bytes() -> None:
+def test_putting_again_is_no_use_and_keeps_the_first_bytes() -> None:
     store = make_store(room_for(2))
     put(store, "a")
     put(store, "b")
     assert put(store, "a") is Outcome.PRESENT
     put(store, "c")
-    assert [key in store for key in keys_of("a", "b", "c")] == [True, False, True]
+    assert [key in store for key in keys_of("a", "b", "c")] == [False, True, True]
 
 
 def test_an_entry_is_read_by_nobody_before_it_is_committed() -> None:
@@ -375,3 +375,19 @@ def test_a_chain_taken_in_at_once_is_as_its_entries_one_by_one(
         assert outcomes[0] == outcomes[1]
     assert short.stats() == long.stats()
     assert short.tallies.by_kind[KV].evictions > 20
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_writing_what_is_there_does_not_keep_it(policy: str) -> None:
+    """Whatever the policy: of two entries the one that is read stays, not the one rewritten."""
+    store = make_store(room_for(2), policy)
+    put(store, "a")
+    put(store, "b")
+    for _ in range(9):
+        assert put(store, "a") is Outcome.PRESENT
+    read(store, keys_of("b"), 1)
+    for name in "cd":
+        put(store, name)
+        read(store, keys_of("b"), 2)
+    assert keys_of("a")[0] not in store
+    assert store.tallies.by_kind[KV].present == 9

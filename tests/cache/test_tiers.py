@@ -336,9 +336,9 @@ async def scraped(server: CacheServer) -> dict[str, float]:
     """The disk's figures as Prometheus reads them, by name and labels."""
     port = server.metrics.listen("127.0.0.1", 0)
     try:
-        async with aiohttp.ClientSession() as http:
-            async with http.get(f"http://127.0.0.1:{port}/metrics") as answer:
-                lines = (await answer.text()).splitlines()
+        url = f"http://127.0.0.1:{port}/metrics"
+        async with aiohttp.ClientSession() as http, http.get(url) as answer:
+            lines = (await answer.text()).splitlines()
     finally:
         await server.metrics.close()
     rows = [line.rpartition(" ") for line in lines if line.startswith("headrace_cache_disk_")]
@@ -357,7 +357,7 @@ async def test_the_disk_is_seen_in_metrics(tmp_path: Path, monkeypatch: pytest.M
         assert found['tenant_bytes{tenant="acme"}'] == 6 * SIZE_BYTES
         assert found["used_bytes"] >= found["bytes"] and found["ready"] == 1
         assert found["disk_full_total"] == found["paused"] == found["corrupt_total"] == 0
-    [segment] = (tmp_path / "disk").glob("*.seg")
+    [segment] = (tmp_path / "disk").glob("*.segment")
     data = bytearray(segment.read_bytes())
     at = bytes(data).index(entries[4].data)
     data[at] ^= 1

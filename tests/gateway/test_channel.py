@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
 
 from headrace import keys, wire_reports
+from headrace.cache_directory import Directory
 from headrace.clock import SystemClock
 from headrace.errors import DependencyError, OverloadError
-from headrace.types import Band, Board
+from headrace.policy.hashing import model_tag
+from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Band, BlockNews, Board, CacheNode
+from headrace.wire_cache import encode_news
 from headrace_gateway.channel import Channel
 from headrace_gateway.policy.admission import AdmissionLimits, Ask
 from support.fleet import MODEL, a_job, eventually
@@ -39,11 +43,13 @@ Publish = Callable[..., Awaitable[None]]
 def publish(redis: Redis, channel: Channel) -> Publish:
     """Puts a board where the dispatcher puts it, and waits until the channel has it."""
 
-    async def put(at_ms: int, queued: int = 0, work: int = 0, wait_ms: int = 0) -> None:
+    async def put(
+        at_ms: int, queued: int = 0, work: int = 0, wait_ms: int = 0, fetched_per_s: float = 0.0
+    ) -> None:
         board = Board(
             leader="other", published_ms=at_ms, queued=(0, queued, 0), queued_work=(0, work, 0),
             waits_ms=(0, wait_ms, wait_ms), capacity_tokens=0, reserved_tokens=0, workers=1,
-            work_per_s=100.0, prefill_per_s=100.0,
+            work_per_s=100.0, prefill_per_s=100.0, fetched_per_s=fetched_per_s,
         )  # fmt: skip
         await redis.set(keys.board(MODEL.name), wire_reports.encode_board(board))
         await eventually(lambda: channel.board == board)
@@ -93,3 +99,35 @@ async def test_without_a_readable_board_nobody_is_admitted(
     await eventually(lambda: channel.board_error)
     with pytest.raises(DependencyError):
         await channel.submit(a_job("a", "g1"), INVALID_SPAN)
+
+
+async def test_admission_counts_what_the_cache_services_hold(
+    channel: Channel, redis: Redis, publish: Publish
+) -> None:
+    """A prompt of which they have 60 of 100 blocks meets a deadline that it could not else.
+
+    Fetching takes a quarter of computing, as the board says.
+    """
+    blocks = b"".join((16 * n).to_bytes(BLOCK_KEY_BYTES, "little") for n in range(100))
+    tag = model_tag(MODEL.fingerprint)
+    await redis.hset(keys.MODELS, MODEL.name, MODEL.fingerprint)
+    await Directory(redis).announce(CacheNode("tcp://c:1", "boot", 1 << 30, 0))
+    assert channel.held_tokens(blocks) == 0
+    held = BlockNews("tcp://c:1", "boot", 1, blocks[: 60 * BLOCK_KEY_BYTES])
+    await redis.set(keys.cache_blocks(tag, held.address), encode_news(held))
+    watching = asyncio.create_task(channel._held_watch.run())
+    try:
+        await eventually(lambda: channel.held_tokens(blocks) > 0)
+        await publish(1, fetched_per_s=400.0)
+        assert channel.held_tokens(blocks) == 60 * BLOCK_TOKENS * 3 // 4
+        assert channel.held_tokens(b"") == channel.held_tokens(blocks[-BLOCK_KEY_BYTES:]) == 0
+        spared = channel.lengths.expect_cached("t", 1_600, channel.held_tokens(blocks))
+        asked = Ask(Band.STANDARD, 0, 1_600 - spared, 1, ttft_by_ms=9_000)
+        assert channel.admit(asked).admitted
+        assert channel.admit(replace(asked, uncached_tokens=1_600)).code == "deadline_unreachable"
+        more = BlockNews("tcp://c:1", "boot", 2, blocks[60 * BLOCK_KEY_BYTES :])
+        await redis.xadd(keys.cache_events(tag), {"n": encode_news(more)})
+        await eventually(lambda: channel.held_tokens(blocks) == 100 * BLOCK_TOKENS * 3 // 4)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

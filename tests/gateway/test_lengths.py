@@ -101,3 +101,16 @@ def test_a_prediction_is_within_what_is_possible(
     for longer_than in range(0, max_tokens, 7):
         assert longer_than < lengths.expect(tenant, max_tokens, longer_than) <= max_tokens
     assert 0 <= lengths.hit_ratio(tenant) <= 1
+
+
+def test_what_the_cache_services_hold_of_a_prompt_need_not_be_computed() -> None:
+    """This very prompt's blocks count, or the tenant's history where it promises more."""
+    lengths = Lengths()
+    assert lengths.expect_cached("t", 1_000) == 0
+    assert lengths.expect_cached("t", 1_000, 331) == 320, "whole blocks"
+    assert lengths.expect_cached("t", 320, 320) == 304, "never all: the last token is computed"
+    assert lengths.expect_cached("t", 0, 0) == lengths.expect_cached("t", 1, 16) == 0
+    lengths.note("t", 1, 100, 50)
+    assert lengths.expect_cached("t", 1_000, 331) == 496
+    assert lengths.expect_cached("t", 1_000, 600) == 592
+    assert lengths.expect_cached("other", 1_000) == 0

@@ -26,6 +26,7 @@ from support.api import (
     say,
     tiny_tokenizer,
 )
+from support.tools import HERMES, MISTRAL, speak, tool_record, tool_tokenizer
 
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000
 
@@ -122,6 +123,106 @@ async def test_breakpoints_in_items_and_results() -> None:
         job = await job_of(g, "responses", {"instructions": "Be brief.", "input": items})
         assert kept_text(job).endswith("It is blue.")
         assert job.cache_ttl_ms == BREAKPOINT_TTL_MS
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    function = {"name": name, "description": f"It is {name}"}
+    return {"type": "function", "function": function, **fields}
+
+
+@pytest.mark.parametrize("template", [HERMES, MISTRAL], ids=["hermes", "mistral"])
+async def test_a_breakpoint_behind_a_tool_keeps_what_the_model_is_told_of_it(
+    template: str,
+) -> None:
+    """Of three tools the second is marked, in whatever place: both are kept, the third is not."""
+    fleet = ScriptedFleet(tool_record(template), script=lambda job: speak("Hi"))
+    async with running_gateway(fleet) as g:
+        for marked in (
+            tool("second", **EPHEMERAL),
+            tool("second", **BREAK),
+            {"type": "function", "function": {
+                "name": "second", "description": "It is second", **EPHEMERAL}},
+        ):  # fmt: skip
+            body = {"model": "tools", "messages": [user(part("Which?"))]}
+            body["tools"] = [tool("first"), marked, tool("third")]
+            job = await job_of(g, "chat/completions", body)
+            kept = tool_text(job)
+            assert "It is first" in kept and "It is second" in kept
+            assert "third" not in kept
+            assert job.cache_ttl_ms in (CONTROL_TTL_MS, BREAKPOINT_TTL_MS)
+        body["tools"] = [tool("first"), tool("second", **BREAK)]
+        last = await job_of(g, "chat/completions", body)
+        assert "It is second" in tool_text(last) and "Which?" not in tool_text(last)
+        body["messages"] = [{"role": "user", "content": "Which?", **BREAK}]
+        later = await job_of(g, "chat/completions", body)
+        assert tool_text(later).endswith("Which?"), "the later breakpoint counts"
+        body["tool_choice"] = "none"
+        body["messages"] = [user(part("Which?"))]
+        told_nothing = await job_of(g, "chat/completions", body)
+        assert told_nothing.cache_until_tokens == 0
+        flat = {"type": "function", "name": "second", "description": "It is second"}
+        asked = {"model": "tools", "input": "Which?", "tools": [flat | EPHEMERAL]}
+        job = await job_of(g, "responses", asked)
+        assert "It is second" in tool_text(job) and "Which?" not in tool_text(job)
+
+
+def tool_text(job: Job) -> str:
+    """As `kept_text`, of the model that knows tools."""
+    tokens = list(job.prompt[: job.cache_until_tokens])
+    text: str = tool_tokenizer().decode(tokens, skip_special_tokens=False)
+    return text
+
+
+async def test_whole_messages_and_instructions_are_marked_too() -> None:
+    """A text without parts, and instructions that are parts."""
+    async with running_gateway() as g:
+        messages = [
+            {"role": "system", "content": "Long rules.", **EPHEMERAL},
+            {"role": "user", "content": "Hi"},
+        ]
+        job = await job_of(g, "chat/completions", {"messages": messages})
+        assert kept_text(job) == "<|im_start|>system\nLong rules."
+        assert job.cache_ttl_ms == CONTROL_TTL_MS
+        instructions = [
+            {"type": "input_text", "text": "Be", **BREAK}, {"type": "input_text", "text": "brief."}
+        ]  # fmt: skip
+        asked = {"model": MODEL, "instructions": instructions, "input": "Hi"}
+        job = await job_of(g, "responses", asked)
+        assert kept_text(job) == "<|im_start|>system\nBe"
+        _, told = await g.post("/v1/responses", asked)
+        assert told["instructions"] == "Be\nbrief."
+        items = [{"role": "user", "content": "Hi", **BREAK}, {"role": "user", "content": "there"}]
+        job = await job_of(g, "responses", asked | {"input": items})
+        assert kept_text(job).endswith("Be\nbrief.<|im_end|>\n<|im_start|>user\nHi")
+
+
+async def test_tools_and_messages_share_the_breakpoints() -> None:
+    """Four in all, however many things are marked."""
+    fleet = ScriptedFleet(tool_record(HERMES), script=lambda job: speak("Hi"))
+    async with running_gateway(fleet) as g:
+        body: dict[str, Any] = {"model": "tools", "tools": [tool("a", **BREAK), tool("b", **BREAK)]}
+        body["messages"] = [user(part("x", **BREAK)), {"role": "user", "content": "y", **BREAK}]
+        assert (await g.post("/v1/chat/completions", body))[0] == 200
+        body["messages"][0]["prompt_cache_breakpoint"] = True
+        status, answer = await g.post("/v1/chat/completions", body)
+        error: Any = answer["error"]
+        assert (status, error["param"]) == (400, "messages[1].content")
+        body["tools"] = [tool(name, **BREAK) for name in "abcde"]
+        status, answer = await g.post("/v1/chat/completions", body)
+        error = answer["error"]
+        assert (status, error["param"]) == (400, "tools[4]")
+
+
+async def test_what_the_cache_services_hold_is_expected_to_be_cached() -> None:
+    """It is in the job, for admission and queue: less than the prompt, in whole blocks."""
+    async with running_gateway() as g:
+        body = {"messages": [user(part("water to a mill " * 20))]}
+        assert (await job_of(g, "chat/completions", body)).cached_tokens == 0
+        g.fleet.held = 40
+        assert (await job_of(g, "chat/completions", body)).cached_tokens == 32
+        g.fleet.held = 10_000
+        job = await job_of(g, "chat/completions", body)
+        assert len(job.prompt) - 17 < job.cached_tokens < len(job.prompt)
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=12)

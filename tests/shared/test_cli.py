@@ -162,6 +162,7 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "threads": "4", "data-dir": str(tmp_path), "redis-url": "redis://r:6379/1",
         "api-keys": "a,b", "otlp-endpoint": "http://o:4318", "kv-tokens": "8192",
         "max-jobs": "7", "cache-bytes": "2M",
+        "cache-disk-path": str(tmp_path / "kv"), "cache-disk-bytes": "3G",
     }  # fmt: skip
     flags = [part for name, value in values.items() for part in (f"--{name}", value)]
     env = {f"HEADRACE_{name.upper().replace('-', '_')}": value for name, value in values.items()}
@@ -175,7 +176,8 @@ def test_every_flag_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         speculation="off", context_tokens=4096,
         data_dir=tmp_path.resolve(), redis_url="redis://r:6379/1", api_keys="a,b",
         otlp_endpoint="http://o:4318", kv_tokens=8192, max_jobs=7,
-        cache_bytes=2 << 20, no_cache=True,
+        cache_bytes=2 << 20, cache_disk_path=tmp_path / "kv", cache_disk_bytes=3 << 30,
+        no_cache=True,
     )  # fmt: skip
 
 
@@ -243,6 +245,7 @@ def test_the_banner_tells_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path
         (("up", "--port", "99999"), 2, "65535"),
         (("up", "--no-such-flag"), 2, "No such option"),
         (("up", "--cache-bytes", "lots"), 1, "headrace: 'lots' is not a size"),
+        (("up", "--cache-disk-bytes", "lots"), 1, "headrace: 'lots' is not a size"),
         (("up", "--model", "nosuch"), 1, "headrace: no model 'nosuch': known aliases"),
         (("pull", "nosuch"), 1, "headrace: no model 'nosuch': known aliases"),
         (("up", "--model-name", "a b"), 1, "headrace: model name 'a b' is not valid"),

@@ -375,7 +375,7 @@ def options(data_dir: Path, **changes: object) -> stack.UpOptions:
         "speculation": "", "context_tokens": None,
         "data_dir": data_dir, "redis_url": "", "api_keys": "",
         "otlp_endpoint": "", "kv_tokens": None, "max_jobs": None, "cache_bytes": None,
-        "no_cache": False,
+        "cache_disk_path": None, "cache_disk_bytes": None, "no_cache": False,
     }  # fmt: skip
     return stack.UpOptions(**facts | changes)  # type: ignore[arg-type]
 

@@ -202,6 +202,7 @@ class ScriptedFleet:
         self.script = script or (lambda job: say("Hello, world!"))
         self.refusal: HeadraceError | None = None
         self.silent = False
+        self.held = 0
         self.reason = ""
         self.generations: list[ScriptedGeneration] = []
         self.spans: list[Span] = []
@@ -231,6 +232,9 @@ class ScriptedFleet:
     def admit(self, model: str, ask: Ask) -> Admission:
         self.asks.append(ask)
         return self.admission
+
+    def held_tokens(self, model: str, blocks: bytes) -> int:
+        return self.held
 
     def flights(self, model: str) -> None:
         """There is no other gateway."""

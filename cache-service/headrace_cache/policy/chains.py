@@ -57,6 +57,14 @@ class Chains(ABC):
     def _used(self, slot: int) -> None:
         """`slot` was used; uses, time and band are updated."""
 
+    def _raised(self, slot: int) -> None:  # noqa: B027  # most do not rank by it
+        """`slot` is of a better band now. Subclasses that rank by it place it anew."""
+
+    def _is_orphan(self, slot: int) -> bool:
+        """Whether the entry before `slot` in its chain is not resident: it cannot be read."""
+        parent = self._parent[slot]
+        return parent != NO_SLOT and not self._resident[parent]
+
     @abstractmethod
     def _left(self, slot: int) -> None:
         """`slot` is about to leave; its facts are still in the arrays."""
@@ -132,6 +140,12 @@ class Chains(ABC):
             self._band[slot] = band
         self._used(slot)
         self._used_ms[slot] = now_ms
+
+    def renew(self, slot: int, band: Band) -> None:
+        assert self._resident[slot], "only residents are written again"
+        if band < self._band[slot]:
+            self._band[slot] = band
+            self._raised(slot)
 
     def remove(self, slot: int) -> None:
         assert self._resident[slot], "only residents leave"

@@ -77,6 +77,13 @@ class EvictionPolicy(Protocol):
         """As `touch` for each, in order."""
         ...
 
+    def renew(self, slot: int, band: Band) -> None:
+        """A resident entry was written again, for a request of `band`: nobody has used it by that.
+
+        Who computed it anyway, or kept it, tells nothing of what the cache was good for.
+        """
+        ...
+
     def remove(self, slot: int) -> None:
         """A resident entry left for a reason of its own, not as a victim."""
         ...

@@ -88,10 +88,11 @@ class KeepScore(Chains):
         self._reach(max(max(slots), max(each.parent for each in facts)))
         children, guards, resident = self._children, self._guards, self._resident
         for slot, each in zip(slots, facts, strict=True):
-            if children[slot] or guards[slot]:  # it was here before
+            size_bytes, band, parent, tenant, cost_us, _, name = each
+            orphan = parent != NO_SLOT and not resident[parent]
+            if orphan or children[slot] or guards[slot]:  # or it was here before
                 self.admit(slot, each, now_ms)
                 continue
-            size_bytes, band, parent, tenant, cost_us, _, name = each
             assert not resident[slot], "an entry is admitted once"
             assert parent != slot, "an entry is not its own parent"
             resident[slot] = 1
@@ -149,6 +150,11 @@ class KeepScore(Chains):
     def _entered(self, slot: int, name: int) -> None:
         self._account(slot, 1)
         self._name[slot] = name
+        if self._is_orphan(slot):
+            # nobody asked for it: who asks for a chain gets, and writes, its head first
+            self._uses[slot] = max(1, self._recall(name))
+            self._last[slot] = self._model.clock
+            return
         self._uses[slot] = self._recall(name) + 1
         self._note_use(slot)
 
@@ -160,6 +166,12 @@ class KeepScore(Chains):
             self._freed(slot)
         else:
             self._note_use(slot)
+
+    def _raised(self, slot: int) -> None:
+        self._place_fresh()
+        if self._cells.cell_of(slot) != NO_CELL:
+            self._cells.remove(slot)
+            self._freed(slot)
 
     def _left(self, slot: int) -> None:
         self._place_fresh()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from headrace.types import BLOCK_TOKENS, FinishReason, Sampling
+from headrace.types import FinishReason, Sampling
 from headrace_gateway.api.context import Call, Gateway
 from headrace_gateway.choices import Choice
 from headrace_gateway.limits import Grant
@@ -27,12 +27,14 @@ class Account:
     def __init__(self, gateway: Gateway, call: Call) -> None:
         self._fleet = gateway.fleet
         self._call = call
+        self._model = ""
         self._lengths: Lengths | None = None
         self._grant: Grant | None = None
         self._first: dict[int, tuple[int, int]] = {}
 
     def open(self, model: str) -> None:
         """Begin a turn with `model`. Raises OverloadError when the key is known to be used up."""
+        self._model = model
         self._lengths = self._fleet.lengths(model)
         limits = self._call.tenant.limits
         if limits is not None:
@@ -46,11 +48,14 @@ class Account:
         expected = self._lengths.expect(self._call.tenant.name, sampling.max_tokens)
         return max(sampling.min_tokens, expected)
 
-    def expect_cached(self, prompt: array[int]) -> int:
-        """Tokens of `prompt` that will be in a cache, in whole blocks and never all."""
+    def expect_cached(self, prompt: array[int], blocks: bytes) -> int:
+        """Tokens of `prompt` that will be in a cache, in whole blocks and never all.
+
+        `blocks` are its keys, as Job has them.
+        """
         assert self._lengths is not None, "open() comes first"
-        likely = int(self._lengths.hit_ratio(self._call.tenant.name) * len(prompt))
-        return min(likely, len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        held = self._fleet.held_tokens(self._model, blocks)
+        return self._lengths.expect_cached(self._call.tenant.name, len(prompt), held)
 
     @property
     def limited(self) -> bool:

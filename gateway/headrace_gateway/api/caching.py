@@ -1,7 +1,8 @@
 """How a request steers what becomes of its prompt in the cache: fields, breakpoints, positions.
 
-OpenAI's `prompt_cache_options` and `prompt_cache_breakpoint`, and Anthropic's `cache_control` on a
-part, mean the same here: the prompt up to there is worth keeping, for a time. Of several
+OpenAI's `prompt_cache_options` and `prompt_cache_breakpoint`, and Anthropic's `cache_control`, mean
+the same here, on a part, a message or a tool: the prompt up to there is worth keeping, for a time.
+Of several
 breakpoints the last one counts, for the longest time that any asks: blocks before it are kept with
 it anyway. Invariant: a position is never behind the tokens that the prompt up to the breakpoint
 makes, whatever the chat template does to the messages.
@@ -21,6 +22,7 @@ from pydantic import AfterValidator, BaseModel
 
 from headrace.types import CacheMode, pack_tokens
 from headrace_gateway.api.validation import STRICT, bad_value
+from headrace_gateway.tools.offer import NO_PARAMETERS, Function
 
 BREAKPOINTS_MAX = 4
 TTL_MS_MAX = 7 * 24 * 3_600_000
@@ -81,13 +83,11 @@ class CacheControl(BaseModel):
     ttl: Ttl | None = None
 
 
-class MarkedPart(BaseModel):
-    """A part of a message that may end in a breakpoint."""
+class Marked(BaseModel):
+    """What may end in a breakpoint."""
 
     model_config = STRICT
 
-    type: str
-    text: str
     prompt_cache_breakpoint: bool | Breakpoint | None = None
     cache_control: CacheControl | None = None
 
@@ -102,9 +102,22 @@ class MarkedPart(BaseModel):
         return 0 if self.prompt_cache_breakpoint else None
 
 
+class MarkedPart(Marked):
+    """A part of a message."""
+
+    type: str
+    text: str
+
+
+TOOLS = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A breakpoint in a conversation: message number, characters of its content, and its TTL."""
+    """A breakpoint in a conversation: message number, characters of its content, and its TTL.
+
+    Message TOOLS: behind the tool of number `offset`.
+    """
 
     message: int
     offset: int
@@ -112,23 +125,49 @@ class Mark:
 
 
 def marks_in(
-    content: str | Sequence[MarkedPart] | None, message: int, param: str, earlier: int
+    content: str | Sequence[MarkedPart] | None,
+    message: int,
+    param: str,
+    earlier: int,
+    whole: Marked | None = None,
 ) -> list[Mark]:
     """The breakpoints in one message's content, whose parts are joined by line breaks.
 
-    `earlier` is how many came before it. Raises CallerError when they are too many.
+    `earlier` is how many came before it. `whole` is the message itself, which may be marked too.
+    Raises CallerError when they are too many.
     """
     marks: list[Mark] = []
     offset = -1
     for at, part in enumerate(() if content is None or isinstance(content, str) else content):
         offset += 1 + len(part.text)
         found_ms = part.breakpoint_ttl_ms()
-        if found_ms is None:
-            continue
-        marks.append(Mark(message, offset, found_ms))
-        if earlier + len(marks) > BREAKPOINTS_MAX:
-            raise bad_value(f"{param}[{at}]", f"at most {BREAKPOINTS_MAX} breakpoints a request")
+        if found_ms is not None:
+            marks.append(Mark(message, offset, found_ms))
+            _check_count(earlier + len(marks), f"{param}[{at}]")
+    found_ms = None if whole is None else whole.breakpoint_ttl_ms()
+    if found_ms is not None:
+        marks.append(Mark(message, len(content or "") if offset < 0 else offset, found_ms))
+        _check_count(earlier + len(marks), param)
     return marks
+
+
+def tool_marks(tools: Sequence[Sequence[Marked]]) -> list[Mark]:
+    """The breakpoints behind tools, each of which may be marked in several places.
+
+    Raises CallerError when they are too many.
+    """
+    marks: list[Mark] = []
+    for at, places in enumerate(tools):
+        found = [ms for place in places if (ms := place.breakpoint_ttl_ms()) is not None]
+        if found:
+            marks.append(Mark(TOOLS, at, max(found)))
+            _check_count(len(marks), f"tools[{at}]")
+    return marks
+
+
+def _check_count(count: int, param: str) -> None:
+    if count > BREAKPOINTS_MAX:
+        raise bad_value(param, f"at most {BREAKPOINTS_MAX} breakpoints a request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +231,40 @@ async def marked_caching(
     prompt: array[int],
 ) -> Caching:
     """`wanted`, and up to the last of `marks` in `messages`, of which `prompt` was made."""
-    if not marks:
+    ends: list[int] = []
+    text = turn.render(messages, tools) if marks else ""
+    in_messages = [mark for mark in marks if mark.message != TOOLS]
+    if in_messages:
+        last = max(in_messages, key=lambda mark: (mark.message, mark.offset))
+        ends.append(_shared(text, turn.render(_marked(messages, last), tools)))
+    behind = [mark.offset for mark in marks if mark.message == TOOLS]
+    if behind and tools is not None:
+        ends.append(_end_of_tool(turn, text, messages, tools, max(behind)))
+    if not ends:
         return wanted
-    last = max(marks, key=lambda mark: (mark.message, mark.offset))
-    text = turn.render(messages, tools)
-    before = text[: _shared(text, turn.render(_marked(messages, last), tools))]
+    before = text[: max(ends)]
     tokens = await turn.encode(before, add_bos=False)
     return Caching(
         wanted.mode,
         max(mark.ttl_ms or wanted.ttl_ms or BREAKPOINT_TTL_MS for mark in marks),
         wanted.prewarm,
         _shared(pack_tokens(tokens), prompt),
+    )
+
+
+def _end_of_tool(
+    turn: Encoder, text: str, messages: list[dict[str, Any]], tools: Any, number: int
+) -> int:
+    """Where in `text` the tool of that number has ended, whatever comes behind it.
+
+    Templates write tools in their order, so the text is the same up to there with nothing behind
+    it and with another tool; where one counts them first, less is the same.
+    """
+    functions = tools.offer.functions[: number + 1]
+    other = Function(_MARK, _MARK, NO_PARAMETERS, strict=False, param="")
+    return min(
+        _shared(text, turn.render(messages, tools.offering(changed)))
+        for changed in (functions, (*functions, other))
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.errors import CallerError
 from headrace_gateway.api.bodies import parse_object
-from headrace_gateway.api.caching import Mark, MarkedPart, marks_in
+from headrace_gateway.api.caching import Mark, Marked, MarkedPart, marks_in
 from headrace_gateway.api.tool_schemas import FunctionName
 from headrace_gateway.api.validation import STRICT, bad_value, missing
 from headrace_gateway.tools.reading import CALLS_MAX
@@ -46,10 +46,8 @@ class AssistantCall(BaseModel):
     function: CalledFunction
 
 
-class Message(BaseModel):
+class Message(Marked):
     """One chat message."""
-
-    model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=PARTS_MAX)] | None = (
@@ -67,10 +65,8 @@ class InputPart(MarkedPart):
 InputContent = str | Annotated[list[InputPart], Field(min_length=1, max_length=PARTS_MAX)]
 
 
-class InputMessage(BaseModel):
+class InputMessage(Marked):
     """A message among the items of `input`; what a response put out goes in again as it is."""
-
-    model_config = STRICT
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
@@ -88,18 +84,18 @@ class CallItem(BaseModel):
     arguments: str
 
 
-class ResultItem(BaseModel):
+class ResultItem(Marked):
     """The result of a call among the items of `input`."""
-
-    model_config = STRICT
 
     type: Literal["function_call_output"]
     call_id: CallId
     output: InputContent
 
 
-def chat_conversation(messages: Sequence[Message]) -> tuple[Conversation, list[Mark]]:
-    """The conversation, and its cache breakpoints.
+def chat_conversation(
+    messages: Sequence[Message], earlier: int = 0
+) -> tuple[Conversation, list[Mark]]:
+    """The conversation, and its cache breakpoints; there were some `earlier`.
 
     Raises CallerError for what a message cannot have or lacks.
     """
@@ -109,7 +105,7 @@ def chat_conversation(messages: Sequence[Message]) -> tuple[Conversation, list[M
     for at, message in enumerate(messages):
         param = f"messages[{at}]"
         made.append(_chat_message(message, param, calls))
-        marks += marks_in(message.content, at, f"{param}.content", len(marks))
+        marks += marks_in(message.content, at, f"{param}.content", earlier + len(marks), message)
     return made, marks
 
 
@@ -139,9 +135,9 @@ def _chat_message(message: Message, param: str, calls: dict[str, str]) -> dict[s
 
 
 def input_conversation(
-    items: Sequence[InputMessage | CallItem | ResultItem],
+    items: Sequence[InputMessage | CallItem | ResultItem], earlier: int = 0
 ) -> tuple[Conversation, list[Mark]]:
-    """The conversation, and its cache breakpoints.
+    """The conversation, and its cache breakpoints; there were some `earlier`.
 
     Raises CallerError. Calls join what the assistant said just before them in one message.
     """
@@ -152,11 +148,13 @@ def input_conversation(
         param = f"input[{at}]"
         if isinstance(item, InputMessage):
             made.append({"role": template_role(item.role), "content": text_of(item.content)})
-            marks += marks_in(item.content, len(made) - 1, f"{param}.content", len(marks))
+            where = f"{param}.content"
+            marks += marks_in(item.content, len(made) - 1, where, earlier + len(marks), item)
         elif isinstance(item, ResultItem):
             answer = _answer(item.call_id, f"{param}.call_id", calls)
             made.append({"role": "tool", "content": text_of(item.output)} | answer)
-            marks += marks_in(item.output, len(made) - 1, f"{param}.output", len(marks))
+            where = f"{param}.output"
+            marks += marks_in(item.output, len(made) - 1, where, earlier + len(marks), item)
         else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant", "content": ""})

@@ -197,7 +197,7 @@ class ResponseEvents:
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "instructions": request.instructions,
+            "instructions": request.told_instructions,
             "max_output_tokens": request.max_output_tokens,
             "max_tool_calls": None,
             "metadata": request.metadata or {},

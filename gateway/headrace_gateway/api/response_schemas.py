@@ -11,15 +11,17 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 from headrace.errors import CallerError
 from headrace.types import NO_LOGPROBS
-from headrace_gateway.api.caching import Caching, Mark, plain_caching
+from headrace_gateway.api.caching import Caching, Mark, marks_in, plain_caching, tool_marks
 from headrace_gateway.api.formats import Format, TextFormat
 from headrace_gateway.api.messages import (
     CallItem,
     Conversation,
+    InputContent,
     InputMessage,
     ResultItem,
     ShortText,
     input_conversation,
+    text_of,
 )
 from headrace_gateway.api.schemas import (
     MESSAGES_MAX,
@@ -79,7 +81,7 @@ class ResponseRequest(Common):
     prompt_param = "input"
 
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MESSAGES_MAX)]
-    instructions: str | None = None
+    instructions: InputContent | None = None
     max_output_tokens: MaxTokens | None = None
     stream_options: StreamOptions | None = None
     safety_identifier: ShortText | None = None
@@ -122,12 +124,20 @@ class ResponseRequest(Common):
     def conversation(self) -> tuple[Conversation, list[Mark]]:
         """`instructions` and `input` as chat messages, and breakpoints. Raises CallerError."""
         made: Conversation = []
+        marks = tool_marks([(tool,) for tool in self.tools or ()])
         if self.instructions:
-            made.append({"role": "system", "content": self.instructions})
+            made.append({"role": "system", "content": self.told_instructions})
+            marks += marks_in(self.instructions, 0, "instructions", len(marks))
         if isinstance(self.input, str):
-            return [*made, {"role": "user", "content": self.input}], []
-        items, marks = input_conversation(self.input)
-        return made + items, [replace(mark, message=mark.message + len(made)) for mark in marks]
+            return [*made, {"role": "user", "content": self.input}], marks
+        items, found = input_conversation(self.input, len(marks))
+        marks += [replace(mark, message=mark.message + len(made)) for mark in found]
+        return made + items, marks
+
+    @property
+    def told_instructions(self) -> str | None:
+        """`instructions` as a response repeats them."""
+        return None if self.instructions is None else text_of(self.instructions)
 
 
 def parse_response(body: Mapping[str, Any]) -> ResponseRequest:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.policy.priority import LEVELS_MAX
 from headrace.types import LOGPROBS_MAX, NO_LOGPROBS, Band
-from headrace_gateway.api.caching import CacheOptions, Caching, Mark, plain_caching
+from headrace_gateway.api.caching import CacheOptions, Caching, Mark, plain_caching, tool_marks
 from headrace_gateway.api.deadlines import DeadlineField
 from headrace_gateway.api.formats import Format, FormatFields, ResponseFormat
 from headrace_gateway.api.messages import Message, ShortText, chat_conversation
@@ -186,7 +186,9 @@ class ChatRequest(Choices):
 
     def conversation(self) -> tuple[list[dict[str, Any]], list[Mark]]:
         """The messages in transformers' form, and their breakpoints. Raises CallerError."""
-        return chat_conversation(self.messages)
+        tools = tool_marks([(tool, tool.function) for tool in self.tools or ()])
+        made, marks = chat_conversation(self.messages, len(tools))
+        return made, tools + marks
 
     def check_together(self) -> None:
         super().check_together()

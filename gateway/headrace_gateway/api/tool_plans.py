@@ -18,7 +18,7 @@ from headrace_gateway.tools.dialects import Dialect
 from headrace_gateway.tools.enforcing import grammar_for
 from headrace_gateway.tools.formats import parser_for
 from headrace_gateway.tools.markers import MarkedSpeller, marker_tokens
-from headrace_gateway.tools.offer import Freedom, Offer
+from headrace_gateway.tools.offer import Freedom, Function, Offer
 from headrace_gateway.tools.reading import CALLS_MAX, ToolReader
 
 
@@ -29,6 +29,10 @@ class ToolPlan:
     offer: Offer
     dialect: Dialect
     markers: dict[str, int]
+
+    def offering(self, functions: tuple[Function, ...]) -> ToolPlan:
+        """The same with other functions."""
+        return replace(self, offer=replace(self.offer, functions=functions))
 
     def reader(self) -> Reader:
         """A new one for each choice."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StringConstraints
 
 from headrace.errors import CallerError
+from headrace_gateway.api.caching import Marked
 from headrace_gateway.api.validation import STRICT, bad_value
 from headrace_gateway.tools.offer import NO_PARAMETERS, Freedom, Function, Offer
 
@@ -26,10 +27,8 @@ FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$"
 Mode = Literal["none", "auto", "required"]
 
 
-class FunctionFields(BaseModel):
+class FunctionFields(Marked):
     """A function as both APIs describe it."""
-
-    model_config = STRICT
 
     name: FunctionName
     description: Annotated[str, StringConstraints(max_length=DESCRIPTION_CHARS_MAX)] | None = None
@@ -48,10 +47,8 @@ class FunctionFields(BaseModel):
         return Function(self.name, described, parameters, bool(self.strict), where)
 
 
-class ChatTool(BaseModel):
+class ChatTool(Marked):
     """A tool of chat completions; the function's fields stand in `function`."""
-
-    model_config = STRICT
 
     type: Literal["function"]
     function: FunctionFields

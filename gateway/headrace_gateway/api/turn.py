@@ -328,7 +328,7 @@ class Turn:
             ttft_by_ms=self._ttft_by_ms,
             done_by_ms=self._done_by_ms,
             expected_tokens=self._account.expect(sampling),
-            cached_tokens=self._account.expect_cached(wish.prompts[at]),
+            cached_tokens=self._account.expect_cached(wish.prompts[at], names.blocks),
             blocks=names.blocks,
             cache_until_tokens=wish.caching.until_tokens(len(wish.prompts[at])),
             cache_ttl_ms=wish.caching.ttl_ms,

@@ -33,6 +33,19 @@ class Spared:
 NOTHING = Spared()
 
 
+def part_of(prefill_per_s: float, fetched_per_s: float) -> float:
+    """What fetching a token takes, in parts of computing one; either speed is 0 while unknown."""
+    if not fetched_per_s or not prefill_per_s:
+        return PART_DEFAULT
+    return min(1.0, prefill_per_s / fetched_per_s)
+
+
+def spared_by(index: SharedIndex, blocks: bytes, first: int, part: float) -> Spared:
+    """What fetching the run of `blocks` from number `first` on spares, as far as `index` knows."""
+    count = index.run_after(blocks, first)
+    return Spared(count, int(count * BLOCK_TOKENS * (1 - part))) if count else NOTHING
+
+
 class Fetching:
     """The cache services as routing sees them: what they hold, how fast it is fetched."""
 
@@ -57,17 +70,11 @@ class Fetching:
 
     def part(self, prefill_per_s: float) -> float:
         """What fetching a token takes, in parts of computing one at that speed (0: unknown)."""
-        fetched_per_s = self.fetched_per_s
-        if not fetched_per_s or not prefill_per_s:
-            return PART_DEFAULT
-        return min(1.0, prefill_per_s / fetched_per_s)
+        return part_of(prefill_per_s, self.fetched_per_s)
 
     def spares(self, blocks: bytes, first: int, prefill_per_s: float) -> Spared:
         """What fetching the blocks from number `first` on spares, of a prompt of these `blocks`."""
-        count = self.index.run_after(blocks, first)
-        if not count:
-            return NOTHING
-        return Spared(count, int(count * BLOCK_TOKENS * (1 - self.part(prefill_per_s))))
+        return spared_by(self.index, blocks, first, self.part(prefill_per_s))
 
     def check_integrity(self) -> None:
         self.index.check_integrity()

@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from statistics import median
 
-from headrace.types import EXPECTED_OUTPUT_TOKENS
+from headrace.types import BLOCK_TOKENS, EXPECTED_OUTPUT_TOKENS
 
 TENANT_WINDOW = 128
 TOTAL_WINDOW = 1_024
@@ -122,6 +122,15 @@ class Lengths:
         if known is None or not known.prompt_tokens:
             return 0.0
         return known.cached_tokens / known.prompt_tokens
+
+    def expect_cached(self, tenant: str, prompt_tokens: int, held_tokens: int = 0) -> int:
+        """Tokens of a prompt that need not be computed: whole blocks, and never all of them.
+
+        `held_tokens`: what the cache services are known to spare of this very prompt. What the
+        workers hold is not known here, so the tenant's history counts where it promises more.
+        """
+        likely = max(held_tokens, int(self.hit_ratio(tenant) * prompt_tokens))
+        return max(0, min(likely, prompt_tokens - 1)) // BLOCK_TOKENS * BLOCK_TOKENS
 
     @property
     def token_ms(self) -> float:

@@ -68,6 +68,8 @@ class UpOptions:
     kv_tokens: int | None
     max_jobs: int | None
     cache_bytes: int | None
+    cache_disk_path: Path | None
+    cache_disk_bytes: int | None
     no_cache: bool
 
     @property
@@ -182,6 +184,9 @@ class Fleet:
         env = {"HEADRACE_CACHE_LISTEN": self._cache_url()}
         if self._options.cache_bytes is not None:
             env["HEADRACE_CACHE_BYTES"] = str(self._options.cache_bytes)
+        env["HEADRACE_CACHE_DISK_PATH"] = str(self._options.cache_disk_path or "")
+        if self._options.cache_disk_bytes is not None:
+            env["HEADRACE_CACHE_DISK_BYTES"] = str(self._options.cache_disk_bytes)
         launch = Launch(_module("headrace_cache"), self._common | _metrics_env(0) | env)
 
         async def ready(launch: Launch) -> bool:  # noqa: ARG001  # the shape of Service.ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -89,6 +90,18 @@ CacheBytes = Annotated[
     str | None,
     typer.Option(envvar="HEADRACE_CACHE_BYTES", help="Memory of the cache service, e.g. 512M."),
 ]
+CacheDiskPath = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="HEADRACE_CACHE_DISK_PATH",
+        file_okay=False,
+        help="Folder in which the cache survives a restart. Default: nothing is on disk.",
+    ),
+]
+CacheDiskBytes = Annotated[
+    str | None,
+    typer.Option(envvar="HEADRACE_CACHE_DISK_BYTES", help="What its files take, e.g. 20G."),
+]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", envvar="HEADRACE_NO_CACHE", help="No cache service.")
 ]
@@ -117,6 +130,8 @@ def up(
     kv_tokens: KvTokens = None,
     max_jobs: MaxJobs = None,
     cache_bytes: CacheBytes = None,
+    cache_disk_path: CacheDiskPath = None,
+    cache_disk_bytes: CacheDiskBytes = None,
     no_cache: NoCache = False,
 ) -> None:
     """Start the whole fleet on this machine and keep it up until Ctrl-C."""
@@ -146,6 +161,8 @@ def up(
             kv_tokens=kv_tokens,
             max_jobs=max_jobs,
             cache_bytes=parse_size(cache_bytes) if cache_bytes else None,
+            cache_disk_path=cache_disk_path.absolute() if cache_disk_path else None,
+            cache_disk_bytes=parse_size(cache_disk_bytes) if cache_disk_bytes else None,
             no_cache=no_cache,
         )
     )
