@@ -54,12 +54,13 @@ def assert_same(got: Output, expected: Output) -> None:
     """Tokens, ends, and log probabilities to what rounding leaves."""
     assert got.tokens == expected.tokens
     assert got.finishes == expected.finishes
-    for kind in ("logprobs", "prompt_logprobs"):
-        mine, theirs = (
-            [np.float64(told.logprob) for d in out.deltas for told in getattr(d, kind)]
-            for out in (got, expected)
-        )
-        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    for job in expected.tokens:
+        for kind in ("logprobs", "prompt_logprobs"):
+            mine, theirs = (
+                [t.logprob for d in out.deltas if d.job == job for t in getattr(d, kind)]
+                for out in (got, expected)
+            )
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
 def test_processes_that_share_a_model_answer_as_one(tiny: LoadedModel, tiny_folder: Path) -> None:

@@ -194,7 +194,7 @@ class Ranks:
         assert len(self._under_way) < self.depth, "collect first"
         try:
             # the last stage is not to wait for this thread, which may wait for it below
-            while sum(self._unheard_bytes()) > ANSWER_RING_BYTES:
+            while sum(self._unheard_bytes()) > ANSWER_RING_BYTES // 2:
                 self._hear(next(step for step in self._under_way if not step.heard))
             self.links.command(commands.pack_step(inputs.pack()))
             step = _Step(_answer_bytes(inputs, self._vocab))
