@@ -26,8 +26,8 @@ from torch.nn import functional
 from headrace.clock import SystemClock
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS, Band, Job, Sampling, pack_tokens
-from headrace_worker.attention.interface import AttentionBatch
 from headrace_worker.attention.choice import attention_over
+from headrace_worker.attention.interface import AttentionBatch
 from headrace_worker.engine import Engine, EngineConfig
 from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel, load_model

@@ -1,4 +1,4 @@
-"""The native kernels: each against torch, rows and threads that cannot tell, models with and without.
+"""The native kernels: each against torch, rows that cannot tell, models with and without them.
 
 Where there is no compiler, or no processor that the kernels know, what needs them is skipped.
 """
@@ -26,8 +26,8 @@ from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.model.config import ModelConfig
 from headrace_worker.native import build
-from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.abi import Library
+from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.linear import NativeLinear, quantize_q8, turned
 from headrace_worker.quantization import int4
 from headrace_worker.step_inputs import StepInputs
@@ -229,10 +229,7 @@ class Sequences:
             torch.cat([values[s][start:stop] for s, start, stop in which])
             for values in (self.q, self.k, self.v)
         )
-        dtype = torch.bfloat16 if isinstance(backend, SdpaBackend) else torch.float32
-        if isinstance(backend, SdpaBackend):
-            dtype = backend._pool.dtype
-        return backend.prepare(batch)(layer, q.to(dtype), k.to(dtype), v.to(dtype)).float()
+        return backend.prepare(batch)(layer, q, k, v).float()
 
 
 ATTENTION_SHAPES = [
@@ -248,25 +245,30 @@ ATTENTION_SHAPES = [
 def test_attention_is_torchs(
     library: Library, each_isa: str, shape: tuple[int, int, int, tuple[int, ...]], kind: str
 ) -> None:
-    """Decoding, chunks and whole prompts in one step, lengths around blocks and spans."""
+    """Decoding, chunks and whole prompts in one step, lengths around blocks and spans.
+
+    In bfloat16 keys and values are what the pool holds; queries stay in float32 in the kernels, so
+    it is torch's float32 that they are held against.
+    """
     config = shape_of(*shape)
     sequences = Sequences(config, [1, 16, 63, 64, 65, 200, 333])
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    sequences.k = [k.to(dtype).float() for k in sequences.k]
+    sequences.v = [v.to(dtype).float() for v in sequences.v]
     kv: KvDtype = "int8" if kind == "int8" else "auto"
     before = [(s, 0, n - 1) for s, n in enumerate(sequences.lengths[:5]) if n > 1]
     before += [(5, 0, 120), (6, 0, 40)]
     step = [(s, n - 1, n) for s, n in enumerate(sequences.lengths[:5])] + [(5, 120, 200)]
     step += [(6, 40, 333)]
     for layer in range(len(shape[3])):
-        pools = [sequences.pool(dtype, kv) for _ in range(2)]
-        backends = (SdpaBackend(pools[0], config), NativeBackend(library, pools[1], config))
+        theirs, ours = sequences.pool(torch.float32, kv), sequences.pool(dtype, kv)
+        backends = (SdpaBackend(theirs, config), NativeBackend(library, ours, config))
         for part in (before, step):
             expected, found = (sequences.attend(b, part, layer) for b in backends)
-            limit = 2e-5 if dtype is torch.float32 else 2e-2
-            size = float(expected.abs().max())
+            size, limit = float(expected.abs().max()), 2e-5 if dtype is torch.float32 else 4e-3
             assert float((found - expected).abs().max()) < limit * size
         if kind != "int8":  # rounding halves may go either way
-            assert np.array_equal(pools[0]._bytes, pools[1]._bytes)
+            assert torch.equal(theirs.tensor.to(dtype), ours.tensor)
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
@@ -355,9 +357,7 @@ def test_a_step_is_what_torch_computes(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_texts_are_the_same_whatever_the_batch_in_int8(
-    library: Library, tiny_folder: Path
-) -> None:
+def test_texts_are_the_same_whatever_the_batch_in_int8(library: Library, tiny_folder: Path) -> None:
     """Quantized too: alone, together, preempted by a small pool, with cached prefixes."""
     loaded = load_model(tiny_folder, "test", "bfloat16", "int8")
     prompts = [random_tokens(20 + 13 * i, i) for i in range(6)]

@@ -12,8 +12,8 @@ from typing import Literal
 
 import structlog
 
-from headrace_worker.native.build import BuildError, built
 from headrace_worker.native.abi import Library
+from headrace_worker.native.build import BuildError, built
 
 Mode = Literal["auto", "off"]
 VARIABLE = "HEADRACE_KERNELS"

@@ -147,6 +147,3 @@ class Program:
         )
         self._backend.library.step(self._model, self._backend.pool, attend.batch, step)
         return logits if wanted else None
-
-
-
