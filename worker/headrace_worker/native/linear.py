@@ -39,7 +39,7 @@ def turned(groups: Tensor) -> Tensor:
     """float32 [..., GROUP] times Sylvester's Hadamard matrix, in the kernels' order of sums."""
     x = groups
     for step in (1, 2, 4, 8, 16):
-        pairs = x.unflatten(-1, (-1, 2, step))
+        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((first + second, first - second), -2).flatten(-3)
     return x
