@@ -39,9 +39,9 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def worker_record(worker_id: str, pid: int) -> bytes:
+def worker_record(worker_id: str, pid: int, kernels: str = "avx2") -> bytes:
     return wire.encode_worker(
-        WorkerRecord(worker_id, MODEL, WorkerRole.BOTH, "here", pid, 4_096, 8, 17)
+        WorkerRecord(worker_id, MODEL, WorkerRole.BOTH, "here", pid, 4_096, 8, 17, kernels)
     )
 
 
@@ -50,7 +50,7 @@ async def put_fleet(redis: Redis) -> None:
     await redis.hset(keys.MODELS, MODEL, "f")
     await redis.set(keys.record(MODEL), wire.encode_model(RECORD))
     await redis.hset(keys.workers(MODEL), "w0-1", worker_record("w0-1", 101))
-    await redis.hset(keys.workers(MODEL), "w1-1", worker_record("w1-1", 102))
+    await redis.hset(keys.workers(MODEL), "w1-1", worker_record("w1-1", 102, "no compiler"))
     status = wire_reports.encode_status(WorkerStatus(WorkerState.READY, 2, 1, 3_000, 77))
     await redis.set(keys.status(MODEL, "w0-1"), status, px=60_000)
     await redis.set(keys.lease(MODEL, "w0-1"), b"1", px=60_000)
@@ -110,6 +110,8 @@ async def test_status_for_people_and_with_unreadable_records(valkey: Valkey, red
     assert code == 0
     for expected in ("tiny", "w0-1", "ready", "3000/4096", "gw-1", "127.0.0.1:8000"):
         assert expected in out
+    assert "w1-1 computes without native kernels: no compiler" in out
+    assert "w0-1 computes" not in out
     assert "worker w2-1 of tiny" in out and "headrace:gateway:gw-2" in out
 
 

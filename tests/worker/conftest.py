@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from headrace_worker import native
 from headrace_worker.loading import LoadedModel, load_model
 from worker.builders import finish_all, make_engine, make_job, split_as_named, write_hf_folder
 from worker.prompts import PROMPTS
@@ -24,6 +25,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def torch_alone() -> Iterator[None]:
+    """Models loaded and engines made in this test compute without the kernels."""
+    native.choose("off")
+    yield
+    native.choose("auto")
 
 
 @pytest.fixture(scope="session")

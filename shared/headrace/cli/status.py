@@ -12,6 +12,9 @@ from headrace.cli.common import CommandError, DataDir, RunFile, data_dir_of, pla
 if TYPE_CHECKING:
     from rich.table import Table
 
+KERNELS = ("avx2", "avx512")
+"""What a worker says that has them; others say why not."""
+
 RedisUrl = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +69,9 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["http_url"]:
         console.print(f"Serving at {facts['http_url']}")
     console.print(_models(facts["models"]), _workers(facts["workers"]), _gateways(facts))
+    for w in facts["workers"]:
+        if w["kernels"] not in ("", *KERNELS):
+            console.print(f"{w['id']} computes without native kernels: {w['kernels']}")
     for problem in facts["problems"]:
         console.print(f"[red]{problem}")
 
@@ -92,13 +98,12 @@ def _models(models: list[dict[str, Any]]) -> Table:
 
 
 def _workers(workers: list[dict[str, Any]]) -> Table:
-    columns = ("id", "model", "pid", "role", "state", "running", "waiting", "free KV", "kernels")
+    columns = ("id", "model", "pid", "role", "state", "running", "waiting", "free KV")
     table = _table("Workers", *columns)
     for w in workers:
         free = f"{w['free_kv_tokens']}/{w['kv_tokens']}"
         numbers = (str(w["running"]), str(w["waiting"]), free)
-        facts = (str(w["pid"]), w["role"], w["state"], *numbers, w["kernels"] or "–")
-        table.add_row(w["id"], w["model"], *facts)
+        table.add_row(w["id"], w["model"], str(w["pid"]), w["role"], w["state"], *numbers)
     return table
 
 

@@ -17,7 +17,8 @@ constexpr int BLOCK_TOKENS = 16;
 
 enum Format : int32_t {
   FORMAT_F32 = 0,  // per panel [column][16] float32
-  FORMAT_Q8 = 1,   // per panel and group: [8][16][4] bytes (value + 128), 16 scales in bfloat16
+  FORMAT_Q8 = 1,   // per panel and group: [8][16][4] bytes (value + 128), 16 scales in bfloat16;
+                   // groups are turned: W = W' H where W' is stored and H is Hadamard's matrix of 32
   FORMAT_Q4 = 2,   // per panel and group: [4][16][4] bytes (column c low, c + 16 high), 16 scales and
                    // 16 zero points in bfloat16
 };

@@ -106,6 +106,7 @@ static void keep(const Pool& p, int64_t slot, int layer, int value, const float*
       }
       for (int i = 0; i < p.head_dim; ++i) {
         float q = std::nearbyint(from[i] / scale);
+        if (q != q) q = 0;
         to[h * p.head_dim + i] = static_cast<int8_t>(q > 127 ? 127 : q < -127 ? -127 : q);
       }
     }
@@ -366,8 +367,15 @@ struct AttentionRoom {
   std::vector<float> parts;  // of tiles whose spans are computed apart: [tile][span][query][2 + size]
 };
 
-// Fewer tiles than this for each thread, and their spans are shared out too.
+// Fewer tiles than this for each thread, of at most so many queries each, and their spans are shared
+// out too. It changes no result; the second limit bounds what the parts take.
 constexpr int TILES_PER_THREAD = 4;
+constexpr int QUERIES_APART_MAX = 16;
+
+HR_INLINE bool takes_spans_apart(const Team& team, const Tiles& step) {
+  return team.size() > 1 && static_cast<int>(step.tiles.size()) < team.size() * TILES_PER_THREAD &&
+         step.spans_max > 1 && step.queries_max <= QUERIES_APART_MAX;
+}
 
 HR_INLINE void take_queries(const Tile& tile, int group, int size, float scale, const float* q, int q_stride,
                             TileRoom& room) {
@@ -397,9 +405,7 @@ static void attend_tiles(Team& team, int thread, const Pool& p, const Batch& bat
   TileRoom& room = shared.threads[thread];
   const int part = 2 + size;
   const int64_t per_span = static_cast<int64_t>(step.queries_max) * part;
-  const bool apart = team.size() > 1 && count < team.size() * TILES_PER_THREAD && step.spans_max > 1 &&
-                     step.queries_max <= TILE_QUERIES;
-  if (!apart) {
+  if (!takes_spans_apart(team, step)) {
     team.phase(count, 1, [&](int from, int to) {
       for (int t = from; t < to; ++t) {
         const Tile& tile = step.tiles[t];
@@ -464,9 +470,8 @@ static void attend_tiles(Team& team, int thread, const Pool& p, const Batch& bat
 
 HR_INLINE void ready(AttentionRoom& room, const Team& team, const Tiles& step, int size) {
   if (static_cast<int>(room.threads.size()) < team.size()) room.threads.resize(team.size());
-  const size_t count = step.tiles.size();
-  if (count < static_cast<size_t>(team.size()) * TILES_PER_THREAD) {
-    size_t needed = count * step.spans_max * step.queries_max * (2 + size);
+  if (takes_spans_apart(team, step)) {
+    size_t needed = step.tiles.size() * step.spans_max * step.queries_max * (2 + size);
     if (room.parts.size() < needed) room.parts.resize(needed);
   }
 }

@@ -5,7 +5,8 @@
 // one accumulator for each output. So tiles of several rows only share the loads of the weights.
 //
 // Quantized formats round each row to int8 by groups of 32 columns, as llama.cpp's Q8_0 does, not by
-// whole rows: an outlier then spoils 31 neighbours and not all of the row, and no rotation is needed.
+// whole rows: an outlier then spoils 31 neighbours and not all of the row. In 8 bits each group is
+// turned by a Hadamard matrix first, which spreads the outlier over its group; weights come turned.
 
 constexpr int NV = PANEL / W;
 constexpr int Q8_BYTES = GROUP * PANEL + 2 * PANEL;
@@ -32,50 +33,87 @@ HR_INLINE int padded(int columns) { return (columns + GROUP - 1) / GROUP * GROUP
 HR_INLINE int panels_of(int outs) { return (outs + PANEL - 1) / PANEL; }
 HR_INLINE bool wide(int format) { return WIDE_Q8 && format == FORMAT_Q8; }
 
-// Rounds one group of 32 floats to int8. `poison` is 0, or NaN where a number is not finite.
+HR_INLINE float sum8(__m256 a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+HR_INLINE float largest8(__m256 a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+HR_INLINE int32_t isum8(__m256i a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+// One group times Sylvester's Hadamard matrix of 32, in place: five rounds of sums and differences.
+HR_INLINE void turn_group(float* x) {
+  __m256 v[4];
+  for (int i = 0; i < 4; ++i) {
+    __m256 a = _mm256_loadu_ps(x + i * 8), b = _mm256_permute_ps(a, 0xb1);
+    a = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(b, a), 0xaa);
+    b = _mm256_permute_ps(a, 0x4e);
+    a = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(b, a), 0xcc);
+    b = _mm256_permute2f128_ps(a, a, 1);
+    v[i] = _mm256_blend_ps(_mm256_add_ps(a, b), _mm256_sub_ps(b, a), 0xf0);
+  }
+  __m256 low = _mm256_add_ps(v[0], v[1]), low_difference = _mm256_sub_ps(v[0], v[1]);
+  __m256 high = _mm256_add_ps(v[2], v[3]), high_difference = _mm256_sub_ps(v[2], v[3]);
+  _mm256_storeu_ps(x, _mm256_add_ps(low, high));
+  _mm256_storeu_ps(x + 8, _mm256_add_ps(low_difference, high_difference));
+  _mm256_storeu_ps(x + 16, _mm256_sub_ps(low, high));
+  _mm256_storeu_ps(x + 24, _mm256_sub_ps(low_difference, high_difference));
+}
+
+// Rounds one group of 32 floats to int8. Where a number is not finite, the scale is NaN.
 HR_INLINE void quantize_group(const float* x, const Rows& a, int row, int g, bool two_bytes) {
-  vf top = zero(), poison = zero();
-  for (int i = 0; i < GROUP; i += W) {
-    vf v = load(x + i);
-    top = max(top, abs(v));
-    poison = fma(v, zero(), poison);
+  const __m256 sign = _mm256_set1_ps(-0.0f), nothing = _mm256_setzero_ps();
+  __m256 v[4], top = nothing, poison = nothing;
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_loadu_ps(x + i * 8);
+    top = _mm256_max_ps(top, _mm256_andnot_ps(sign, v[i]));
+    poison = _mm256_fmadd_ps(v[i], nothing, poison);
   }
-  float most = largest(top), broken = sum(poison);
-  float inverse = most > SMALLEST ? 127.0f / most : 0.0f;
-  float scale = (most > SMALLEST ? most / 127.0f : 0.0f) + broken;
-  alignas(64) int8_t q[GROUP];
-  vi total = iset1(0);
-  for (int i = 0; i < GROUP; i += W) {
-    vi n = to_int(mul(load(x + i), set1(inverse)));
-    total = iadd(total, n);
-    store_int8(q + i, n);
-  }
-  int32_t all = isum(total);
-  int64_t at = static_cast<int64_t>(row) * a.groups + g;
+  const float most = largest8(top), broken = sum8(poison);
+  const float inverse = most > SMALLEST ? 127.0f / most : 0.0f;
+  const float scale = (most > SMALLEST ? most / 127.0f : 0.0f) + broken;
+  __m256i n[4];
+  for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], _mm256_set1_ps(inverse)));
+  const int32_t all = isum8(_mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3])));
+  const int64_t at = static_cast<int64_t>(row) * a.groups + g;
   a.scales[at] = scale;
   a.sums[at] = scale * static_cast<float>(all);
   a.offsets[at] = -128 * all;
+  // packing takes the two halves of its operands in turn, so they are put in order after it
+  __m256i low = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[0], n[1]), 0xd8);
+  __m256i high = _mm256_permute4x64_epi64(_mm256_packs_epi32(n[2], n[3]), 0xd8);
   uint8_t* to = a.bytes + row * a.stride + g * GROUP * (two_bytes ? 2 : 1);
   if (!two_bytes) {
-    std::memcpy(to, q, GROUP);
+    __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
     return;
   }
   const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4,
                                          5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-  for (int i = 0; i < GROUP; i += 16) {
-    __m256i words = _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(q + i)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * 2), _mm256_shuffle_epi8(words, order));
-  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_shuffle_epi8(low, order));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_shuffle_epi8(high, order));
 }
 
 static void quantize_row(const float* x, const Rows& a, int row) {
-  bool two_bytes = wide(a.format);
-  int whole = a.columns / GROUP;
-  for (int g = 0; g < whole; ++g) quantize_group(x + g * GROUP, a, row, g, two_bytes);
-  if (whole < a.groups) {
-    float rest[GROUP] = {};
-    std::memcpy(rest, x + whole * GROUP, (a.columns - whole * GROUP) * sizeof(float));
-    quantize_group(rest, a, row, whole, two_bytes);
+  const bool two_bytes = wide(a.format);
+  for (int g = 0; g < a.groups; ++g) {
+    const int left = a.columns - g * GROUP;
+    if (a.format != FORMAT_Q8 && left >= GROUP) {
+      quantize_group(x + g * GROUP, a, row, g, two_bytes);
+      continue;
+    }
+    alignas(64) float group[GROUP] = {};
+    std::memcpy(group, x + g * GROUP, (left < GROUP ? left : GROUP) * sizeof(float));
+    if (a.format == FORMAT_Q8) turn_group(group);
+    quantize_group(group, a, row, g, two_bytes);
   }
 }
 

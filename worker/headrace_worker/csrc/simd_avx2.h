@@ -31,16 +31,12 @@ HR_INLINE vf div(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 HR_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 HR_INLINE vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 HR_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
-HR_INLINE vf abs(vf a) {
-  return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
-}
 HR_INLINE vf round(vf a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 HR_INLINE vi to_int(vf a) { return {_mm256_cvtps_epi32(a.v)}; }
 HR_INLINE vf to_float(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 HR_INLINE vi iset1(int32_t x) { return {_mm256_set1_epi32(x)}; }
-HR_INLINE vi iadd(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
 HR_INLINE vf exponent(vi n) {  // 2^n as a float's bits
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.v, _mm256_set1_epi32(127)), 23))};
 }
@@ -50,11 +46,6 @@ HR_INLINE vf bf16(const uint16_t* p) {
 }
 HR_INLINE vf int8(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
-HR_INLINE void store_int8(int8_t* p, vi a) {
-  __m128i low = _mm256_castsi256_si128(a.v), high = _mm256_extracti128_si256(a.v, 1);
-  __m128i words = _mm_packs_epi32(low, high);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 // all ones where first <= lane + at < last
 HR_INLINE vf between(int at, int first, int last) {
@@ -77,11 +68,6 @@ HR_INLINE float largest(vf a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-HR_INLINE int32_t isum(vi a) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
 
 HR_INLINE int32_t word(const void* p) {
   int32_t x;
@@ -96,10 +82,13 @@ HR_INLINE int32_t word(const void* p) {
 // as (0, 2, 1, 3) so that widening the weights is a mask and a shift.
 constexpr bool WIDE_Q8 = true;
 
+// Keeps a sum in its register: GCC would take integer sums apart and spill every product.
+HR_INLINE void hold(__m256i& x) { asm("" : "+x"(x)); }
+
 template <int R>
 HR_INLINE void dot_q8(const uint8_t* w, const uint8_t* rows, int64_t stride, vi (&s)[R][2]) {
   const __m256i low_bytes = _mm256_set1_epi16(0xff);
-#pragma GCC unroll 8
+#pragma GCC unroll 2
   for (int k = 0; k < 8; ++k) {
     __m256i w0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + k * 64));
     __m256i w1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + k * 64 + 32));
@@ -110,9 +99,13 @@ HR_INLINE void dot_q8(const uint8_t* w, const uint8_t* rows, int64_t stride, vi 
       const uint8_t* row = rows + r * stride + k * 8;
       __m256i even = _mm256_set1_epi32(word(row)), odd = _mm256_set1_epi32(word(row + 4));
       s[r][0].v = _mm256_add_epi32(s[r][0].v, _mm256_madd_epi16(even0, even));
-      s[r][0].v = _mm256_add_epi32(s[r][0].v, _mm256_madd_epi16(odd0, odd));
       s[r][1].v = _mm256_add_epi32(s[r][1].v, _mm256_madd_epi16(even1, even));
+      hold(s[r][0].v);
+      hold(s[r][1].v);
+      s[r][0].v = _mm256_add_epi32(s[r][0].v, _mm256_madd_epi16(odd0, odd));
       s[r][1].v = _mm256_add_epi32(s[r][1].v, _mm256_madd_epi16(odd1, odd));
+      hold(s[r][0].v);
+      hold(s[r][1].v);
     }
   }
 }
@@ -135,8 +128,12 @@ HR_INLINE void dot_q4(const uint8_t* w, const uint8_t* rows, int64_t stride, vi 
       __m256i a0 = _mm256_maddubs_epi16(low0, low), a1 = _mm256_maddubs_epi16(low1, low);
       t[r][0] = j == 0 ? a0 : _mm256_add_epi16(t[r][0], a0);
       t[r][1] = j == 0 ? a1 : _mm256_add_epi16(t[r][1], a1);
+      hold(t[r][0]);
+      hold(t[r][1]);
       t[r][0] = _mm256_add_epi16(t[r][0], _mm256_maddubs_epi16(high0, high));
       t[r][1] = _mm256_add_epi16(t[r][1], _mm256_maddubs_epi16(high1, high));
+      hold(t[r][0]);
+      hold(t[r][1]);
     }
   }
 #pragma GCC unroll 8

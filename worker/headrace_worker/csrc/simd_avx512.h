@@ -31,14 +31,12 @@ HR_INLINE vf div(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 HR_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 HR_INLINE vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 HR_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
-HR_INLINE vf abs(vf a) { return {_mm512_abs_ps(a.v)}; }
 HR_INLINE vf round(vf a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 HR_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
 HR_INLINE vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 HR_INLINE vi iset1(int32_t x) { return {_mm512_set1_epi32(x)}; }
-HR_INLINE vi iadd(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 HR_INLINE vf exponent(vi n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
@@ -48,9 +46,6 @@ HR_INLINE vf bf16(const uint16_t* p) {
 }
 HR_INLINE vf int8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
-HR_INLINE void store_int8(int8_t* p, vi a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
 HR_INLINE vf between(int at, int first, int last) {
   __m512i lane = _mm512_add_epi32(
@@ -68,7 +63,6 @@ HR_INLINE vf keep_above(vf x, vf limit, vf value) {
 }
 HR_INLINE float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 HR_INLINE float largest(vf a) { return _mm512_reduce_max_ps(a.v); }
-HR_INLINE int32_t isum(vi a) { return _mm512_reduce_add_epi32(a.v); }
 
 HR_INLINE int32_t word(const void* p) {
   int32_t x;

@@ -49,7 +49,7 @@ class Team {
 
   // A grain that gives each thread a few turns.
   int grain(int count) const {
-    int g = count / (size_ * 4);
+    int g = count / (size_ * 8);
     return g < 1 ? 1 : g;
   }
 

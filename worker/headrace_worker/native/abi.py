@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -175,6 +175,6 @@ class Library:
         self._c.headrace_step(model, pool, batch, step)
 
 
-def address_of(array: NDArray[np.int32] | NDArray[np.int64]) -> int:
+def address_of(array: NDArray[Any]) -> int:
     """Where a contiguous array lies."""
     return int(array.__array_interface__["data"][0])

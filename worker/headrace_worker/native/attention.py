@@ -1,7 +1,7 @@
 """Attention by the native kernels, straight from the pool's blocks.
 
 Invariant: a row's result depends on its own sequence alone, bit for bit, whether it decodes or
-stands in a chunk: see csrc/attention.inc.h. Nothing is gathered and no mask is made, so a step costs
+stands in a chunk: see csrc/attention.inc.h. Nothing is gathered, no mask is made: a step costs
 what its longest and its shortest sequences really have.
 """
 

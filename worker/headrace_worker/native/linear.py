@@ -1,9 +1,11 @@
 """Linear layers by the native kernels: weights packed once, in float32, 8 or 4 bits.
 
 Invariant: a row's result does not depend on the rows beside it, bit for bit. 8 bits: weights and
-activations in groups of 32 columns, each with its scale, as llama.cpp's Q8_0; 4 bits: the same
-weights as quantization/int4.py, multiplied with activations in 8 bits. Products within a group are
-summed as integers, groups in float32 in the order of the columns.
+activations in groups of 32 columns, each with its scale, as llama.cpp's Q8_0, but both multiplied
+with a Hadamard matrix before they are rounded (and the weights divided by 32, so that the product
+stays): it spreads an outlier over its group. 4 bits: the same weights as quantization/int4.py,
+multiplied with activations in 8 bits. Products within a group are summed as integers, groups in
+float32 in the order of the columns.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headrace_worker.native.abi import FORMAT_F32, FORMAT_Q4, FORMAT_Q8, Library, Matrix
+from headrace_worker.native.pages import in_large_pages
 
 if TYPE_CHECKING:  # quantization imports this module
     from headrace_worker.quantization.int4 import Int4Weight
@@ -32,13 +35,23 @@ def pack_float32(weight: Tensor) -> Tensor:
     return padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
 
 
+def turned(groups: Tensor) -> Tensor:
+    """float32 [..., GROUP] times Sylvester's Hadamard matrix, in the kernels' order of sums."""
+    x = groups
+    for step in (1, 2, 4, 8, 16):
+        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+    return x
+
+
 def quantize_q8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] → int8 [out, in padded to groups], float32 scales [out, groups].
+    """weight [out, in] → turned, int8 [out, in padded to groups], float32 scales [out, groups].
 
     Scales are rounded up to bfloat16, so that no weight is cut off.
     """
     padded = functional.pad(weight.float(), (0, -weight.shape[1] % GROUP))
-    groups = padded.view(len(weight), -1, GROUP)
+    groups = turned(padded.view(len(weight), -1, GROUP)) / GROUP
     exact = (groups.abs().amax(-1) / LEVELS).clamp_min_(_SCALE_MIN)
     scales = exact.bfloat16().float()
     low = scales < exact
@@ -89,7 +102,7 @@ class NativeLinear:
     ) -> None:
         """`shape`: (outs, columns) of the matrix; bias [out] in any dtype."""
         self._library = library
-        self._panels = panels
+        self._panels = panels = in_large_pages(panels)
         self._bias = None if bias is None else bias.float().contiguous()
         self.outs = shape[0]
         self.weight_bytes = panels.nbytes + (0 if bias is None else bias.nbytes)
