@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace import logs
 from headrace.clock import SystemClock
 from headrace.types import Band, Job, Sampling, pack_tokens
 from headrace_worker import startup
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    logs.setup("bench", level="warning", json=False)
     for name in args.shapes:
         tensor, pipeline = (int(part) for part in name.split("x"))
         with opened(args, Shape(tensor, pipeline)) as world:

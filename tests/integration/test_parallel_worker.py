@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -40,29 +42,43 @@ async def texts(client: openai.AsyncOpenAI) -> list[str]:
     return [answer.choices[0].text for answer in answers]
 
 
-def swap(stack: Stack, old: list[str]) -> None:
-    """The new worker is there; the `old` processes go, so that it is asked."""
-    stack.wait_ready(2)
-    for name in old:
-        stack.kill(name)
+@pytest.fixture(scope="module")
+def expected(own_stack: Stack) -> list[str]:
+    """What one process says."""
+
+    async def ask() -> list[str]:
+        url = f"{own_stack.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            return await texts(client)
+
+    with ThreadPoolExecutor(1) as aside:
+        return aside.submit(asyncio.run, ask()).result()
 
 
 @pytest.mark.timeout(400)
-async def test_every_split_says_the_same(own_stack: Stack, own_client: openai.AsyncOpenAI) -> None:
-    """One process, two tensor ranks, two stages; then two hosts that torchrun joins."""
-    expected = await texts(own_client)
-    current = ["w1"]
-    for env in ({"HEADRACE_TENSOR_PARALLEL": "2"}, {"HEADRACE_PIPELINE_PARALLEL": "2"}):
-        name = own_stack.start_worker(**env)
-        await asyncio.to_thread(swap, own_stack, current)
-        assert await texts(own_client) == expected, env
-        current = [name]
-    try:
-        hosts = two_hosts()
-        first, second = hosts.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"two tensor ranks and two stages did; no two hosts here: {error}")
-    try:
+@pytest.mark.parametrize("way", ["TENSOR", "PIPELINE"])
+async def test_two_processes_say_the_same(
+    own_stack: Stack, own_client: openai.AsyncOpenAI, expected: list[str], way: str
+) -> None:
+    """Two ranks that the worker starts itself."""
+    name = own_stack.start_worker(**{f"HEADRACE_{way}_PARALLEL": "2"})
+    await asyncio.to_thread(own_stack.wait_lease, name)
+    only(own_stack, name)
+    assert await texts(own_client) == expected
+    assert own_stack.stop(name) == 0, "an orderly stop is no loss of a rank"
+    await asyncio.to_thread(start_single, own_stack)
+
+
+@pytest.mark.timeout(400)
+async def test_two_hosts_say_the_same(
+    own_stack: Stack, own_client: openai.AsyncOpenAI, expected: list[str]
+) -> None:
+    """Two network namespaces that torchrun joins, a tensor rank on each."""
+    with contextlib.ExitStack() as made:
+        try:
+            first, second = made.enter_context(two_hosts())
+        except PermissionError as error:
+            pytest.skip(f"no two hosts here: {error}")
         commands = [
             [
                 *host.inside, "env", f"GLOO_SOCKET_IFNAME={host.device}",
@@ -77,10 +93,19 @@ async def test_every_split_says_the_same(own_stack: Stack, own_client: openai.As
             names, commands, HEADRACE_TENSOR_PARALLEL="2", HEADRACE_CACHE_URL=""
         )
         await asyncio.to_thread(own_stack.wait_lease, names[0])
-        for name in current:
-            own_stack.kill(name)
-        assert await texts(own_client) == expected, "two hosts"
+        only(own_stack, *names)
+        assert await texts(own_client) == expected
         for name in names:
-            own_stack.stop(name)
-    finally:
-        hosts.__exit__(None, None, None)
+            own_stack.stop(name, 40)
+
+
+def only(stack: Stack, *names: str) -> None:
+    """No worker but these, so that one of them is asked."""
+    others = stack.processes.keys() - {*names, "cache"}
+    for name in [name for name in others if not name.startswith("gateway")]:
+        stack.kill(name)
+
+
+def start_single(stack: Stack) -> None:
+    """What the next test begins with, as a gateway without workers forgets its model."""
+    stack.wait_lease(stack.start_worker())

@@ -82,7 +82,7 @@ class Pipeline:
 
 
 @given(seed=st.integers(0, 10_000), plans=st.integers(2, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_random_programs_end_and_keep_their_blocks(seed: int, plans: int) -> None:
     """In a pool that is too small, with cancels at any time."""
     dice = random.Random(seed)

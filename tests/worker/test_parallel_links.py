@@ -71,7 +71,7 @@ def test_a_reader_that_is_gone_is_told_of() -> None:
     stages=st.integers(1, 4),
     head=st.integers(0, 100),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_split_has_a_cheaper_dearest_stage(costs: list[int], stages: int, head: int) -> None:
     """Against all splits there are."""
     stages = min(stages, len(costs))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import ModelError
@@ -42,6 +42,7 @@ def joined(runs: list[range]) -> list[int]:
     return [number for run in runs for number in run]
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     heads=st.sampled_from([(9, 3), (8, 8), (32, 4), (64, 8), (16, 1), (12, 2)]),
     inner=st.integers(8, 4096),

@@ -12,6 +12,8 @@ from headrace.grammars import Grammars
 from headrace.types import FinishReason, Job
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model
+from headrace_worker.parallel import links
+from headrace_worker.parallel import ranks as ranks_module
 from headrace_worker.parallel.shape import Shape
 from worker.builders import (
     Output,
@@ -22,6 +24,7 @@ from worker.builders import (
     write_hf_folder,
 )
 from worker.ranked import settings_for, spawned, threaded
+from worker.test_architectures import VOCAB, gemma3_text, qwen2, qwen3_moe, write_model
 from worker.test_structured import held, run
 
 SHAPES = [Shape(2, 1), Shape(1, 2), Shape(2, 2)]
@@ -51,12 +54,13 @@ def assert_same(got: Output, expected: Output) -> None:
     """Tokens, ends, and log probabilities to what rounding leaves."""
     assert got.tokens == expected.tokens
     assert got.finishes == expected.finishes
-    for kind in ("logprobs", "prompt_logprobs"):
-        mine, theirs = (
-            [np.float64(told.logprob) for d in out.deltas for told in getattr(d, kind)]
-            for out in (got, expected)
-        )
-        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    for job in expected.tokens:
+        for kind in ("logprobs", "prompt_logprobs"):
+            mine, theirs = (
+                [t.logprob for d in out.deltas if d.job == job for t in getattr(d, kind)]
+                for out in (got, expected)
+            )
+            np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
 def test_processes_that_share_a_model_answer_as_one(tiny: LoadedModel, tiny_folder: Path) -> None:
@@ -82,6 +86,23 @@ def test_every_shape_answers_as_one_process(
         squeezed = finish_all(engine, jobs_of_all_kinds())
     assert squeezed.tokens == expected.tokens
     assert sum(story.preemptions for story in squeezed.stories.values()) > 0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "gemma3_text"])
+def test_every_kind_of_layer_finds_its_stage(family: str, tmp_path: Path) -> None:
+    """Windows, rotary tables and experts by layer, biases, a tied head on the last stage."""
+    config = {"qwen2": qwen2, "qwen3_moe": qwen3_moe, "gemma3_text": gemma3_text}[family]
+    write_model(tmp_path, config())
+    jobs = [
+        make_job("long", random_tokens(150, 2, VOCAB), max_tokens=12),
+        make_job("short", random_tokens(9, 3, VOCAB), max_tokens=24),
+        make_job("told", random_tokens(70, 4, VOCAB), max_tokens=8, logprobs=0, prompt_logprobs=0),
+    ]
+    whole = load_model(tmp_path, "test", "float32")
+    expected = finish_all(make_engine(whole, **LIMITS), jobs)
+    for shape in (Shape(1, 3), Shape(2, 2)):
+        with threaded(settings_for(tmp_path, shape), **LIMITS) as engine:
+            assert_same(finish_all(engine, jobs), expected)
 
 
 @pytest.mark.parametrize("stages", [2, 3])
@@ -156,6 +177,22 @@ def test_stages_are_kept_busy(tiny: LoadedModel, tiny_folder: Path) -> None:
         assert max(under_way) == 2, "chunks of one prompt are under way one behind the other"
     expected = finish_all(make_engine(tiny), streams)
     assert many.tokens == expected.tokens
+
+
+def test_small_rings_hold_nobody_up_for_good(
+    tiny: LoadedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows of logits and activations that are larger than the ways that they come by."""
+    jobs = [
+        make_job(f"t{i}", random_tokens(90 + i, i), max_tokens=6, prompt_logprobs=1, logprobs=1)
+        for i in range(5)
+    ]
+    expected = finish_all(make_engine(tiny, **LIMITS), jobs)
+    for name in ("ANSWER_RING_BYTES", "ACTIVATION_RING_BYTES", "COMMAND_RING_BYTES"):
+        monkeypatch.setattr(links, name, 4096)
+    monkeypatch.setattr(ranks_module, "ANSWER_RING_BYTES", 4096)
+    with threaded(settings_for(tiny_folder, Shape(1, 3)), **LIMITS) as engine:
+        assert_same(finish_all(engine, jobs), expected)
 
 
 def test_a_cancel_waits_for_what_is_under_way(tiny: LoadedModel, tiny_folder: Path) -> None:

@@ -97,7 +97,7 @@ def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
         settings.dtype,
         settings.quantization,
         context_tokens=settings.context_tokens,
-        progress=progress,
+        progress=progress if links is None or not links.rank else None,
         device=device,
         part=part if links is not None else None,
         group=links.group if links is not None else None,

@@ -117,7 +117,7 @@ class SharedGroup:
         self._turn = 0
         self._others = [other for other in range(size) if other != rank]
         head = size * LINE_BYTES
-        self._flags = memoryview(memory)[:head].cast("Q")
+        self._flags = memoryview(memory.data)[:head].cast("Q")
         slots = torch.from_numpy(memory)[head : head + 2 * size * slot].view(2, size, slot)
         self._slots = slots
         self._views: dict[torch.dtype, list[list[Tensor]]] = {}
@@ -150,7 +150,7 @@ class SharedGroup:
         share = run[mine]
         self.counts.note((self.size - 1) * share.nbytes)
         _sum([slot[mine] for slot in published], share)
-        published = self._publish(share)
+        published = self._publish(share, len(run) // self.size + 1)  # shares differ by one
         self._await()
         self.counts.note(run.nbytes - share.nbytes)
         for other in self._others:
@@ -188,7 +188,8 @@ class SharedGroup:
         flat = x.view(-1)
         if flat.nbytes <= self._slot_bytes:
             return iter((flat,))
-        return iter(flat.split(self._slot_bytes // x.itemsize))
+        step = self._slot_bytes // x.itemsize
+        return (flat[start : start + step] for start in range(0, len(flat), step))
 
     def _publish(self, run: Tensor, count: int | None = None) -> list[Tensor]:
         """Takes the next turn with `run`; the first `count` numbers of all ranks' slots."""

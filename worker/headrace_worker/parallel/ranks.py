@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from headrace.errors import HeadraceError, ModelError
@@ -25,13 +27,14 @@ from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.parallel import commands
 from headrace_worker.parallel.distant import DistantKv
-from headrace_worker.parallel.links import Links, SharedLinks
+from headrace_worker.parallel.links import ANSWER_RING_BYTES, Links, SharedLinks
 from headrace_worker.parallel.shape import Part, Shape
 from headrace_worker.parallel.shared import SharedMemory
 from headrace_worker.parallel.stage import Stage
 from headrace_worker.parallel.stages import parts_of, vocab_runs
 from headrace_worker.parallel.vocabulary import Verdict
 from headrace_worker.parallel.watch import Loss, Pulse, Watch
+from headrace_worker.parallel.wishes import Need
 from headrace_worker.step_inputs import StepInputs
 
 END_S = 2.0
@@ -44,6 +47,24 @@ STEP_S_MAX = 60.0
 
 class RankError(HeadraceError):
     """The ranks are out of step, or one is gone: nothing can be computed any more."""
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that has been begun, of which at most `answer_bytes` will be heard."""
+
+    answer_bytes: int
+    heard: bool = False
+    verdict: Verdict | None = None
+
+
+def _answer_bytes(inputs: StepInputs, vocab_size: int) -> int:
+    """What the last stage says at most of a step."""
+    if inputs.wishes is None:
+        return 0
+    # a row that draws may turn out to be needed whole
+    whole = int(np.count_nonzero(inputs.wishes.needs != Need.PEAK))
+    return 8 * inputs.wanted_rows + 4 * vocab_size * whole
 
 
 class Ranks:
@@ -64,7 +85,7 @@ class Ranks:
         self._pulse.start()
         self._watch: Watch | None = None
         self._stage: Stage | None = None
-        self._verdicts: deque[Verdict | None] = deque()
+        self._under_way: deque[_Step] = deque()
         self._vocab = 0
 
     @classmethod
@@ -170,24 +191,39 @@ class Ranks:
     def submit(self, inputs: StepInputs) -> None:
         """Tells everybody of the step and takes rank 0's turn. Raises RankError."""
         assert self._stage is not None, "steps come after `open`"
-        assert len(self._verdicts) < self.depth, "collect first"
+        assert len(self._under_way) < self.depth, "collect first"
         try:
+            # the last stage is not to wait for this thread, which may wait for it below
+            while sum(self._unheard_bytes()) > ANSWER_RING_BYTES // 2:
+                self._hear(next(step for step in self._under_way if not step.heard))
             self.links.command(commands.pack_step(inputs.pack()))
-            self._verdicts.append(self._stage.run(inputs))
+            step = _Step(_answer_bytes(inputs, self._vocab))
+            self._under_way.append(step)
+            verdict = self._stage.run(inputs)
+            if self.shape.pipeline == 1:
+                step.verdict, step.heard = verdict, True
         except Exception as error:
             raise RankError(f"a step failed: {type(error).__name__}: {error}") from error
 
+    def _unheard_bytes(self) -> list[int]:
+        return [step.answer_bytes for step in self._under_way if not step.heard]
+
+    def _hear(self, step: _Step) -> None:
+        """What the last stage says of `step`, the oldest that has not been heard of."""
+        last = self.shape.stage_ranks(self.shape.pipeline - 1).start
+        step.verdict = commands.unpack_verdict(self._answer_of(last, STEP_S_MAX))
+        step.heard = True
+
     def collect(self) -> Verdict | None:
         """The oldest step's tokens; None where no row was wanted. Raises RankError."""
-        verdict = self._verdicts.popleft()
+        step = self._under_way.popleft()
         try:
-            if self.shape.pipeline > 1:
-                last = self.shape.stage_ranks(self.shape.pipeline - 1).start
-                verdict = commands.unpack_verdict(self._answer_of(last, STEP_S_MAX))
+            if not step.heard:
+                self._hear(step)
         except Exception as error:
             raise RankError(f"a step failed: {type(error).__name__}: {error}") from error
-        assert verdict is not None, "the last stage says something of every step"
-        return verdict if len(verdict.tokens) else None
+        assert step.verdict is not None, "the last stage says something of every step"
+        return step.verdict if len(step.verdict.tokens) else None
 
     def close(self) -> None:
         """Ends the other ranks."""
