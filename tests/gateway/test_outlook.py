@@ -134,3 +134,21 @@ def test_whatever_happens_waits_are_bounded_and_ordered_for_equal_work(
         assert all(0 <= wait <= 24 * 3_600_000 for wait in outlook.waits_ms)
         assert outlook.work_per_s >= 0
         assert all(0 <= rate <= outlook.work_per_s for rate in outlook.band_work_per_s)
+
+
+def test_when_the_better_bands_have_left_the_band_behind_them_is_told_of_it_soon() -> None:
+    """After an overload batch has the fleet for itself; a minute of its past must not hide that."""
+    throughput = Throughput(SHARES)
+    throughput.set_workers(1, 0)
+    for number in range(1, 241):  # two minutes in which standard work takes all but its share
+        throughput.served(500)
+        throughput.dispatched(Band.STANDARD, 475)
+        if number % 20 == 0:
+            throughput.dispatched(Band.BATCH, 500)
+        look(throughput, number * INTERVAL_MS, (0, 9, 9), (0, 9_000, 9_000))
+    during = look(throughput, 241 * INTERVAL_MS, (0, 9, 9), (0, 9_000, 9_000))
+    for number in range(242, 242 + 2 * HALF_LIFE_MS // INTERVAL_MS):
+        throughput.served(500)
+        after = look(throughput, number * INTERVAL_MS, (0, 0, 9), (0, 0, 9_000))
+    assert during.waits_ms[Band.BATCH] > 60_000
+    assert after.waits_ms[Band.BATCH] < 20_000

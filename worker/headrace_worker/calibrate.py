@@ -58,6 +58,8 @@ CONTEXTS = (0, 256, 1_024, 2_048)
 left out."""
 CHUNKS = (16, 64, 128, 256, 512)
 MIXED_ROWS = (2, 8)
+CONTEXT_SPREAD = 0.75
+"""How far the contexts of a batch's rows lie from their mean, as a part of it."""
 DECODE_STEPS = 4
 """Timed in one visit of a decode cell."""
 DECODE_KV_TOKENS_MAX = 16_384
@@ -89,6 +91,15 @@ class Cell:
         if self.rows and self.chunk:
             return "mixed"
         return "decode" if self.rows else "prefill"
+
+    def contexts(self) -> list[int]:
+        """Of each decoding row: `context` on average, by turns CONTEXT_SPREAD below and above it.
+
+        In a real batch no two are alike, which costs attention a call for each size.
+        """
+        spread = int(self.context * CONTEXT_SPREAD) // BLOCK_TOKENS * BLOCK_TOKENS
+        pairs = [self.context - spread, self.context + spread] * (self.rows // 2)
+        return [*pairs, self.context] if self.rows % 2 else pairs
 
     @property
     def kv_tokens(self) -> int:
@@ -210,7 +221,7 @@ def cells(kv_tokens: int, context_tokens: int, max_jobs: int, step_tokens: int) 
     return [
         cell
         for cell in found
-        if max(cell.context, cell.offset + cell.chunk) <= longest
+        if max([*cell.contexts(), cell.offset + cell.chunk]) <= longest
         and cell.rows * cell.context <= DECODE_KV_TOKENS_MAX
         # decoding rows keep their past in the pool from visit to visit
         and cell.kv_tokens + 2 * step_tokens <= kv_tokens
@@ -233,7 +244,7 @@ class Bench:
         size_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, config.kv_dtype)
         self._zeros = bytes(size_bytes)
         self._vocab = loaded.record.vocab_size
-        longest = max(CONTEXTS) + BLOCK_TOKENS
+        longest = int(max(CONTEXTS) * (1 + CONTEXT_SPREAD)) + BLOCK_TOKENS
         self._pasts = [self._tokens(longest) for _ in range(config.max_running)]
         self._offset_past = self._tokens(longest)
         self._jobs = 0
@@ -241,8 +252,8 @@ class Bench:
     def visit(self, cell: Cell) -> list[float]:
         """Durations in ms of steps of `cell`'s composition."""
         running = [
-            self._add([*self._pasts[row][: cell.context], *self._tokens(1)], cell.context)
-            for row in range(cell.rows)
+            self._add([*self._pasts[row][:context], *self._tokens(1)], context)
+            for row, context in enumerate(cell.contexts())
         ]
         if running:
             self._step(expect=cell.rows)  # their first step, which nothing is known of yet

@@ -38,8 +38,10 @@ class Outlook:
 class _Rate:
     """Work per second, averaged with a half-life over the intervals that count."""
 
-    def __init__(self) -> None:
+    def __init__(self, events_min: int = HALF_LIFE_EVENTS) -> None:
+        """`events_min`: how many a half-life has at least; 0 where the latest is what counts."""
         self.per_s = 0.0
+        self._events_min = events_min
         self._sum = 0.0
         self._events = 0
         self._events_per_ms = 0.0
@@ -65,7 +67,7 @@ class _Rate:
     def _half_life_ms(self) -> float:
         if not self._events_per_ms:
             return HALF_LIFE_MS
-        longer = HALF_LIFE_EVENTS / self._events_per_ms
+        longer = self._events_min / self._events_per_ms
         return min(HALF_LIFE_MS_MAX, max(HALF_LIFE_MS, longer))
 
 
@@ -77,6 +79,7 @@ class Throughput:
         self._floors = (1 - sum(shares[1:]), *(max(each, FLOOR_SHARE) for each in shares[1:]))
         self._served = _Rate()
         self._bands = tuple(_Rate() for _ in Band)
+        self._recent = tuple(_Rate(events_min=0) for _ in Band)
         self._backlogged = [False] * len(Band)
         self._workers = 0
         self._settled_ms = -1
@@ -89,7 +92,7 @@ class Throughput:
     def set_workers(self, count: int, now_ms: int) -> None:
         """A fleet that grew or shrank is taken to be faster or slower by as much."""
         if self._workers and count and count != self._workers:
-            for rate in (self._served, *self._bands):
+            for rate in (self._served, *self._bands, *self._recent):
                 rate.per_s *= count / self._workers
         self._workers = count
         if self._settled_ms < 0:
@@ -100,6 +103,7 @@ class Throughput:
 
     def dispatched(self, band: Band, work: int) -> None:
         self._bands[band].add(work)
+        self._recent[band].add(work)
 
     def outlook(
         self,
@@ -117,7 +121,7 @@ class Throughput:
             work,
             (waits[0], waits[1], waits[2]),
             self.work_per_s,
-            (self._band_rate(0), self._band_rate(1), self._band_rate(2)),
+            (self._band_rate(0, work), self._band_rate(1, work), self._band_rate(2, work)),
             prefill_per_s,
         )
 
@@ -130,11 +134,21 @@ class Throughput:
             self._served.settle(elapsed, counts=any(both))
             for rate, counts in zip(self._bands, both, strict=True):
                 rate.settle(elapsed, counts=counts)
+            for rate in self._recent:
+                rate.settle(elapsed, counts=True)
             self._settled_ms, self._backlogged = now_ms, backlogged
 
-    def _band_rate(self, band: int) -> float:
-        floor = self._floors[band] * self.work_per_s
-        return min(self.work_per_s, max(floor, self._bands[band].per_s))
+    def _band_rate(self, band: int, work: tuple[int, int, int]) -> float:
+        """How fast `band` moves: as it has lately, or by all that better bands leave to it.
+
+        The latter where none of them waits: once an overload is over, nobody stands in its way.
+        """
+        rate = max(self._floors[band] * self.work_per_s, self._bands[band].per_s)
+        if band and not any(work[:band]):
+            promised = self.work_per_s * sum(self._floors[band + 1 :])
+            taken = sum(recent.per_s for recent in self._recent[:band])
+            rate = max(rate, self.work_per_s - promised - taken)
+        return min(self.work_per_s, rate)
 
     def _wait_ms(self, band: int, work: tuple[int, int, int], free: bool) -> int:
         ahead = sum(work[: band + 1])
@@ -142,5 +156,5 @@ class Throughput:
             return 0
         wait_s = ahead / self.work_per_s
         if self._backlogged[band]:
-            wait_s = max(wait_s, work[band] / self._band_rate(band))
+            wait_s = max(wait_s, work[band] / self._band_rate(band, work))
         return min(WAIT_MS_MAX, int(1000 * wait_s))

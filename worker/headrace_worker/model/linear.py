@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from headrace_worker.probing import one_thread
+
 
 @dataclass(frozen=True)
 class _Packing:
@@ -39,10 +41,11 @@ def _packing() -> _Packing | None:
             torch.ops.mkldnn._linear_pointwise.default,
             torch.ops.mkldnn._linear_pointwise.binary,
         )
-        row = torch.zeros(1, 16, dtype=torch.bfloat16)
-        probe = packing.pack(torch.zeros(16, 16, dtype=torch.bfloat16), None)
-        packing.multiply(row, probe, None, "none", [], "")
-        packing.multiply_add(row, row, probe, None, "add")
+        with one_thread():
+            row = torch.zeros(1, 16, dtype=torch.bfloat16)
+            probe = packing.pack(torch.zeros(16, 16, dtype=torch.bfloat16), None)
+            packing.multiply(row, probe, None, "none", [], "")
+            packing.multiply_add(row, row, probe, None, "add")
     except (AttributeError, RuntimeError):  # another build or version of torch
         return None
     return packing
