@@ -35,11 +35,12 @@ from headrace_worker.engine import Engine
 from headrace_worker.executor import Executor
 from headrace_worker.kv import paged
 from headrace_worker.kv.paged import PagedKvPool
+from headrace_worker.kv.payload import Payloads
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.loading.load import resolve_dtype, resolve_quantization
 from headrace_worker.model import ARCHITECTURES
-from headrace_worker.model.linear import DenseLinear
+from headrace_worker.model.linear import DenseEmbedding, DenseLinear, Embedding
 from headrace_worker.policy.speculation import Guesser
 from headrace_worker.step_inputs import StepInputs
 from worker import flash_reference
@@ -193,11 +194,10 @@ def test_a_shared_prefix_is_found_and_parts_within_a_page(
     assert ours.cached == plain.cached == {"b": 272, "c": 272}
 
 
-@both_page_sizes
 def test_preempted_sequences_come_back_to_the_same_text(flash: Kernels, tiny: LoadedModel) -> None:
-    """Ten sequences over room for three of them: blocks change hands again and again."""
-    jobs = [make_job(str(i), random_tokens(90, i), max_tokens=60, arrived_ms=i) for i in range(10)]
-    _, ours = both(tiny, lambda engine: finish_all(engine, jobs), kv_tokens=480, max_running=6)
+    """Six sequences over room for three of them: blocks change hands again and again."""
+    jobs = [make_job(str(i), random_tokens(90, i), max_tokens=40, arrived_ms=i) for i in range(6)]
+    _, ours = both(tiny, lambda engine: finish_all(engine, jobs), kv_tokens=400, max_running=6)
     assert sum(story.preemptions for story in ours.stories.values()) > 0
 
 
@@ -491,8 +491,14 @@ class EmptyWeights:
         weight = torch.empty(sum(outs), columns, dtype=self.dtype, device=self._device)
         return DenseLinear(weight, weight[:, 0] if bias else None)
 
+    def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
+        return DenseEmbedding(self.take(name, shape))
+
     def tied_head(self, embedding: Tensor) -> DenseLinear:
         return DenseLinear(embedding)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
 
 
 class ShapeKernels:
@@ -539,6 +545,8 @@ def test_all_of_a_step_is_on_the_gpu(
     monkeypatch.setattr(torch, "from_numpy", from_numpy)
     monkeypatch.setattr(paged, "Staging", lambda *_: None)  # pinned memory needs CUDA itself
     config, gpu = families[kind].config, torch.device("cuda", 0)
+    checked = Payloads(config, torch.bfloat16, "auto")
+    monkeypatch.setattr(paged, "Payloads", lambda *_: checked)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = ARCHITECTURES[kind](config, EmptyWeights(gpu))
         pool = PagedKvPool(

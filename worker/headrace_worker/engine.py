@@ -17,22 +17,21 @@ from typing import TypeVar
 import structlog
 
 from headrace.clock import Clock
-from headrace.errors import CallerError, SettingsError
+from headrace.errors import CallerError
 from headrace.grammars import Matcher
 from headrace.policy.hashing import MODEL_TAG_BYTES, block_hashes, model_tag, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Finish, FinishReason, Job
 from headrace_worker import grammar_link
-from headrace_worker.attention.choice import Wanted, make_attention
 from headrace_worker.device import free_bytes
 from headrace_worker.engine_config import EngineConfig
 from headrace_worker.entry import Entry, refusal, sequence_of
-from headrace_worker.executor import Executor, Steps
 from headrace_worker.flights import Flights
 from headrace_worker.grammar_link import GrammarFailure
 from headrace_worker.kv.pool import KvPool
-from headrace_worker.kv.traffic import Kv, Traffic
+from headrace_worker.kv.traffic import Traffic
 from headrace_worker.loading import LoadedModel, memory
 from headrace_worker.loading.fingerprint import block_fingerprint
+from headrace_worker.machine import machine_of
 from headrace_worker.parallel.ranks import RankError, Ranks
 from headrace_worker.policy.blocks import BlockPool
 from headrace_worker.policy.keeping import When, keeping
@@ -49,23 +48,6 @@ _log = structlog.get_logger()
 
 _NO_PLAN = Plan((), (), (), ())
 T = TypeVar("T")
-
-
-def _machine(
-    loaded: LoadedModel, blocks: int, config: EngineConfig, ranks: Ranks | None
-) -> tuple[Kv, Steps]:
-    """Where KV lies and who computes. Raises SettingsError."""
-    if ranks is not None:
-        if config.attention == "flash":
-            raise SettingsError(
-                "HEADRACE_ATTENTION=flash: ranks share their KV in the host's memory, where "
-                "flash-attn does not read"
-            )
-        return ranks.open(loaded, blocks, config.kv_dtype), ranks
-    wanted = Wanted(blocks, config.kv_dtype, config.attention, config.max_running)
-    machine = make_attention(loaded.model, loaded.config, loaded.dtype, wanted, loaded.device)
-    steps = Executor(loaded.model, machine.backend, loaded.device, machine.graphs)
-    return machine.pool, steps
 
 
 class Engine:
@@ -104,7 +86,7 @@ class Engine:
         self._config = config
         self._clock = clock
         self._pool = BlockPool(blocks)
-        self._kv, steps = _machine(loaded, blocks, config, ranks)
+        self._kv, steps = machine_of(loaded, blocks, config, ranks)
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
         self._runner = Runner(steps)
         self._scheduler = Scheduler(
