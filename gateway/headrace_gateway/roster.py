@@ -138,4 +138,6 @@ class Roster:
 
     @property
     def ready_count(self) -> int:
-        return sum(1 for view in self.live.values() if view.takes_jobs)
+        """Workers that get jobs from the queue; where there are no others, those that decode."""
+        ready = [view for view in self.live.values() if view.is_ready]
+        return sum(view.takes_jobs for view in ready) or len(ready)

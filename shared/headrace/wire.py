@@ -227,22 +227,10 @@ _JOB_KINDS: dict[str, type] = {
     "cache_until": int, "cache_ttl": int, "move_to": str, "move_at": str, "found": int,
 }  # fmt: skip
 _SAMPLING_KINDS: dict[str, type] = {
-    "max": int,
-    "temp": float,
-    "top_p": float,
-    "top_k": int,
-    "seed": int,
-    "no_eos": bool,
-    "min_p": float,
-    "typical": float,
-    "presence": float,
-    "frequency": float,
-    "repetition": float,
-    "min": int,
-    "logprobs": int,
-    "prompt_logprobs": int,
-    "grammar": str,
-}
+    "max": int, "temp": float, "top_p": float, "top_k": int, "seed": int, "no_eos": bool,
+    "min_p": float, "typical": float, "presence": float, "frequency": float, "repetition": float,
+    "min": int, "logprobs": int, "prompt_logprobs": int, "grammar": str,
+}  # fmt: skip
 
 
 def decode_job(data: bytes) -> Job:

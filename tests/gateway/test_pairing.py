@@ -98,6 +98,27 @@ def test_where_nobody_can_decode_the_worker_of_the_prompt_does() -> None:
     assert (alone.pairing.decode, alone.pairing.reason) == ("", "no worker only decodes")
 
 
+def test_workers_that_only_decode_do_all_of_it_when_they_are_left_alone() -> None:
+    """The last worker of prompts may die: jobs go on, and it is as before when one is back."""
+    policy = a_fleet("p0", "d0")
+    first = sent(policy, a_job("one", prompt=64))
+    policy.moved(moved(first), NOW)
+    facts = [WorkerFacts("d0", 16_000, 4, WorkerRole.DECODE)]
+    policy.set_workers(facts, NOW)
+    second = sent(policy, a_job("two", prompt=64))
+    assert (second.route.worker, second.pairing.decode) == ("d0", "")
+    assert sorted(policy.jobs_on("d0")) == ["one", "two"]
+    policy.set_workers([WorkerFacts("p1", 16_000, 4, WorkerRole.PREFILL), *facts], NOW)
+    policy.check_integrity()
+    assert sorted(policy.jobs_on("d0")) == ["one", "two"], "what it has it keeps"
+    third = sent(policy, a_job("three", prompt=64))
+    assert (third.route.worker, third.pairing.decode) == ("p1", "d0")
+    for decision in (first, second):
+        policy.done(ended("d0", decision.item.job), NOW)
+    policy.check_integrity()
+    assert policy.jobs_on("d0") == []
+
+
 def test_a_job_that_stays_is_seen_by_its_output() -> None:
     """Nobody says that a move was refused: what its first worker reports does."""
     policy = a_fleet("p0", "d0")

@@ -116,8 +116,11 @@ class DispatchPolicy:
         """
         known = {*self.workload.workers, *self.decoding.workers}
         left = known - {each.worker for each in facts}
-        self.workload.set_workers([each for each in facts if each.role is not WorkerRole.DECODE])
-        self.decoding.set_workers([each for each in facts if each.role is WorkerRole.DECODE])
+        decoding = [each for each in facts if each.role is WorkerRole.DECODE]
+        if len(decoding) == len(facts):
+            decoding = []  # nobody else is left: they compute prompts as well
+        self.workload.set_workers([each for each in facts if each not in decoding])
+        self.decoding.set_workers(decoding)
         self._prefilling = _of_role(facts, WorkerRole.PREFILL)
         self._single = _of_role(facts, WorkerRole.BOTH)
         for worker in sorted(left):

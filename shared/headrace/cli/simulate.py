@@ -106,11 +106,9 @@ def simulate(
 ) -> None:
     """Replay a trace, or a synthetic load, on a simulated fleet of the services' own policies.
 
-    How many workers does a trace need at three times its rate?
+    How many workers does it need at three times its rate? And what do other ways make of it?
 
         headrace simulate trace.jsonl --rate-scale 3 --workers 24 --bands 10/60/30
-
-    What do other ways to dispatch make of it?
 
         headrace simulate trace.jsonl --workers 16 --compare all --plot ways.png
     """
