@@ -182,8 +182,8 @@ class PrefixIndex:
         assert self._count <= self._total_max, "the total is bounded"
         assert self._slots == {name: slot for slot, name in self._names.items()}
         assert self.bits == {name: 1 << slot for name, slot in self._slots.items()}
-        for slots, named in self._named.items():
-            assert named == [self._names[slot] for slot in _slots_of(slots)], "kept names are true"
+        for holders, named in self._named.items():
+            assert named == [self._names[slot] for slot in _slots_of(holders)], "names are true"
         assert self._slots.keys() == self._held.keys(), "a worker has a slot and a table"
         seen: dict[int, int] = {}
         for worker, held in self._held.items():
