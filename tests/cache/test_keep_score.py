@@ -174,7 +174,7 @@ def test_a_chain_at_once_is_as_its_blocks_one_by_one() -> None:
             free += gone
             chains = [left for each in chains if (left := [s for s in each if s not in gone])]
         at_once.check_integrity()
-    one_by_one.check_integrity()
+        one_by_one.check_integrity()
 
 
 def test_being_written_again_is_no_use() -> None:
