@@ -7,7 +7,8 @@ is answered does not tell whether another tenant's exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from headrace.cache_admin import (
     CROSSINGS_MAX,
@@ -31,7 +32,8 @@ from headrace.frames import EntryFacts, EntryKey
 from headrace_cache.policy.lineage import Below, Crossings
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Chosen:
     """Whose entries are meant, of which kind and model; what is empty or None leaves all."""
 
     tenant: str | None = None

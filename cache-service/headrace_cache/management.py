@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -33,7 +34,8 @@ ON_DISK_CURSOR = 1 << (SPOT_BITS + 1)
 log = structlog.get_logger(__name__)
 
 
-class _Among(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Among:
     """What is chosen, of some entries."""
 
     chosen: Chosen

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import INVALID_SPAN
 from redis.asyncio import Redis
 
-from headrace import keys, wire
+from headrace import keys, telemetry, wire
 from headrace.cache_client import CacheClient
 from headrace.streams import parse_entries
 from headrace.types import Delta, Job
@@ -103,6 +106,50 @@ async def test_one_engine_reads_what_another_wrote(tiny: LoadedModel, service: s
         assert link.counts.fetched_bytes["arena"] == 9 * second.block_bytes
         assert link.counts.saved_us["arena"] > 140_000_000
         assert fetched.saved_ms > 140_000
+
+
+async def test_a_fetch_tells_what_it_cost_and_saved(
+    tiny: LoadedModel, service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes, time and what computing would have taken: in its span, the service's and metrics."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_provider", provider)
+    first, second = make_engine(tiny), make_engine(tiny)
+    job = make_job("a", PROMPT)
+    async with running_link(first, service) as link:
+        await write(link, steps_of(first, job))
+    async with running_link(second, service) as link:
+        fetched = await fetch(link, second, job)
+        fetched.close()
+        fast = await fetch(link, second, job, Outlook(token_ms=1e-6))
+        fast.close()
+        families = {each.name: each for each in link.counts.metrics("m")}
+    spans = [span for span in exporter.get_finished_spans() if span.name == "cache lookup"]
+    paid, unpaid = (dict(span.attributes or {}) for span in spans)
+    size_bytes = 9 * second.block_bytes
+    assert (paid["headrace.cache.bytes"], paid["headrace.cache.hit_blocks"]) == (size_bytes, 9)
+    assert paid["headrace.cache.tier"] == "arena"
+    fetch_ms, saved_ms = (paid[f"headrace.cache.{name}_ms"] for name in ("fetch", "saved"))
+    assert isinstance(fetch_ms, float) and isinstance(saved_ms, float)
+    assert fetch_ms > 0 and abs(fetch_ms + saved_ms - 144_000) < 1, "144 tokens of a second each"
+    assert unpaid["headrace.cache.bytes"] == unpaid["headrace.cache.saved_ms"] == 0
+    assert unpaid["headrace.cache.reason"] != paid["headrace.cache.reason"]
+    counted = {
+        name: {sample.labels.get("tier", ""): sample.value for sample in family.samples}
+        for name, family in families.items()
+    }
+    assert counted["headrace_worker_cache_fetched_bytes"]["arena"] == size_bytes
+    saved_s = counted["headrace_worker_cache_saved_seconds"]["arena"]
+    assert abs(saved_s - saved_ms / 1000) < 1e-3
+    assert counted["headrace_worker_cache_fetch_seconds"]["arena"] > 0
+    client = CacheClient(service)
+    stats = await client.stats()
+    await client.close()
+    assert stats is not None
+    kv = stats["by_kind"]["kv"]
+    assert kv["hit_bytes"] == size_bytes and kv["saved_us"] > 0
 
 
 async def _is_zero(url: str) -> bool:
