@@ -20,7 +20,7 @@ PROMPTS = ["Here is a story. Once upon a time", "1, 2, 3, 4,", "def add(a, b):"]
 @pytest.fixture(scope="module")
 def own_stack() -> Iterator[Stack]:
     """A stack whose workers come and go; the cache service keeps blocks of one for the next."""
-    with Stack(workers=1, env={"HEADRACE_LEASE_MS": "5000"}) as running:
+    with Stack(workers=1, env={"HEADRACE_LEASE_MS": "15000"}) as running:
         yield running
 
 
