@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type != "cuda":
         raise ModelError(f"device {name!r} is none of auto, cpu, cuda and cuda:N")
     if not torch.cuda.is_available():
-        built = "this torch is built without CUDA" if not torch.backends.cuda.is_built() else ""
+        built = "this torch is built without CUDA" if not torch.version.cuda else ""
         raise ModelError(f"HEADRACE_DEVICE={name}: {built or 'no GPU can be used here'}")
     index = device.index or 0
     if index >= torch.cuda.device_count():

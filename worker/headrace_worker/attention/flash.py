@@ -57,7 +57,9 @@ class FlashBackend:
     def prepare(self, batch: AttentionBatch) -> Attend:
         placed = self.place(batch)
         starts, lengths = batch.query_starts, batch.lengths
-        single, several, scattered = [], [], []
+        single: list[int] = []
+        several: list[int] = []
+        scattered: list[int] = []
         for s in range(len(lengths)):
             if placed.pages[s] is None:
                 scattered.append(s)
@@ -79,7 +81,9 @@ class FlashBackend:
         return self.pool.lay(tables, batch.slots.numpy())
 
     def put(
-        self, numbers: Sequence[int] | NDArray[np.int64], kind: type[np.integer[Any]] = np.int64
+        self,
+        numbers: Sequence[int] | NDArray[np.integer[Any]],
+        kind: type[np.integer[Any]] = np.int64,
     ) -> Tensor:
         """On the pool's device."""
         return torch.from_numpy(np.asarray(numbers, kind)).to(self.pool.device)

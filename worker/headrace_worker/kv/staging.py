@@ -23,7 +23,7 @@ class Staging:
         self.pinned = device.type == "cuda"
         if self.pinned:
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def fetch(self, source: Tensor, target: NDArray[np.uint8]) -> None:
         """Writes `source`, whatever its strides, into `target`, as one run of bytes."""
