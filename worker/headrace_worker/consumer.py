@@ -378,8 +378,8 @@ class Consumer:
         ticket = self._tickets.get(job_id)
         if ticket is None:
             return
+        ticket.cancelled = True
         if ticket.moving is not None:
-            ticket.cancelled = True
             return
         if ticket.added:
             assert self._thread is not None, "jobs are read while the engine runs"
