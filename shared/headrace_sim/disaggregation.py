@@ -30,7 +30,7 @@ from headrace_sim.workload import Mix, TraceStream
 
 RATIOS = ((1, 3), (1, 2), (1, 1), (2, 1), (3, 1))
 ITL_TARGETS_MS = (10.0, 12.5, 15.0, 17.5, 20.0, 25.0, 30.0, 40.0, 60.0, 100.0)
-RATE_STEPS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25)
+RATE_STEPS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5)
 SHORT_STEPS = (1_024,)
 OPEN = replace(OURS, refuses=False, deadlines=False)
 
@@ -61,6 +61,11 @@ class Runs:
         """The highest tested rate that `way` bore under `itl_ms`; 0 if none."""
         rates = self.verdicts[way.name].items()
         return max((r for r, v in rates if v[itl_ms].met_share >= KNEE_SHARE), default=0.0)
+
+    @property
+    def highest(self) -> float:
+        """The highest rate that was tested."""
+        return max(rate for by_rate in self.verdicts.values() for rate in by_rate)
 
 
 def ways_of(workers: int, ratios: Sequence[tuple[int, int]] = RATIOS) -> list[Way]:
@@ -121,6 +126,11 @@ def _best(runs: Runs, ways: Sequence[Way], itl_ms: float, *, split: bool) -> tup
     return max(rows, key=lambda row: row[0])
 
 
+def _shown(rate: float, highest: float) -> str:
+    """A bearable rate; with a + where nothing higher was tested."""
+    return f"{rate:.2f}{'+' if rate == highest else ''}" if rate else "-"
+
+
 def _study(
     trace: Trace,
     config: FleetConfig,
@@ -147,13 +157,14 @@ def _study(
         split, _ = _best(runs, ways, itl_ms, split=True)
         both, _ = _best(runs, ways, itl_ms, split=False)
         gain = f"{split / both:.2f}" if both else ("only a split" if split else "nobody")
-        made.add_row(f"{itl_ms:g} ms", *(f"{rate:.2f}" if rate else "-" for rate in rates), gain)
+        made.add_row(f"{itl_ms:g} ms", *(_shown(rate, runs.highest) for rate in rates), gain)
         for way, rate in zip(ways, rates, strict=True):
             study.curves.setdefault(way.name, []).append((itl_ms, rate))
     study.tables.append(made)
     found = crossover(runs, ways, targets)
     study.notes.append(
-        f"crossover: a split bears more up to an ITL target of {found:g} ms"
+        f"crossover: a split bears more up to an ITL target of {found:g} ms (of those that were "
+        "tried; where both bear the highest tested rate, +, nothing can be said)"
         if found
         else "crossover: at no target does a split bear more"
     )

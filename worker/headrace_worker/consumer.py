@@ -376,8 +376,11 @@ class Consumer:
 
     def _cancel(self, job_id: str) -> None:
         ticket = self._tickets.get(job_id)
-        if ticket is None or ticket.moving is not None:
-            return  # one that moves hears of it from the step that moves it
+        if ticket is None:
+            return
+        ticket.cancelled = True
+        if ticket.moving is not None:
+            return
         if ticket.added:
             assert self._thread is not None, "jobs are read while the engine runs"
             self._thread.send(partial(_cancel_in_engine, job_id))
@@ -430,17 +433,15 @@ class Consumer:
         answer = await self._moves.move(ticket, story, replace(job, logged=logged))
         ticket.moving = None
         ticket.job = replace(job, logged=logged, move_to="", found_tokens=story.progress.cached)
-        if answer == CANCELLED:
+        if answer == CANCELLED or (ticket.cancelled and answer not in (OK, STALE)):
             self._end(ticket, Finish(FinishReason.CANCELLED))
         elif answer in (OK, STALE):
             del self._tickets[job.id]
-            if answer == OK:
-                tell_story(ticket.span, story)
-            self._leave(ticket, "to the worker that decodes" if answer == OK else "stale")
+            tell_story(ticket.span, story)
+            self._leave(ticket, "to the worker that decodes" if answer == OK else answer)
         else:
             log.info("a job stays", job=job.id, to=job.move_to, reason=answer)
-            ticket.added = False
-            ticket.fetched = None
+            ticket.added, ticket.fetched = False, None
             ticket.preparing = asyncio.create_task(self._prepare_then_add(ticket, None))
 
     def _store(self, result: StepResult) -> None:

@@ -114,6 +114,15 @@ class Moves:
     async def move(self, ticket: Ticket, story: JobStory, job: Job) -> str:
         """Hand `job`, as it stands after its last token here, to where it goes; OK, CANCELLED,
         STALE (it is another's already), or why it stays."""
+        try:
+            return await self._move(ticket, story, job)
+        except Exception as error:
+            # our bug, but not this job's: it goes on here, and behind the fence if it did move
+            log.error("a move failed", job=job.id, error=repr(error), exc_info=error)
+            self.stayed += 1
+            return f"{type(error).__name__}: {error}"
+
+    async def _move(self, ticket: Ticket, story: JobStory, job: Job) -> str:
         arrived = await self._mover.finish(job.id)
         ticket.span.set_attributes(
             {

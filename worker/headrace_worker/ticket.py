@@ -18,7 +18,8 @@ class Ticket:
 
     `added`: the engine has it. `fetched`: what the cache service had of it; whoever adds it to the
     engine sees to it that it is given back. `ending`: the engine is done with it, its end waits for
-    what it wants written. `moving`: the engine is done with it, another worker is to go on.
+    what it wants written. `moving`: the engine is done with it, another worker is to go on;
+    `cancelled` is heard meanwhile: where the move is refused, it ends.
     """
 
     job: Job
@@ -29,6 +30,7 @@ class Ticket:
     fetched: Fetched | None = None
     ending: asyncio.Task[None] | None = None
     moving: asyncio.Task[None] | None = None
+    cancelled: bool = False
 
     def stop_tasks(self) -> None:
         for task in (self.preparing, self.ending, self.moving):
