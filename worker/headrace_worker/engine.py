@@ -400,7 +400,8 @@ class Engine:
                     entry.lent = self._traffic.lend(sequence, entry.lent)
         for outcome in outcomes:
             item, got = items[outcome.sequence.id]
-            self._note_outcome(outcome, item, got)
+            entry = self._entries[outcome.sequence.id]
+            entry.note_output(len(outcome.tokens), got.chosen, len(item.guess))
             self._report(outcome, end_ns)
 
     def _fail_choice(self, entry: Entry) -> None:
@@ -410,17 +411,6 @@ class Engine:
         else:
             blocks = list(entry.sequence.blocks)
             self._fail(entry.sequence, blocks, "the model's output is not a finite number")
-
-    def _note_outcome(self, outcome: Outcome, item: PlanItem, got: Ran) -> None:
-        entry, said = self._entries[outcome.sequence.id], len(outcome.tokens)
-        if entry.wants_logprobs:
-            chosen = got.chosen[:said]
-            entry.logprobs += [c.logprobs for c in chosen if c is not None and c.logprobs]
-        if item.guess:
-            right = max(0, said - 1)
-            entry.guesser.note(len(item.guess), right)
-            entry.guessed += len(item.guess)
-            entry.guessed_right += right
 
     def _report(self, outcome: Outcome, now_ns: int) -> None:
         entry = self._entries[outcome.sequence.id]

@@ -5,6 +5,9 @@ Invariant: `reported` output tokens have been told; each delta tells all of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+
 from headrace.clock import Clock
 from headrace.grammars import Matcher
 from headrace.policy import priority
@@ -26,6 +29,7 @@ from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import JobStory
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.limits import refuse as refuse_sampling
+from headrace_worker.sampling.sampler import Chosen
 
 CHUNKS_RECORDED_MAX = 256
 """Prefill chunks remembered for one job's trace."""
@@ -136,6 +140,17 @@ class Entry:
         prefill = count > 1 or not self.first_token_ns
         if prefill and len(self._chunks) < CHUNKS_RECORDED_MAX:
             self._chunks.append((count, start_ns, end_ns))
+
+    def note_output(self, said: int, chosen: Iterable[Chosen | None], guessed: int) -> None:
+        """`said` tokens of those `chosen` in a step stand, which had `guessed` so many of them."""
+        if self.wants_logprobs:
+            stood = islice(chosen, said)
+            self.logprobs += [each.logprobs for each in stood if each and each.logprobs]
+        if guessed:
+            right = max(0, said - 1)
+            self.guesser.note(guessed, right)
+            self.guessed += guessed
+            self.guessed_right += right
 
     def delta(self, finish: Finish | None = None) -> Delta:
         """Everything that has not been told yet."""
