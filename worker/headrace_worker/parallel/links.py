@@ -154,8 +154,7 @@ class SharedLinks:
             self._after = Writer(self._at(places.activations[rank]), patience_s=PATIENCE_S)
         beats = self._at(places.beats)
         self._beats = [
-            beats.data[i * LINE_BYTES : i * LINE_BYTES + 8].cast("Q")
-            for i in range(shape.ranks)
+            beats.data[i * LINE_BYTES : i * LINE_BYTES + 8].cast("Q") for i in range(shape.ranks)
         ]
 
     @classmethod
