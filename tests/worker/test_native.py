@@ -473,7 +473,10 @@ def test_two_starts_at_once_compile_once(tmp_path: Path, library: Library) -> No
     counter.chmod(0o755)
     source = tmp_path / "csrc"
     source.mkdir()
-    (source / "one.cpp").write_text('extern "C" int headrace_abi_version() { return 7; }')
+    shown = '__attribute__((visibility("default")))'
+    (source / "one.cpp").write_text(
+        f'extern "C" {shown} int headrace_abi_version() {{ return 7; }}'
+    )
     script = (
         "import pathlib, sys\n"
         "from headrace_worker.native import build\n"

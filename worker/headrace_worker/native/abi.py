@@ -115,7 +115,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._c = ctypes.CDLL(str(path))
-        found = int(self._c.headrace_abi_version())
+        try:
+            found = int(self._c.headrace_abi_version())
+        except AttributeError as error:
+            raise OSError(f"{path} has no kernels in it") from error
         if found != ABI_VERSION:
             raise OSError(f"{path} has ABI {found}, not {ABI_VERSION}")
         self.isa = ISAS[int(self._c.headrace_isa())]
