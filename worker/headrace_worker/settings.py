@@ -30,8 +30,10 @@ class WorkerSettings(ServiceSettings):
     context_tokens: int = Field(
         default=0, ge=0, description="longest context to serve; 0: all that the model was made for"
     )
-    kernels: Literal["auto", "off"] = Field(
-        default="auto", description="native CPU kernels, built on first use; off: torch alone"
+    kernels: Literal["auto", "avx512", "off"] = Field(
+        default="auto",
+        description="native CPU kernels, built on first use, for AVX2; avx512: those for AVX-512, "
+        "which have not run on such a processor yet; off: torch alone",
     )
     speculation: Literal["ngram", "off"] = "ngram"
     threads: int = Field(default=0, ge=0, le=1024, description="0: as many as torch chooses")

@@ -15,7 +15,8 @@ import structlog
 from headrace_worker.native.abi import Library
 from headrace_worker.native.build import BuildError, built
 
-Mode = Literal["auto", "off"]
+Mode = Literal["auto", "avx512", "off"]
+"""`auto` takes the kernels for AVX2: those for AVX-512 have not run on such a processor yet."""
 VARIABLE = "HEADRACE_KERNELS"
 
 log = structlog.get_logger()
@@ -33,7 +34,7 @@ _choice = _Choice()
 
 
 def choose(mode: Mode) -> None:
-    """Use the kernels where they can be had ("auto"), or not at all; for models loaded after it."""
+    """Use the kernels where they can be had, or none at all ("off"); for models loaded after it."""
     _choice.mode, _choice.found = mode, None
 
 
@@ -50,11 +51,11 @@ def state() -> str:
 def _find() -> tuple[Library | None, str]:
     if _choice.found is None:
         mode = _choice.mode or os.environ.get(VARIABLE, "auto")
-        _choice.found = (None, "off") if mode == "off" else _load()
+        _choice.found = (None, "off") if mode == "off" else _load(mode)
     return _choice.found
 
 
-def _load() -> tuple[Library | None, str]:
+def _load(mode: str) -> tuple[Library | None, str]:
     try:
         found = Library(built())
     except (BuildError, OSError) as error:
@@ -64,4 +65,8 @@ def _load() -> tuple[Library | None, str]:
         reason = "this processor has no AVX2"
         log.warning("no native kernels, computing with torch", reason=reason)
         return None, reason
+    if mode != "avx512":
+        found.use("avx2")
+    elif found.isa != mode:
+        log.warning("this processor has no AVX-512 with VNNI, the kernels for AVX2 compute")
     return found, found.isa
