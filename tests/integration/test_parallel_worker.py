@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,11 @@ import pytest
 
 from support.namespaces import two_hosts
 from support.stack import Stack
+
+pytestmark = pytest.mark.skipif(
+    "HEADRACE_TEST_RANKS" not in os.environ,
+    reason="two minutes of two cores: HEADRACE_TEST_RANKS=1 asks for them",
+)
 
 PROMPTS = ["Here is a story. Once upon a time", "1, 2, 3, 4,", "def add(a, b):"]
 

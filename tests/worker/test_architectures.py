@@ -284,7 +284,7 @@ def test_the_memory_check_counts_what_loading_measures(case: Case) -> None:
     """All but biases and the norms of queries and keys, which weigh nothing in a real model."""
     loaded = case.loaded
     counted = memory.weight_bytes(loaded.config, "float32", "none")
-    assert 0.98 * loaded.weight_bytes < counted <= loaded.weight_bytes
+    assert 0.97 * loaded.weight_bytes < counted <= loaded.weight_bytes
 
 
 def test_alone(case: Case) -> None:
@@ -567,7 +567,7 @@ def test_progress_is_told_in_bytes(tiny_folder: Path) -> None:
     [
         (24_000, r"it would fit as bfloat16 \(.*HEADRACE_DTYPE=bfloat16\) or int8 \(.*int4 \("),
         (12_000, r"it would fit as int8 \(.*HEADRACE_QUANTIZATION=int8\) or int4 \("),
-        (9_000, r"it would fit as int4 \("),
+        (9_500, r"it would fit as int4 \("),
         (2_000, r"it would not fit as bfloat16 \(.*int8 \(.*int4 \(.* either: use a smaller model"),
     ],
 )

@@ -7,7 +7,7 @@ against the SDPA backend. Tests marked `gpu` run flash-attn itself where there i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.errors import ModelError, SettingsError
 from headrace.types import Band
+from headrace_worker import native
 from headrace_worker.attention import choice
 from headrace_worker.attention.buckets import bucket_for, buckets_up_to, fill
 from headrace_worker.attention.choice import Wanted, make_attention
@@ -81,6 +82,19 @@ def build(folder: Path, kind: str, **changes: Any) -> LoadedModel:
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     return load_model(folder, "test", "float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_alone() -> Iterator[None]:
+    """Nothing here computes with the native kernels, as nothing on a GPU does."""
+    native.choose("off")
+    yield
+    native.choose("auto")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> LoadedModel:
+    return load_model(tiny_folder, "test", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -72,11 +72,12 @@ def kv_tokens_for(
 def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
     """The model, or with `links` the part of it that their rank holds. Raises ModelError.
 
-    Parts of models compute with torch: the native kernels know whole ones only.
+    Parts of models compute with torch, and so do GPUs: the native kernels know whole ones on CPUs.
     """
-    native.choose(settings.kernels if links is None else "off")
     told, name = 0, name_of(settings)
     device = resolve_device(settings.device)
+    alone = links is None and device.type == "cpu"
+    native.choose(settings.kernels if alone else "off")
     if links is not None and device.type != "cpu":
         if settings.device != "auto":
             raise ModelError(
