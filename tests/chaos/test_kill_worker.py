@@ -12,7 +12,7 @@ import pytest
 
 from support.stack import Stack
 
-KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "10"))
+KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "6"))
 TOKENS = 60
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from headrace.types import Band, FinishReason
+from headrace.types import Band, FinishReason, pack_tokens
 from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.speculation import Guesser
 from worker.builders import (
@@ -16,6 +18,7 @@ from worker.builders import (
     make_engine,
     make_job,
     random_tokens,
+    take_export,
 )
 from worker.conftest import NEW_TOKENS, Reference
 
@@ -158,3 +161,29 @@ def test_blocks_travel_between_engines(smollm2: LoadedModel, reference: Referenc
     assert out.cached["p"] == len(missing) * 16
     # what came from the cache service is not offered to it again
     assert not out.blocks.keys() & set(missing)
+
+
+def test_moved_to_another_engine(smollm2: LoadedModel, reference: Reference) -> None:
+    """A real model in float32, all prompts at once, from one engine to another after a token."""
+    prefill, decode = make_engine(smollm2, step_tokens_max=128), make_engine(smollm2)
+    jobs = {
+        f"p{i}": make_job(f"p{i}", prompt, max_tokens=NEW_TOKENS)
+        for i, prompt in enumerate(reference.prompts)
+    }
+    for job in jobs.values():
+        prefill.add(replace(job, move_to="d", move_address="tcp://127.0.0.1:1"))
+    firsts: dict[str, list[int]] = {}
+    there = []
+    while prefill.has_work:
+        result = prefill.step()
+        firsts |= {delta.job: list(delta.tokens) for delta in result.deltas}
+        payloads = [take_export(export) for export in result.lent]
+        decode.take_in(payloads, Band.STANDARD, "t")
+        there += [
+            replace(jobs[s.job], attempt=2, logged=pack_tokens(firsts[s.job]))
+            for s in result.handed
+        ]
+    rest = finish_all(decode, there)
+    for number, expected in enumerate(reference.outputs):
+        name = f"p{number}"
+        assert [*firsts[name], *rest.tokens[name]] == expected, f"prompt {number}"

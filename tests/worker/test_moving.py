@@ -20,7 +20,7 @@ from headrace.arena_view import ArenaView
 from headrace.clock import SystemClock
 from headrace.errors import WireError
 from headrace.frame_codec import PREFIX
-from headrace.types import BLOCK_TOKENS, Band, FinishReason, Job, WorkerRole, pack_tokens
+from headrace.types import BLOCK_TOKENS, FinishReason, Job, WorkerRole, pack_tokens
 from headrace_gateway.fleet import Fleet
 from headrace_worker.consumer import Consumer
 from headrace_worker.engine import Engine, EngineConfig
@@ -35,7 +35,6 @@ from headrace_worker.settings import WorkerSettings
 from support.fleet import eventually
 from support.valkey import Valkey
 from worker.builders import Output, finish_all, make_engine, make_job, random_tokens, take_export
-from worker.conftest import NEW_TOKENS, Reference
 from worker.test_consumer import everything
 
 PROMPT = random_tokens(150, 5)
@@ -95,32 +94,6 @@ def test_two_engines_together_say_what_one_says(tiny: LoadedModel, name: str) ->
     assert len(prompt) == (len(PROMPT) - 1 if name == "logprobs" else 0)
     assert {delta.cached_tokens for delta in rest.deltas} == {0}, "as its first worker said"
     assert rest.stories["j"].progress == alone.stories["j"].progress
-
-
-def test_moved_jobs_say_what_the_reference_says(smollm2: LoadedModel, reference: Reference) -> None:
-    """A real model in float32, all prompts at once, from one engine to another after a token."""
-    prefill, decode = make_engine(smollm2, step_tokens_max=128), make_engine(smollm2)
-    jobs = {
-        f"p{i}": make_job(f"p{i}", prompt, max_tokens=NEW_TOKENS)
-        for i, prompt in enumerate(reference.prompts)
-    }
-    for job in jobs.values():
-        prefill.add(moving(job))
-    firsts: dict[str, list[int]] = {}
-    there = []
-    while prefill.has_work:
-        result = prefill.step()
-        firsts |= {delta.job: list(delta.tokens) for delta in result.deltas}
-        payloads = [take_export(export) for export in result.lent]
-        decode.take_in(payloads, Band.STANDARD, "t")
-        there += [
-            replace(jobs[s.job], attempt=2, logged=pack_tokens(firsts[s.job]))
-            for s in result.handed
-        ]
-    rest = finish_all(decode, there)
-    for number, expected in enumerate(reference.outputs):
-        name = f"p{number}"
-        assert [*firsts[name], *rest.tokens[name]] == expected, f"prompt {number}"
 
 
 def test_blocks_that_give_way_before_they_were_sent_are_kept_or_missing(tiny: LoadedModel) -> None:
