@@ -33,7 +33,7 @@ LOOKED_AT_MAX = 8
 class PairingConfig:
     """What can be tuned, in parts of computing a prompt token, and in tokens.
 
-    `transfer_part`: moving a token's KV: an estimate, `bench disaggregation --transfer` measures it.
+    `transfer_part`: a token's KV to another worker, estimated; `bench disaggregation --transfer`.
     `handover_tokens`: the step itself, and the end of the prompt that is computed again.
     `stall_weight`: what a token-time of each stream that waits counts.
     """
