@@ -11,7 +11,7 @@ import pytest
 
 from support.stack import Stack
 
-KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "1"))
+KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "2"))
 SEED = int(os.environ.get("HEADRACE_TEST_SEED", "1"))
 TOKENS = 24
 WORDS = ("the", "mill", "stands", "by", "river", "and", "its", "wheel", "turns", "while", "water")

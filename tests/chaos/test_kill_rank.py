@@ -10,13 +10,13 @@ import asyncio
 import os
 import random
 import signal
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import openai
 import pytest
 
+from support.kills import read, streaming_worker
 from support.stack import Stack
 
 pytestmark = pytest.mark.skipif(
@@ -25,34 +25,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "3"))
-TOKENS = 60
 SHAPES = (
     {"HEADRACE_TENSOR_PARALLEL": "2"},
     {"HEADRACE_PIPELINE_PARALLEL": "2"},
 )
-
-
-async def read(client: openai.AsyncOpenAI, prompt: str, times: list[float]) -> str:
-    stream = await client.completions.create(
-        model="smollm2", prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True,
-        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    text = ""
-    async for chunk in stream:
-        times.append(time.monotonic())
-        text += "".join(choice.text for choice in chunk.choices)
-        if chunk.usage is not None:
-            assert chunk.usage.completion_tokens == TOKENS
-    return text
-
-
-async def streaming_worker(stack: Stack) -> str:
-    async with asyncio.timeout(30):
-        while True:
-            for name, status in (await stack.statuses()).items():
-                if status.running and name in stack.processes:
-                    return name
-            await asyncio.sleep(0.02)
 
 
 def ranks_of(pid: int) -> list[int]:

@@ -4,39 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from itertools import pairwise
 
 import openai
 import pytest
 
+from support.kills import read, streaming_worker
 from support.stack import Stack
 
-KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "6"))
-TOKENS = 60
-
-
-async def read(client: openai.AsyncOpenAI, prompt: str, times: list[float]) -> str:
-    stream = await client.completions.create(
-        model="smollm2", prompt=prompt, max_tokens=TOKENS, temperature=0, stream=True,
-        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
-    )  # fmt: skip
-    text = ""
-    async for chunk in stream:
-        times.append(time.monotonic())
-        text += "".join(choice.text for choice in chunk.choices)
-        if chunk.usage is not None:
-            assert chunk.usage.completion_tokens == TOKENS
-    return text
-
-
-async def streaming_worker(stack: Stack) -> str:
-    async with asyncio.timeout(30):
-        while True:
-            for name, status in (await stack.statuses()).items():
-                if status.running and name in stack.processes:
-                    return name
-            await asyncio.sleep(0.02)
+KILLS = int(os.environ.get("HEADRACE_TEST_KILLS", "10"))
 
 
 @pytest.mark.timeout(600)  # a slow machine takes half a minute to start each heir

@@ -12,7 +12,7 @@ import openai
 
 from support.stack import Stack
 
-SECONDS = float(os.environ.get("HEADRACE_TEST_STORM_S", "15"))
+SECONDS = float(os.environ.get("HEADRACE_TEST_STORM_S", "30"))
 WORKERS = 3
 LEASE_MS = 1_000
 

@@ -227,6 +227,7 @@ def write_model(folder: Path, config: Any) -> Any:
 class Case:
     """One family's model here and there, and what transformers says to some prompts."""
 
+    folder: Path
     loaded: LoadedModel
     model: Any
     prompts: list[list[int]]
@@ -255,7 +256,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         [make_job(str(i), p, max_tokens=NEW_TOKENS) for i, p in enumerate(prompts)],
     ).tokens
     outputs = [greedy(model, p, drafts[str(i)]) for i, p in enumerate(prompts)]
-    return Case(loaded, model, prompts, outputs)
+    return Case(folder, loaded, model, prompts, outputs)
 
 
 def assert_same_logits(loaded: LoadedModel, model: Any, prompt: list[int]) -> None:
@@ -280,11 +281,15 @@ def test_the_outputs_tell_models_apart(case: Case) -> None:
     assert len({tuple(output) for output in case.outputs}) == len(case.outputs)
 
 
+@pytest.mark.usefixtures("torch_alone")
 def test_the_memory_check_counts_what_loading_measures(case: Case) -> None:
-    """All but biases and the norms of queries and keys, which weigh nothing in a real model."""
-    loaded = case.loaded
+    """All but biases and the norms of queries and keys, which weigh nothing in a real model.
+
+    With torch alone: the kernels pad rows and columns, which weighs nothing there either.
+    """
+    loaded = load_model(case.folder, "test", "float32")
     counted = memory.weight_bytes(loaded.config, "float32", "none")
-    assert 0.97 * loaded.weight_bytes < counted <= loaded.weight_bytes
+    assert 0.98 * loaded.weight_bytes < counted <= loaded.weight_bytes
 
 
 def test_alone(case: Case) -> None:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.policy.splits import split_layers
 from headrace_worker.parallel.ring import Reader, RingError, Writer, ring_bytes
 from headrace_worker.parallel.shared import SharedMemory
-from headrace_worker.parallel.stages import split_costs
 from headrace_worker.parallel.watch import Beats
 from headrace_worker.parallel.wishes import Need, Wishes
 from headrace_worker.policy.plan import PlanItem
@@ -81,7 +81,7 @@ def test_no_split_has_a_cheaper_dearest_stage(costs: list[int], stages: int, hea
         sums = [sum(costs[a:b]) for a, b in pairwise(bounds)]
         return max([*sums[:-1], sums[-1] + head])
 
-    found = split_costs(costs, stages, head)
+    found = split_layers(costs, stages, head=head)
     assert [layer for run in found for layer in run] == list(range(len(costs)))
     assert all(len(run) for run in found) and len(found) == stages
     best = min(map(dearest, combinations(range(1, len(costs)), stages - 1)))

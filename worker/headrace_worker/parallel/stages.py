@@ -11,8 +11,8 @@ seconds and makes the split depend on what else the machine did then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
+from headrace.policy.splits import split_layers
 from headrace_worker.model.config import ModelConfig
 from headrace_worker.parallel.shape import Part, Shape, part_of
 
@@ -44,42 +44,4 @@ def costs_of(config: ModelConfig) -> list[int]:
 def split(config: ModelConfig, stages: int) -> list[range]:
     """The layers of each of `stages` stages."""
     head = config.vocab_size * config.hidden_size
-    return split_costs(costs_of(config), stages, head)
-
-
-def split_costs(costs: Sequence[int], stages: int, head: int) -> list[range]:
-    """Runs of layers of these `costs`; the last stage has `head` to do besides.
-
-    Of equally good splits the one whose last stages are the shortest. The linear partition problem
-    (Skiena, "The Algorithm Design Manual", 8.5), by bisecting what a stage may cost.
-    """
-    assert 0 < stages <= len(costs), "each stage has a layer"
-    low, high = max(costs), sum(costs) + head
-    while low < high:
-        middle = (low + high) // 2
-        if _filled(costs, stages, head, middle) is None:
-            low = middle + 1
-        else:
-            high = middle
-    found = _filled(costs, stages, head, low)
-    assert found is not None, "all costs together are enough for a stage"
-    return found
-
-
-def _filled(costs: Sequence[int], stages: int, head: int, limit: int) -> list[range] | None:
-    """Stages that take as much as `limit` allows, the first ones first; None if too much is left.
-
-    A stage stops early where later ones would be left without a layer.
-    """
-    sums = [0, *accumulate(costs)]
-    runs, start = [], 0
-    for later in range(stages - 1, 0, -1):
-        stop = start + 1
-        while stop < len(costs) - later and sums[stop + 1] - sums[start] <= limit:
-            stop += 1
-        runs.append(range(start, stop))
-        start = stop
-    fits = all(sums[run.stop] - sums[run.start] <= limit for run in runs)
-    if not fits or sums[-1] - sums[start] + head > limit:
-        return None
-    return [*runs, range(start, len(costs))]
+    return split_layers(costs_of(config), stages, head=head)
