@@ -132,6 +132,9 @@ def test_logs_are_read_without_the_first_steps(tmp_path: Path) -> None:
     sizes, steps = read_logs(tmp_path.glob("*.steps"))
     assert sizes == SIZES
     assert [took_ms for _, took_ms in steps] == [21.0, 22.0, 23.0]
+    StepLog(tmp_path / "2.steps", replace(SIZES, kv_tokens=80_000)).close()
+    sizes, steps = read_logs(tmp_path.glob("*.steps"))
+    assert (sizes.kv_tokens, len(steps)) == (80_000, 3), "whoever started last found less memory"
     StepLog(tmp_path / "2.steps", replace(SIZES, max_jobs=8)).close()
     with pytest.raises(SettingsError, match="different sizes"):
         read_logs(tmp_path.glob("*.steps"))

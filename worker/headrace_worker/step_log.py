@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -109,7 +109,8 @@ def read_logs(paths: Iterable[Path]) -> tuple[Sizes, list[Step]]:
     found = [read_log(path) for path in sorted(paths)]
     if not found:
         raise SettingsError("there is no log of steps")
-    sizes = {each for each, _ in found}
-    if len(sizes) > 1:
+    # how much KV fits is seen from the memory that is free at the start: a bit less for the last
+    sizes = min((each for each, _ in found), key=lambda each: each.kv_tokens)
+    if any(replace(each, kv_tokens=sizes.kv_tokens) != sizes for each, _ in found):
         raise SettingsError("workers of different sizes have no cost model in common")
-    return found[0][0], [step for _, steps in found for step in steps]
+    return sizes, [step for _, steps in found for step in steps]
