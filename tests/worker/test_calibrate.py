@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from worker.builders import make_job
 
 from headrace.clock import ManualClock
 from headrace.errors import SettingsError
@@ -32,6 +31,7 @@ from headrace_worker.loading import LoadedModel
 from headrace_worker.policy.plan import StepShape
 from headrace_worker.settings import WorkerSettings
 from headrace_worker.step_log import WARM_STEPS, LoggedEngine, StepLog, read_logs
+from worker.builders import make_job
 
 SIZES = Sizes(kv_tokens=90_000, max_jobs=32, step_tokens=512, name="made up")
 TRUTH = CostModel(50.0, 3.5, 5.0, 20.0, 1_300.0, 90_000, 32, 512, "made up", batch_ms=30.0)
