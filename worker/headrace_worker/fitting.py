@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import mul
 
 import numpy as np
 
@@ -29,6 +30,7 @@ TERMS = (
 )
 GROUP_STEPS_MIN = 5
 """A composition that was seen less often is not reported; it counts for what it is."""
+SAME_LOSS = 1e-6
 _CONTEXT_BUCKET = 512
 """Steps whose rows read so many tokens more are of another composition."""
 
@@ -116,7 +118,8 @@ def fit_terms(timings: Sequence[Timing]) -> tuple[float, ...]:
             values = np.zeros(len(TERMS))
             values[list(subset)] = some
             loss = float(((rows @ values - weights) ** 2).sum())
-            if loss < best_loss:
+            # a term that says nothing new (no step of one token was seen) is left out
+            if loss < best_loss * (1 - SAME_LOSS):
                 best, best_loss = values, loss
     return tuple(float(value) for value in best)
 
@@ -135,7 +138,8 @@ def fit(timings: Sequence[Timing], sizes: Sizes) -> CostModel:
 
 def predicted_ms(model: CostModel, timing: Timing) -> float:
     """What `model` says of such a step."""
-    return sum(getattr(model, t) * f for t, f in zip(TERMS, timing.features, strict=True))
+    terms: list[float] = [getattr(model, term) for term in TERMS]
+    return sum(map(mul, terms, timing.features))
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,12 @@ class _Queue:
             if first == sequence and slot.live and line.counter.value == virtual:
                 self._counters.advance(self._band, virtual)
                 return line
-            heapq.heapreplace(heap, self._entry(line, self._key(line)))
+            # written out, as it is done for each job that goes: its tenant has had more by now
+            due, arrived, first, _ = line.first()
+            virtual, number = line.counter.value, self._entries + 1
+            line.key = (virtual, due, arrived, first)
+            self._entries = line.number = number
+            heapq.heapreplace(heap, (virtual, due, arrived, first, number, line))
         return None
 
     def least(self) -> float | None:

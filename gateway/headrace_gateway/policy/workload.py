@@ -21,7 +21,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 from headrace.policy import priority
 from headrace.types import Band, Job, JobDone, Progress
@@ -37,6 +36,7 @@ from headrace_gateway.policy.bookings import (
     Demand,
     Expect,
     Room,
+    Standing,
     Verdict,
     WorkerFacts,
     booking_of,
@@ -62,22 +62,6 @@ class WorkloadConfig:
     decode_weight: float = DECODE_WEIGHT
     output_weight: float = OUTPUT_WEIGHT
     half_life_ms: int = HALF_LIFE_MS
-
-
-class Standing(NamedTuple):
-    """How a worker stands for a job of one band.
-
-    `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
-    the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
-    `full`: it is known that it takes no more jobs beside those of all bands.
-    """
-
-    worker: str
-    work: int
-    given: float
-    jobs: int
-    slowness: float
-    full: bool
 
 
 _tuple = tuple.__new__
@@ -277,7 +261,11 @@ class Workload:
         found, not_allowed, gone, sized = [], [], 0, False
         rest, known, kv_share = iter(workers), self._workers, self._config.kv_share
         for worker in rest:
-            verdict = known[worker].fits(level, demand, kv_share)
+            each = known[worker]
+            if each.shut[level] is not None:  # as most are in a full fleet
+                gone += 1
+                continue
+            verdict = each.fits(level, demand, kv_share)
             if verdict.room is not FREE:
                 gone += 1
                 sized = sized or verdict is NO_TOKENS

@@ -1,11 +1,13 @@
 """A fleet of its own that serves made-up requests for a while and logs its workers' steps.
 
 Invariant: everything that serves is real, from the client's socket to the reply stream, on the
-machine and with the settings that are asked about; nothing of it outlives the command. How many
-clients there are changes every few seconds between one and all that the workers take, in random
-order, and prompts and outputs have lengths of all magnitudes, so that steps of many compositions
-are logged. Rejected: the load that will be asked about: a model that was fitted to it says nothing
-of another, and would be right about it whatever it says of a step.
+machine and with the settings that are asked about; nothing of it outlives the command. Every few
+seconds other numbers of clients ask, from one for each worker to all that the workers take, in
+random order. Prompts and outputs have lengths of several magnitudes, so that steps of many
+compositions are logged, and workers decode most of the time, as they do when they serve: what a
+step takes depends on whether the worker beside it computes or reads memory. Rejected: the load that
+will be asked about, since a model that was fitted to it is right about it whatever it says of a
+step.
 """
 
 from __future__ import annotations
@@ -29,19 +31,21 @@ from headrace.supervisor import Launch, Service, Supervisor
 
 WARM_UP_S = 4.0
 """With all clients, before what counts: the first steps of a process are slow."""
-PHASE_S = 2.5
-"""How long so many clients ask."""
+PHASE_S = 6.0
+"""How long so many clients ask: longer than most requests take, so that fewer means fewer."""
 CLIENTS_MAX = 64
-PROMPT_TOKENS = (16, 1_024)
-OUTPUT_TOKENS = (4, 128)
+PROMPT_TOKENS = (16, 512)
+OUTPUT_TOKENS = (8, 128)
+"""Each magnitude as often as another."""
 REFUSED_PAUSE_S = 0.25
 SEED = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the workers take: jobs at a time of all of them, and tokens."""
+    """How many workers there are, and what they take: jobs of all of them at a time, and tokens."""
 
+    workers: int
     clients: int
     context_tokens: int
     vocab_size: int
@@ -135,10 +139,14 @@ def _with(service: Service, extra: dict[str, str]) -> Service:
 
 async def _shape(fleet: Fleet) -> Shape:
     """What the workers that have joined say of themselves."""
-    record = wire.decode_model(as_bytes(await fleet.redis.get(keys.record(fleet.model))))
+    raw = await fleet.redis.get(keys.record(fleet.model))
+    if raw is None:
+        raise CommandError(f"no worker has told what {fleet.model} is")
+    record = wire.decode_model(as_bytes(raw))
     cards = (await fleet.redis.hgetall(keys.workers(fleet.model))).values()
     jobs = sum(wire.decode_worker(as_bytes(card)).max_jobs for card in cards)
-    return Shape(min(jobs, CLIENTS_MAX), record.context_tokens, record.vocab_size)
+    clients = min(jobs, max(len(cards), CLIENTS_MAX))
+    return Shape(len(cards), clients, record.context_tokens, record.vocab_size)
 
 
 class Load:
@@ -173,9 +181,10 @@ class Load:
                 await asyncio.gather(*clients, return_exceptions=True)
 
     def phases(self) -> list[int]:
-        """Numbers of clients: powers of two, and all."""
-        powers = range(self._shape.clients.bit_length())
-        return sorted({*(1 << power for power in powers), self._shape.clients})
+        """Numbers of clients: one for each worker, twice as many, and so on to all."""
+        workers, clients = self._shape.workers, self._shape.clients
+        doubled = (workers << power for power in range(clients.bit_length()))
+        return [*(each for each in doubled if each < clients), clients]
 
     async def _change(self, count: int, pause_s: float) -> None:
         async with self._changed:
