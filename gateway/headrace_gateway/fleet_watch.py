@@ -37,6 +37,8 @@ class FleetWatch:
         self._roster = roster
         self._clock = clock
         self._known: set[str] = set()
+        self._closed: set[str] = set()
+        """Those that live and take nothing new."""
         self._reports: dict[str, int] = {}
         self._snapshots_wanted: dict[str, None] = {}
         self._disagreements: dict[str, int] = {}
@@ -82,9 +84,13 @@ class FleetWatch:
         for worker in sorted(present - self._known):
             await self._adopt(worker)
             self._snapshots_wanted[worker] = None
+        closed = self._roster.live.keys() - present
+        for worker in sorted(closed - self._known - self._closed):
+            # it was told to stop before this term: what it still has is charged for all the same
+            await self._adopt(worker)
         for worker in self._reports.keys() - self._roster.live.keys():
             del self._reports[worker]
-        self._known = present
+        self._known, self._closed = present, set(closed)
         await self._read_snapshots()
         await self._compare()
 

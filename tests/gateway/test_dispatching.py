@@ -19,8 +19,11 @@ from headrace.types import (
     Job,
     JobProgress,
     Progress,
+    WorkerState,
+    WorkerStatus,
 )
 from headrace_gateway.dispatcher import Dispatcher
+from headrace_gateway.policy.virtual_counters import OUTPUT_WEIGHT
 from headrace_gateway.term import Term
 from support.fleet import MODEL, ScriptedWorker, a_job, eventually
 from support.valkey import Valkey
@@ -106,6 +109,42 @@ async def test_a_leader_that_dies_is_followed_within_three_seconds_and_its_count
     assert await has(worker, 4), "the new term counts what the old one had sent"
     await second.stop()
     assert took < keys.LEADER_LEASE_MS / 1000 + 1.0, "the lease and one election"
+
+
+async def test_a_new_leader_takes_over_what_runs_on_a_worker_that_drains(
+    valkey: Valkey, redis: Redis, worker: ScriptedWorker
+) -> None:
+    """It gets nothing new, and its tenant pays for what it makes until the last job has ended."""
+    first = Leader(valkey, redis, "g1")
+    await first.leads()
+    await accept(redis, replace(a_job("old", "g1", tokens=200), tenant="a"))
+    await eventually(lambda: has(worker, 1))
+    await eventually(lambda: redis.hexists(keys.service(M), COUNTER))
+    await first.stop()
+    draining = WorkerStatus(WorkerState.DRAINING, 1, 0, 0, 0)
+    await redis.set(keys.status(M, "w1"), wire_reports.encode_status(draining))
+    second = Leader(valkey, redis, "g2")
+    await second.leads()
+    policy = second.term.policy
+    await eventually(lambda: policy.jobs_on("w1") == ["old"])
+    assert not policy.workload.takes_jobs("w1")
+    before = policy.queue.counters.value("a", Band.STANDARD)
+    await report(redis, Progress("w1", 1, (JobProgress("old", 5, 0, 20),)))
+    await report(redis, Progress("w1", 2, (JobProgress("old", 5, 0, 60),)))
+    # the first one says what the old term may have charged
+    await eventually(
+        lambda: policy.queue.counters.value("a", Band.STANDARD) == before + 40 * OUTPUT_WEIGHT
+    )
+    await accept(redis, a_job("new", "g1"))
+    await eventually(lambda: "new" in policy.queue)
+    await asyncio.sleep(0.3)
+    ((entry, job),) = await worker.jobs()
+    assert await worker.finish(entry, job, 0, *range(70))
+    await eventually(lambda: not policy.jobs_on("w1"))
+    assert policy.queue.counters.value("a", Band.STANDARD) == before + 50 * OUTPUT_WEIGHT
+    policy.check_integrity()
+    assert "new" in policy.queue
+    await second.stop()
 
 
 async def _stored(redis: Redis, value: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from headrace.cli import bench, main
+from headrace.cli import bench, main, rehearsal
+from headrace.cli.stack import UpOptions
 
 
 @dataclass
@@ -44,7 +46,8 @@ def headrace(*arguments: str) -> Any:
 
 def test_calibrate_measures_one_of_the_workers_that_share_the_machine(started: Started) -> None:
     """Two workers on four cores: two threads each, and the other one steps beside."""
-    done = headrace("calibrate", "--workers", "2", "--max-jobs", "8", "--quantization", "int8")
+    flags = ("--workers", "2", "--max-jobs", "8", "--quantization", "int8")
+    done = headrace("calibrate", "--engine-only", *flags)
     assert done.exit_code == 0, done.output
     (argv,) = started.argv
     assert argv[1:3] == ["-m", "headrace_worker.calibrate"]
@@ -59,10 +62,42 @@ def test_calibrate_measures_one_of_the_workers_that_share_the_machine(started: S
     }
 
 
+def test_calibrate_fits_what_a_serving_fleet_logged(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fleet gets the settings, its workers' steps go to the process that fits, and whatever
+    they were logged in is gone afterwards."""
+    served: list[tuple[UpOptions, float, Path]] = []
+    monkeypatch.setattr(rehearsal, "log_steps", lambda *told: served.append(told))
+    done = headrace("calibrate", "--workers", "2", "--dtype", "bfloat16", "--seconds", "30")
+    assert done.exit_code == 0, done.output
+    ((options, seconds, folder),) = served
+    assert (options.workers, options.threads, options.dtype, seconds) == (2, 2, "bfloat16", 30)
+    assert options.speculation == "off", "a cost model knows nothing of guesses"
+    (argv,) = started.argv
+    assert argv[argv.index("--steps") + 1] == str(folder)
+    assert not folder.exists()
+
+
+def test_made_up_requests_are_of_all_sizes_and_never_too_long() -> None:
+    """Phases go from a client for each worker to all that the workers take; lengths fit the model,
+    and no two prompts share a block."""
+    load = rehearsal.Load("http://nowhere", "m", rehearsal.Shape(3, 24, 512, 300))
+    assert load.phases() == [3, 6, 12, 24]
+    bodies = [json.loads(load.body()) for _ in range(400)]
+    lengths = sorted(len(body["prompt"]) for body in bodies)
+    assert 16 <= lengths[0] < 32 and lengths[-1] == 256
+    assert 50 < lengths[200] < 150, "each magnitude as often as another"
+    for body in bodies:
+        assert len(body["prompt"]) + body["max_tokens"] <= 512
+        assert 8 <= body["max_tokens"] <= 128 and max(body["prompt"]) < 300
+    assert len({tuple(body["prompt"][:16]) for body in bodies}) == 400
+
+
 def test_a_failed_measurement_fails_the_command(started: Started) -> None:
     """What went wrong was said by the process itself."""
     started.code = 1
-    assert headrace("calibrate", "--threads", "1").exit_code == 1
+    assert headrace("calibrate", "--engine-only", "--threads", "1").exit_code == 1
     assert started.env["OMP_NUM_THREADS"] == "1"
 
 

@@ -15,7 +15,7 @@ from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError, SettingsError
-from headrace_worker import metrics, native, startup
+from headrace_worker import metrics, native, startup, step_log
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.consumer import Consumer
@@ -77,7 +77,11 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
     clock = SystemClock()
     kernels = native.state()[:KERNELS_CHARS_MAX]
     capacity = Capacity(kv_tokens, settings.max_jobs, settings.role, kernels=kernels)
-    engine = Engine(loaded, config, clock, ranks)
+    if settings.step_log:
+        steps = step_log.open_log(settings, step_log.about(settings, loaded, kv_tokens, threads))
+        engine: Engine = step_log.LoggedEngine(loaded, config, clock, ranks, log=steps)
+    else:
+        engine = Engine(loaded, config, clock, ranks)
     cache = _link(settings, engine) if settings.cache_url else None
     consumer = Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
     return consumer, ranks

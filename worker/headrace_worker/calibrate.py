@@ -1,16 +1,16 @@
 """`python -m headrace_worker.calibrate`: how long this worker's steps take, as a cost model.
 
-The real engine runs synthetic batches whose composition is known (decoding rows at several context
-lengths, prefill chunks at several offsets, both in one step), and the terms of
-`headrace.policy.cost_model` are fitted to the times. Settings are the worker's own HEADRACE_
-variables, so what is measured is what would serve.
+With `--steps FOLDER` the model is fitted to the steps that serving workers have logged there
+(step_log.py), which is what callers see of them. Without, the bare engine runs synthetic batches
+whose composition is known (decoding rows at several context lengths, prefill chunks at several
+offsets, both in one step). Settings are the worker's own HEADRACE_ variables, so what is measured
+is what would serve.
 
-Invariant: nothing about the prompts' past is computed: its KV is imported as zeros, which costs a
-step exactly what real KV costs. The fit weighs each step's error by its duration (a decode step of
-20 ms counts as much as a prefill step of 800 ms) and no term is negative. Rejected: fitting what a
-serving worker reports, whose steps are all alike. Cells are visited in rounds, so that a slow
+Invariant: of the bare engine's prompts nothing of their past is computed: its KV is imported as
+zeros, which costs a step exactly what real KV costs. Cells are visited in rounds, so that a slow
 minute of the machine spoils a little of each instead of all of one, and in random order, so that
-the time limit may come anywhere.
+the time limit may come anywhere. Rejected: scaling what the bare engine takes by what a fleet's
+steps take longer: what shares its cores costs short steps another part than long ones.
 """
 
 from __future__ import annotations
@@ -26,32 +26,27 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import HeadraceError, SettingsError
-from headrace.models import resolve
-from headrace.policy.cost_model import (
-    CONTEXT_UNIT_TOKENS,
-    PREFILL_CONTEXT_UNIT,
-    CostModel,
-    attended,
-)
+from headrace.policy.cost_model import CostModel, attended
 from headrace.policy.hashing import block_hashes, root_hash
 from headrace.types import BLOCK_TOKENS, Band, Job, Sampling, pack_tokens
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.engine import Engine
 from headrace_worker.engine_config import EngineConfig
+from headrace_worker.fitting import Sizes, Timing, fit, grouped, report, timing_of
 from headrace_worker.kv.pool import KvPool
-from headrace_worker.loading import LoadedModel, load_model
+from headrace_worker.loading import LoadedModel
+from headrace_worker.policy.plan import StepShape
 from headrace_worker.results import BlockPayload
 from headrace_worker.settings import WorkerSettings
-from headrace_worker.startup import kv_tokens_for
+from headrace_worker.startup import kv_tokens_for, load
+from headrace_worker.step_log import about, read_logs
 
 CONTEXTS = (0, 256, 1_024, 2_048)
 """Tokens before a decoding row or a prefill chunk; what the model or its pool cannot hold is
@@ -66,14 +61,6 @@ DECODE_KV_TOKENS_MAX = 16_384
 """Of all rows of a cell together: a step of more says nothing new and takes seconds."""
 ROUNDS_MAX = 12
 SEED = 1
-TERMS = (
-    "step_ms",
-    "prefill_token_ms",
-    "decode_row_ms",
-    "decode_context_ms",
-    "prefill_context_ms",
-    "batch_ms",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,100 +93,14 @@ class Cell:
         """KV that has to be in the pool for it, with room to go on."""
         return self.rows * (self.context + 4 * BLOCK_TOKENS) + self.offset + self.chunk
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """The median duration of a cell's steps."""
-
-    cell: Cell
-    took_ms: float
-
-    def features(self) -> tuple[float, ...]:
-        """What CostModel multiplies with TERMS, in their order and units."""
-        c = self.cell
-        return (
-            1.0,
-            float(c.chunk),
-            float(c.rows),
-            c.rows * (c.context + 1) / CONTEXT_UNIT_TOKENS,
-            attended(c.offset, c.chunk) / PREFILL_CONTEXT_UNIT,
-            float(c.chunk + c.rows > 1),
+    @property
+    def shape(self) -> StepShape:
+        return StepShape(
+            self.chunk,
+            self.rows,
+            self.rows * (self.context + 1),
+            attended(self.offset, self.chunk),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class FitError:
-    """How far a model is off for one kind of step, as shares of what was measured."""
-
-    kind: str
-    steps: int
-    mean: float
-    worst: float
-    bias: float
-
-
-# --- the fit
-
-
-def fit_terms(timings: Sequence[Timing]) -> tuple[float, ...]:
-    """The values of TERMS, none negative, with the least sum of squared relative errors.
-
-    Exact: the best non-negative solution is the best unrestricted one over some subset of the
-    terms, and there are only 63 of them (Lawson and Hanson, "Solving Least Squares Problems", 1974,
-    chapter 23). Raises ValueError without timings.
-    """
-    if not timings:
-        raise ValueError("nothing was measured")
-    took = np.array([timing.took_ms for timing in timings])
-    rows = np.array([timing.features() for timing in timings]) / took[:, None]
-    best, best_loss = np.zeros(len(TERMS)), float(len(took))
-    for size in range(1, len(TERMS) + 1):
-        for subset in combinations(range(len(TERMS)), size):
-            some = np.linalg.lstsq(rows[:, subset], np.ones(len(took)), rcond=None)[0]
-            if (some < 0).any():
-                continue
-            values = np.zeros(len(TERMS))
-            values[list(subset)] = some
-            loss = float(((rows @ values - 1) ** 2).sum())
-            if loss < best_loss:
-                best, best_loss = values, loss
-    return tuple(float(value) for value in best)
-
-
-def fit(
-    timings: Sequence[Timing], *, kv_tokens: int, max_jobs: int, step_tokens: int, name: str
-) -> CostModel:
-    """The CostModel of a worker of these sizes. Raises SettingsError where it makes no sense."""
-    terms = (round(value, 6) for value in fit_terms(timings))
-    return CostModel(
-        **dict(zip(TERMS, terms, strict=True)),
-        kv_tokens=kv_tokens,
-        max_jobs=max_jobs,
-        step_tokens=step_tokens,
-        name=name,
-    )
-
-
-def predicted_ms(model: CostModel, cell: Cell) -> float:
-    return model.step_duration_ms(
-        cell.chunk, cell.rows, cell.rows * (cell.context + 1), attended(cell.offset, cell.chunk)
-    )
-
-
-def errors(model: CostModel, timings: Sequence[Timing]) -> list[FitError]:
-    """One FitError for each kind of step that was measured."""
-    found = []
-    for kind in ("decode", "prefill", "mixed"):
-        off = [
-            predicted_ms(model, timing.cell) / timing.took_ms - 1
-            for timing in timings
-            if timing.cell.kind == kind
-        ]
-        if off:
-            sizes = [abs(value) for value in off]
-            mean = statistics.mean(sizes)
-            found.append(FitError(kind, len(off), mean, max(sizes), statistics.mean(off)))
-    return found
 
 
 # --- the measuring
@@ -302,8 +203,11 @@ class Bench:
             parent = block
 
 
-def measure(bench: Bench, wanted: Sequence[Cell], limit_s: float) -> list[Timing]:
-    """Visits `wanted` in rounds until `limit_s` are over, at least one cell of each kind."""
+def measure(bench: Bench, wanted: Sequence[Cell], limit_s: float) -> dict[Cell, float]:
+    """Visits `wanted` in rounds until `limit_s` are over, at least one cell of each kind.
+
+    The median durations of their steps in ms.
+    """
     took: dict[Cell, list[float]] = {}
     dice, kinds = random.Random(SEED), {cell.kind for cell in wanted}
     order = [c for _ in range(ROUNDS_MAX) for c in dice.sample(wanted, len(wanted))]
@@ -313,7 +217,7 @@ def measure(bench: Bench, wanted: Sequence[Cell], limit_s: float) -> list[Timing
         if time.monotonic() > end_s and {seen.kind for seen in took} == kinds:
             break
         took.setdefault(cell, []).extend(bench.visit(cell))
-    return [Timing(cell, statistics.median(took[cell])) for cell in wanted if cell in took]
+    return {cell: statistics.median(took[cell]) for cell in wanted if cell in took}
 
 
 @contextmanager
@@ -335,33 +239,13 @@ def companions(count: int) -> Iterator[None]:
             process.wait()
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a CostModel says of its worker beside the times."""
-
-    kv_tokens: int
-    max_jobs: int
-    step_tokens: int
-    name: str
-
-    def cells(self, context_tokens: int) -> list[Cell]:
-        return cells(self.kv_tokens, context_tokens, self.max_jobs, self.step_tokens)
-
-
 def prepare(settings: WorkerSettings, *, cpu_time: bool = False) -> tuple[Bench, Sizes]:
     """Raises ModelError, and SettingsError for CPU time of several threads, which add up."""
     if cpu_time and settings.threads != 1:
         raise SettingsError("CPU time tells how long a step takes only with one thread")
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    name = settings.model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
-    loaded = load_model(
-        resolve(settings.model),
-        name,
-        settings.dtype,
-        settings.quantization,
-        context_tokens=settings.context_tokens,
-    )
+    loaded = load(settings)
     kv_tokens = kv_tokens_for(settings, loaded)
     config = EngineConfig(
         kv_tokens=kv_tokens,
@@ -371,9 +255,7 @@ def prepare(settings: WorkerSettings, *, cpu_time: bool = False) -> tuple[Bench,
         speculation=False,
         kv_dtype=settings.kv_dtype,
     )
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    about = f"{name} {dtype} {settings.quantization}, {torch.get_num_threads()} threads"
-    sizes = Sizes(kv_tokens, settings.max_jobs, settings.step_tokens, about)
+    sizes = about(settings, loaded, kv_tokens, torch.get_num_threads())
     return Bench(loaded, config, time.process_time if cpu_time else time.perf_counter), sizes
 
 
@@ -385,57 +267,82 @@ def keep_busy(bench: Bench, wanted: Sequence[Cell]) -> None:
             bench.visit(cell)
 
 
-def report(model: CostModel, timings: Sequence[Timing]) -> str:
-    """The terms and how well they say what was measured, for people."""
-    terms = "\n".join(f"  {term:<20}{getattr(model, term):10.4f}" for term in TERMS)
-    lines = [
-        f"  {e.kind:<8} {e.steps:>3} kinds of step: off by {e.mean:6.1%} on average, "
-        f"{e.worst:6.1%} at worst, bias {e.bias:+6.1%}"
-        for e in errors(model, timings)
-    ]
-    return f"{model.name}\n{terms}\nthe model against what was measured\n" + "\n".join(lines)
+def measured(
+    settings: WorkerSettings, seconds: float, beside: int, *, cpu_time: bool, table: bool
+) -> tuple[list[Timing], Sizes]:
+    """Of the bare engine with these settings. Raises HeadraceError."""
+    bench, sizes = prepare(settings, cpu_time=cpu_time)
+    wanted = cells_of(bench, sizes)
+    with companions(beside):
+        began, cpu = time.monotonic(), time.process_time()
+        took = measure(bench, wanted, seconds)
+        cores = (time.process_time() - cpu) / (time.monotonic() - began)
+    print(f"it had {cores:.2f} cores for {torch.get_num_threads()} threads on average")
+    for cell in took if table else ():
+        print(f"{cell} {took[cell]:.1f} ms")
+    return [timing_of(cell.shape, ms) for cell, ms in took.items()], sizes
+
+
+def cells_of(bench: Bench, sizes: Sizes) -> list[Cell]:
+    """What to measure. Raises SettingsError."""
+    context = bench.engine.record.context_tokens
+    wanted = cells(sizes.kv_tokens, context, sizes.max_jobs, sizes.step_tokens)
+    if not wanted:
+        raise SettingsError("the KV pool is too small for any step")
+    return wanted
+
+
+def logged(folder: Path, *, table: bool) -> tuple[list[Timing], Sizes]:
+    """Of serving workers that have logged their steps there. Raises SettingsError."""
+    sizes, steps = read_logs(folder.glob("*.steps"))
+    if not steps:
+        raise SettingsError("no worker has taken a step that counts")
+    timings = grouped(steps)
+    for timing in sorted(timings, key=lambda timing: timing.features) if table else ():
+        _, prefill, rows, context, *_ = timing.features
+        print(
+            f"{timing.count} steps of {rows:.0f} rows with {1000 * context:.0f} tokens and "
+            f"{prefill:.0f} tokens of prompts: {timing.took_ms:.1f} ms"
+        )
+    return timings, sizes
+
+
+def write(model: CostModel, timings: Sequence[Timing], out: Path | None) -> None:
+    print(report(model, timings))
+    if out is not None:
+        out.write_text(model.to_json() + "\n")
+        print(f"written to {out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the cost model's JSON goes")
+    parser.add_argument("--steps", type=Path, help="a folder in which workers logged their steps")
     parser.add_argument("--seconds", type=float, default=75.0, help="about how long to measure")
     parser.add_argument("--beside", type=int, default=0, help="workers that step beside this one")
     parser.add_argument("--cpu-time", action="store_true", help="for a machine that is busy now")
     parser.add_argument("--companion", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--table", action="store_true", help="print every measured cell")
+    parser.add_argument("--table", action="store_true", help="print every measured composition")
     args = parser.parse_args()
-    settings = load_or_exit(WorkerSettings)
     keep_freed_memory()
     try:
-        bench, sizes = prepare(settings, cpu_time=args.cpu_time)
-        wanted = sizes.cells(bench.engine.record.context_tokens)
-        if not wanted:
-            raise SystemExit("headrace calibrate: the KV pool is too small for any step")
         if args.companion:
-            keep_busy(bench, wanted)
-        with companions(args.beside):
-            began, cpu = time.monotonic(), time.process_time()
-            timings = measure(bench, wanted, args.seconds)
-            cores = (time.process_time() - cpu) / (time.monotonic() - began)
-        model = fit(
-            timings,
-            kv_tokens=sizes.kv_tokens,
-            max_jobs=sizes.max_jobs,
-            step_tokens=sizes.step_tokens,
-            name=sizes.name,
-        )
+            bench, sizes = prepare(load_or_exit(WorkerSettings))
+            keep_busy(bench, cells_of(bench, sizes))
+        if args.steps is not None:
+            timings, sizes = logged(args.steps, table=args.table)
+        else:
+            timings, sizes = measured(
+                load_or_exit(WorkerSettings),
+                args.seconds,
+                args.beside,
+                cpu_time=args.cpu_time,
+                table=args.table,
+            )
+        write(fit(timings, sizes), timings, args.out)
     except HeadraceError as error:
         print(f"headrace calibrate: {error.message}", file=sys.stderr)
         raise SystemExit(1) from error
-    if args.table:
-        for timing in timings:
-            print(f"{timing.cell} {timing.took_ms:.1f} ms, {predicted_ms(model, timing.cell):.1f}")
-    print(report(model, timings))
-    print(f"it had {cores:.2f} cores for {torch.get_num_threads()} threads on average")
-    if args.out is not None:
-        args.out.write_text(model.to_json() + "\n")
-        print(f"written to {args.out}")
 
 
 if __name__ == "__main__":

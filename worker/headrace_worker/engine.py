@@ -279,12 +279,14 @@ class Engine:
 
     def _work(self, plan: Plan, result: StepResult, busy_ns: int) -> StepWork:
         here = [self._entries.get(item.sequence.id) for item in plan.items]
+        shape = plan.shape
         return StepWork(
             moved=tuple(entry.progress() for entry in here if entry is not None),
             news=self._pool.take_news(),
             busy_ns=max(0, busy_ns),  # wall clocks are set back now and then
-            prefill_tokens=sum(item.prefill_tokens for item in plan.items),
+            prefill_tokens=shape.prefill_tokens,
             output_tokens=sum(len(delta.tokens) for delta in result.deltas),
+            shape=shape,
         )
 
     def check_integrity(self) -> None:

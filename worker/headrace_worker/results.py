@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from headrace.frames import Buffer
 from headrace.types import Band, Delta, FinishReason, JobProgress
 from headrace_worker.kv.export import Export
+from headrace_worker.policy.plan import NO_SHAPE, StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class StepWork:
     `moved`: jobs it computed something of that go on. `news`: keys of blocks that came into the
     pool (True) or went (False) since the last step, the newest last. `prefill_tokens`: computed
     ones, again after a preemption included.
+    `shape`: what a cost model makes of it.
     """
 
     moved: tuple[JobProgress, ...] = ()
@@ -95,6 +97,7 @@ class StepWork:
     busy_ns: int = 0
     prefill_tokens: int = 0
     output_tokens: int = 0
+    shape: StepShape = NO_SHAPE
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,3 +87,8 @@ class WorkerSettings(ServiceSettings):
     )
     cache_timeout_ms: int = Field(default=500, ge=1)
     metrics_port: int = Field(default=0, ge=0, le=65_535, description="0: no metrics listener")
+    step_log: str = Field(
+        default="",
+        description="a folder in which a file gets a line for each engine step, for `headrace "
+        "bench calibrate`; empty: none",
+    )

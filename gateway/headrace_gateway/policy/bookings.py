@@ -86,6 +86,22 @@ class Demand(NamedTuple):
     level: int
 
 
+class Standing(NamedTuple):
+    """How a worker stands for a job of one band.
+
+    `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
+    the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
+    `full`: it is known that it takes no more jobs beside those of all bands.
+    """
+
+    worker: str
+    work: int
+    given: float
+    jobs: int
+    slowness: float
+    full: bool
+
+
 class Charge(NamedTuple):
     """What a job's tenant has to be charged, in tokens; `input_tokens` may correct downwards."""
 

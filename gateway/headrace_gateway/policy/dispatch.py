@@ -172,8 +172,10 @@ class DispatchPolicy:
         self.decoding.cancel(worker, job_id)
 
     def _running(self, worker: str) -> int:
-        booked = self.workload.count_on(worker) + self.decoding.count_on(worker)
-        return booked - len(self.pairs.promised_to(worker))
+        booked = self.workload.count_on(worker)
+        if self.decoding.workers:
+            booked += self.decoding.count_on(worker) - len(self.pairs.promised_to(worker))
+        return booked
 
     def push(self, item: Queued) -> bool:
         self.pairs.end(item.job.id)  # whoever was to go on with it, it begins again

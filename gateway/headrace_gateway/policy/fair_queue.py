@@ -64,13 +64,14 @@ def work_of(job: Job) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One waiting job and its order among its tenant's; `number` is its sequence. `work` and what
-    it adds to its tenant's counter (`virtual`) are what is expected."""
+    """One waiting job and its order among its tenant's; `number` is its sequence. `work`, of which
+    `output`, and what it adds to its tenant's counter (`virtual`) are what is expected."""
 
     item: Queued
     due_ms: int
     number: int
     work: int
+    output: int
     virtual: float
     live: bool = True
 
@@ -163,7 +164,12 @@ class _Queue:
             if first == sequence and slot.live and line.counter.value == virtual:
                 self._counters.advance(self._band, virtual)
                 return line
-            heapq.heapreplace(heap, self._entry(line, self._key(line)))
+            # written out, as it is done for each job that goes: its tenant has had more by now
+            due, arrived, first, _ = line.first()
+            virtual, number = line.counter.value, self._entries + 1
+            line.key = (virtual, due, arrived, first)
+            self._entries = line.number = number
+            heapq.heapreplace(heap, (virtual, due, arrived, first, number, line))
         return None
 
     def least(self) -> float | None:
@@ -232,6 +238,10 @@ class _Running(NamedTuple):
     band: int
     expected_output: int
     ahead: bool
+
+
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time."""
 
 
 class FairQueue:
@@ -311,13 +321,14 @@ class FairQueue:
         if slot is None:
             return None
         job = slot.item.job
-        work = _taken_work(input_tokens, job.expected_output)
-        ahead = self._shares.taken(job.band, work, self._waiting())
-        self._running[job_id] = _Running(job.band, job.expected_output, ahead)
+        band = job.band
+        work = _taken_work(input_tokens, slot.output)
+        ahead = self._shares.taken(band, work, self._waiting())
+        self._running[job_id] = _tuple(_Running, (band, slot.output, ahead))
         if len(self._running) > RUNNING_MAX:
             del self._running[next(iter(self._running))]
         item = self._drop(slot)
-        self.charge(job.tenant, job.weight, job.band, input_tokens=max(1, input_tokens))
+        self.counters.charge(job.tenant, job.weight, band, max(1, input_tokens))
         return item
 
     def charge(
@@ -386,7 +397,7 @@ class FairQueue:
         self._sequence += 1
         tokens, output = input_tokens_of(job), job.expected_output
         virtual = virtual_tokens(job.weight, tokens, output)
-        slot = _Slot(item, due_ms(job), self._sequence, work_of(job), virtual)
+        slot = _Slot(item, due_ms(job), self._sequence, work_of(job), output, virtual)
         self._slots[job.id] = slot
         self._queues[job.band].push(slot, lift)
         self._counts[job.band] += 1

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 SIZES_MAX = 8
 """Refusals of a level; the one that was found out first goes."""
+NAMED_MAX = 32
+"""Workers that are named; where more may have room, looking at all finds one as soon."""
 
 
 class _Refusal(NamedTuple):
@@ -29,11 +31,11 @@ class _Refusal(NamedTuple):
 
 
 class Maybe(NamedTuple):
-    """All others refused (held, remaining)."""
+    """All others refused (held, remaining); `workers` None: they are more than NAMED_MAX."""
 
     held: int
     remaining: int
-    workers: list[str]
+    workers: list[str] | None
 
 
 class Refusals:
@@ -69,12 +71,17 @@ class Refusals:
                 newest = each
         if newest is None:
             return None
-        found = list(newest.unsure)
+        since, unsure = newest.moment, newest.unsure
+        if len(unsure) > NAMED_MAX:
+            return Maybe(newest.held, newest.remaining, None)
+        found = list(unsure)
         for worker, moment in reversed(self._changed.items()):
-            if moment <= newest.moment:
+            if moment <= since:
                 break
-            if worker not in newest.unsure:
+            if worker not in unsure:
                 found.append(worker)
+                if len(found) > NAMED_MAX:
+                    return Maybe(newest.held, newest.remaining, None)
         return Maybe(newest.held, newest.remaining, found)
 
     def refused(self, level: int, held: int, remaining: int, unsure: Collection[str]) -> None:
@@ -84,10 +91,10 @@ class Refusals:
         kept.append(new)
         self._levels[level] = kept[-SIZES_MAX:]
 
-    def known(self, level: int) -> list[Maybe]:
+    def known(self, level: int) -> list[tuple[int, int, list[str]]]:
         """Each size that is refused, with the workers that may have room for it after all."""
         return [
-            Maybe(each.held, each.remaining, [*each.unsure, *self._since(each.moment)])
+            (each.held, each.remaining, [*each.unsure, *self._since(each.moment)])
             for each in self._levels[level]
         ]
 

@@ -182,8 +182,9 @@ _tuple = tuple.__new__
 def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
     """`found` with what it saves: `scatter` times the tokens, divided among their holders."""
     if len(found) == 1:
-        (blocks, slots) = found[0]
-        return [_Hold(slots, blocks, scatter * blocks * BLOCK_TOKENS / slots.bit_count())]
+        blocks, slots = found[0]
+        saves = scatter * blocks * BLOCK_TOKENS / slots.bit_count()
+        return [_tuple(_Hold, (slots, blocks, saves))]
     parts, holders = [], 0
     for at, each in enumerate(found):
         holders += each.slots.bit_count()
@@ -192,7 +193,7 @@ def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
     holds, saves = [], 0.0
     for each, part in zip(reversed(found), reversed(parts), strict=True):
         saves += part
-        holds.append(_Hold(each.slots, each.blocks, saves))
+        holds.append(_tuple(_Hold, (each.slots, each.blocks, saves)))
     holds.reverse()
     return holds
 
@@ -301,7 +302,7 @@ class _Choice:
         self._blocks = job.blocks
         self._demand = demand
         band, held, remaining, level = demand
-        self._beside_all = demand if level == ALL else Demand(band, held, remaining, ALL)
+        self._beside_all = demand if level == ALL else _tuple(Demand, (band, held, remaining, ALL))
         self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
         self._most = self._holds[0] if self._holds else _NOTHING
         new = max(1, held - self._most.blocks * BLOCK_TOKENS)
@@ -317,6 +318,8 @@ class _Choice:
 
     def spare(self, shared: Fetching) -> None:
         """What no worker holds and the cache services do is fetched, by whoever gets the job."""
+        if not shared.index:
+            return
         speed = self.workload.prefill_per_s
         self._spared = shared.spares(self._blocks, self._most.blocks, speed)
 
@@ -345,36 +348,37 @@ class _Choice:
 
     def consider(self, workers: Iterable[str]) -> None:
         """Score `workers`, each once; those that drain are left out."""
-        scores, bits, holds = self._scores, self._bits, self._holds
+        scores, holds, get_bit = self._scores, self._holds, self._bits.get
         tokens, band = self._demand.held - self._spared.tokens, self._demand.band
         saved, mean, new = self._most.saves, self._share, self._new
-        comfort = self._config.comfort
+        comfort, most, block = self._config.comfort, SHARE_MAX, BLOCK_TOKENS
         fresh = dict.fromkeys(workers)
         if scores:
             fresh = {worker: None for worker in fresh if worker not in scores}
+        number = len(scores)
         for worker, work, given, jobs, slowness, full in self.workload.standings(fresh, band):
             if full:
                 self._answers[worker] = _FULL
-            bit = bits.get(worker, 0)
-            for hold in holds:
-                if hold[0] & bit:
-                    break
-            else:
-                hold = _NOTHING
+            hold = _NOTHING
+            if holds:
+                bit = get_bit(worker, 0)
+                for each in holds:
+                    if each[0] & bit:
+                        hold = each
+                        break
             _, blocks, saves = hold
-            uncached = tokens - blocks * BLOCK_TOKENS
+            uncached = tokens - blocks * block
             if uncached < 1:
                 uncached = 1
             cost = (work + uncached + saved - saves) * slowness
             share = given * slowness / mean
             # what is new there pushes older blocks out: that is to happen everywhere alike
-            price = cost + new * ((share if share < SHARE_MAX else SHARE_MAX) - 1)
+            price = cost + new * ((share if share < most else most) - 1)
             if blocks and share > comfort:
                 price += slowness * self._excess(worker, share, work, hold)
-            facts = (
-                price, len(scores), worker, blocks, uncached, work, cost, share, jobs, COSTS_MORE
-            )  # fmt: skip
+            facts = (price, number, worker, blocks, uncached, work, cost, share, jobs, COSTS_MORE)
             scores[worker] = _tuple(Score, facts)
+            number += 1
 
     def _excess(self, worker: str, share: float, work: float, hold: _Hold) -> float:
         """What being given more than others adds to the price: at most what holding saves."""
@@ -447,7 +451,8 @@ class _Choice:
                 room, words = NONE, "its breaker is open"
             elif room is not NONE and self._is_over(score):
                 words = "over its share"
-            answer = self._answers[score.worker] = Answer(room, patient, words)
+            answer = _tuple(Answer, (room, patient, words))
+            self._answers[score.worker] = answer
         return answer
 
     def _why(self, best: Score, preferred: tuple[str, ...], unknown: bool) -> str:
@@ -484,4 +489,5 @@ class _Choice:
     def _route(self, chosen: Score, reason: str) -> Route:
         room = self._ask(chosen).room
         scores, answers = self._scores, self._answers
-        return Route(chosen.worker, reason, chosen.blocks, room, scores, answers, self._spared)
+        facts = (chosen.worker, reason, chosen.blocks, room, scores, answers, self._spared)
+        return _tuple(Route, facts)

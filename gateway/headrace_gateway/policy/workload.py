@@ -21,7 +21,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 from headrace.policy import priority
 from headrace.types import Band, Job, JobDone, Progress
@@ -37,12 +36,13 @@ from headrace_gateway.policy.bookings import (
     Demand,
     Expect,
     Room,
+    Standing,
     Verdict,
     WorkerFacts,
     booking_of,
 )
 from headrace_gateway.policy.given import HALF_LIFE_MS, Given
-from headrace_gateway.policy.refusals import Maybe, Refusals
+from headrace_gateway.policy.refusals import Refusals
 
 __all__ = ["Charge", "Demand", "Room", "Verdict", "WorkerFacts", "Workload", "WorkloadConfig"]
 
@@ -62,22 +62,6 @@ class WorkloadConfig:
     decode_weight: float = DECODE_WEIGHT
     output_weight: float = OUTPUT_WEIGHT
     half_life_ms: int = HALF_LIFE_MS
-
-
-class Standing(NamedTuple):
-    """How a worker stands for a job of one band.
-
-    `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
-    the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
-    `full`: it is known that it takes no more jobs beside those of all bands.
-    """
-
-    worker: str
-    work: int
-    given: float
-    jobs: int
-    slowness: float
-    full: bool
 
 
 _tuple = tuple.__new__
@@ -203,7 +187,7 @@ class Workload:
         band = int(job.band)
         level = band if band != ALL and priority.is_pressing(job, now_ms) else ALL
         held = len(job.prompt) + len(job.logged)
-        return Demand(band, held, self._remaining(job), level)
+        return _tuple(Demand, (band, held, self._remaining(job), level))
 
     def room(self, worker: str, job: Job, now_ms: int) -> Verdict:
         """Whether `job` may go to `worker` now."""
@@ -214,12 +198,14 @@ class Workload:
         known = self._workers.get(worker)
         if known is None or not known.is_open:
             return CLOSED
+        if demand[3] == ALL:
+            return known.fits(ALL, demand, self._config.kv_share, patient=patient)
         return known.room(demand, self._config.kv_share, patient=patient)
 
     def is_hopeless(self, demand: Demand) -> bool:
         """Whether it is known already that no worker has room for `demand`."""
         maybe = self._refusals.maybe(demand.level, demand.held, demand.remaining)
-        return maybe is not None and not maybe.workers
+        return maybe is not None and maybe.workers == []
 
     def find(self, demand: Demand, level: int, allows: Callable[[str], bool]) -> str | None:
         """The least loaded worker that `allows` and that `demand` fits beside bands to `level`.
@@ -229,35 +215,59 @@ class Workload:
         """
         maybe = self._refusals.maybe(level, demand.held, demand.remaining)
         if maybe is None:
-            maybe = Maybe(0, 0, [worker for _, worker in self._order])
-        elif len(maybe.workers) > 1:
-            maybe = maybe._replace(workers=self.lightest(maybe.workers))
-        found = self._ask(demand, level, maybe, allows, 1)
+            all_ = self.by_load(len(self._order))
+            found = self._ask(demand, level, (0, 0), all_, len(self._order), allows)
+        elif maybe.workers is None:
+            found = self._ask(demand, level, maybe[:2], self._full_last(), len(self._order), allows)
+        else:
+            named = maybe.workers
+            if len(named) > 1:
+                named = self.lightest(named)
+            found = self._ask(demand, level, maybe[:2], named, len(named), allows)
         return found[0] if found else None
 
     def free_ones(self, demand: Demand, allows: Callable[[str], bool]) -> list[str] | None:
         """All workers that `demand` fits on beside everything there, where these are few and that
         is known; None where any may have room."""
         maybe = self._refusals.maybe(ALL, demand.held, demand.remaining)
-        if maybe is None or len(maybe.workers) > FREE_MAX:
+        if maybe is None or maybe.workers is None or len(maybe.workers) > FREE_MAX:
             return None
-        return self._ask(demand, ALL, maybe, allows, FREE_MAX)
+        named = maybe.workers
+        return self._ask(demand, ALL, maybe[:2], named, len(named), allows, FREE_MAX)
+
+    def _full_last(self) -> Iterator[str]:
+        """All that take jobs, least load first; those that are known to be full come last."""
+        full = []
+        for _, worker in self._order:
+            if self._workers[worker].shut[ALL] is NO_SLOT:
+                full.append(worker)
+            else:
+                yield worker
+        yield from full
 
     def _ask(
         self,
         demand: Demand,
         level: int,
-        maybe: Maybe,
+        refused: tuple[int, int],
+        workers: Iterable[str],
+        count: int,
         allows: Callable[[str], bool],
-        wanted: int,
+        wanted: int = 1,
     ) -> list[str]:
-        """The first `wanted` that have room, of all that may. Those that refuse are remembered: as
-        refusing what all refuse, unless it was the size that did not fit."""
-        found, not_allowed, asked, sized = [], [], 0, False
-        for worker in maybe.workers:
-            asked += 1
-            verdict = self._workers[worker].fits(level, demand, self._config.kv_share)
+        """The first `wanted` that have room, of the `count` workers, where all others have refused
+        a size. Those that refuse are remembered: as refusing what all refuse, unless it was the
+        size that did not fit."""
+        found, not_allowed, gone, sized = [], [], 0, False
+        rest, known, kv_share = iter(workers), self._workers, self._config.kv_share
+        for worker in rest:
+            each = known[worker]
+            if each.shut[level] is not None:  # as most are in a full fleet
+                gone += 1
+                continue
+            verdict = each.fits(level, demand, kv_share)
             if verdict.room is not FREE:
+                gone += 1
                 sized = sized or verdict is NO_TOKENS
             elif allows(worker):
                 found.append(worker)
@@ -265,12 +275,10 @@ class Workload:
                     break
             else:
                 not_allowed.append(worker)
-        unsure = [*found, *not_allowed, *maybe.workers[asked:]]
-        refused = len(maybe.workers) - len(unsure)
         # so that keeping the others' names costs no more than asking did
-        if 2 * refused >= len(unsure):
-            size = demand if sized else maybe
-            self._refusals.refused(level, size.held, size.remaining, unsure)
+        if 2 * gone >= count - gone:
+            held, remaining = demand[1:3] if sized else refused
+            self._refusals.refused(level, held, remaining, [*found, *not_allowed, *rest])
         return found
 
     # figures
@@ -361,18 +369,19 @@ class Workload:
 
     def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
         """How `workers` stand for a job of `band`, without those that take no jobs."""
-        workloads, given, mean = self._workers, self._given.sums, self.prefill_per_s
-        lower = range(band + 1, LEVELS)
+        get, given, mean = self._workers.get, self._given.sums, self.prefill_per_s
         found = []
         for worker in workers:
-            known = workloads.get(worker)
+            known = get(worker)
             if known is None or not known.is_open:
                 continue
-            work, slowness = known.load, 1.0
-            for each in lower:
-                work -= known.waiting[each]
-            if known.speeds.prefill_per_s:
-                slowness = known.speeds.slowness(mean)
+            work = known.load
+            if band < ALL:  # written out: a loop over two bands takes as long as all the rest
+                waiting = known.waiting
+                work -= waiting[ALL] if band else waiting[1] + waiting[ALL]
+            speeds, slowness = known.speeds, 1.0
+            if speeds.prefill_per_s:
+                slowness = speeds.slowness(mean)
             full = known.shut[ALL] is NO_SLOT
             facts = (worker, work, given.get(worker, 0.0), len(known.jobs), slowness, full)
             found.append(_tuple(Standing, facts))

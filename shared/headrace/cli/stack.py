@@ -89,7 +89,7 @@ def run(options: UpOptions) -> None:
     _make_data_dir(options.data_dir)
     with _exclusive(options.data_dir):
         place(options.data_dir).unlink(missing_ok=True)  # of one that was killed
-        _have_model(options.model)
+        has_model(options.model)
         runtime = embedded.runtime_dir(options.data_dir)
         try:
             if options.redis_url:
@@ -123,7 +123,7 @@ async def _supervise(options: UpOptions, fleet: Fleet) -> None:
     began = time.monotonic()
 
     async def on_ready() -> None:
-        await _until_serving(options)
+        await until_serving(options)
         print(banner(options, fleet.model, time.monotonic() - began), flush=True)
 
     supervisor = Supervisor(fleet.services(), on_change=on_change)
@@ -335,7 +335,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def _have_model(model: str) -> None:
+def has_model(model: str) -> None:
+    """Pull it if it is not here. Raises HeadraceError."""
     try:
         models.resolve(model)
     except ModelError:
@@ -388,7 +389,8 @@ async def _get(host: str, port: int, path: str) -> tuple[int, str]:
         return 0, ""
 
 
-async def _until_serving(options: UpOptions) -> None:
+async def until_serving(options: UpOptions) -> None:
+    """Until the gateway takes requests. Raises CommandError."""
     status, body = 0, ""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SERVING_S):

@@ -35,11 +35,13 @@ class Rank(NamedTuple):
 
 def due_ms(job: Job) -> int:
     """The wall-clock instant by which `job` should have its first token."""
-    level = max(-LEVELS_MAX, min(LEVELS_MAX, job.priority))
-    due = job.arrived_ms + TARGET_MS[job.band] + level * LEVEL_MS
-    for deadline in (job.ttft_by_ms, job.done_by_ms):
-        if deadline:
-            due = min(due, deadline)
+    due = job.arrived_ms + TARGET_MS[job.band]
+    if job.priority:
+        due += LEVEL_MS * max(-LEVELS_MAX, min(LEVELS_MAX, job.priority))
+    if 0 < job.ttft_by_ms < due:
+        due = job.ttft_by_ms
+    if 0 < job.done_by_ms < due:
+        due = job.done_by_ms
     return due
 
 

@@ -8,13 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from headrace.policy.cost_model import attended
 from headrace.types import FinishReason
 from headrace_worker.policy.blocks import CachedBlock
 from headrace_worker.policy.sequence import Sequence
 
 ITEMS_MAX = 1 << 20
 """More than any plan has."""
+
+
+class StepShape(NamedTuple):
+    """What a step computes, as `CostModel.step_duration_ms` counts it.
+
+    `decode_context`: tokens of KV that the decoding rows read. `prefill_context`: pairs of a
+    prefill token and a token that it attends to.
+    """
+
+    prefill_tokens: int = 0
+    decode_rows: int = 0
+    decode_context: int = 0
+    prefill_context: float = 0.0
+
+
+NO_SHAPE = StepShape()
+"""Nothing is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +84,20 @@ class Plan:
     @property
     def tokens(self) -> int:
         return sum(item.rows for item in self.items)
+
+    @property
+    def shape(self) -> StepShape:
+        prefill = rows = context = 0
+        pairs = 0.0
+        for item in self.items:
+            tokens = item.prefill_tokens
+            if tokens:
+                prefill += tokens
+                pairs += attended(item.start, tokens)
+            if tokens < item.count:
+                rows += 1
+                context += item.start + item.count
+        return StepShape(prefill, rows, context, pairs)
 
 
 @dataclass(frozen=True, slots=True)
