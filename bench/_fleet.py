@@ -154,7 +154,15 @@ class Fleet:
             pid = self.processes[name].pid
             os.setpriority(os.PRIO_PROCESS, pid, self._nice)  # its threads are not there yet
 
+    def wait_serving(self) -> None:
+        """Until every gateway has a worker, whoever started that."""
+        self._until(lambda: all(self._answers(url + "/ready") for url in self.urls))
+
     def _service(self, name: str, module: str, own: Mapping[str, str]) -> None:
+        self.start(name, [sys.executable, "-m", module], own)
+
+    def start(self, name: str, argv: Sequence[str], own: Mapping[str, str]) -> None:
+        """Another process with the settings of this fleet's services; `own` are its own."""
         common = {
             "HEADRACE_REDIS_URL": self.redis_url,
             "HEADRACE_HOST": "127.0.0.1",
@@ -162,7 +170,7 @@ class Fleet:
             "HEADRACE_CACHE_LISTEN": f"unix://{self.folder}/cache",
             "HEADRACE_LOG_LEVEL": "warning",
         }
-        self._spawn(name, [sys.executable, "-m", module], common | self._env | dict(own))
+        self._spawn(name, argv, common | self._env | dict(own))
 
     def _spawn(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
@@ -187,9 +195,11 @@ class Fleet:
 
     def _ready(self, url: str) -> bool:
         # a fleet without workers of its own has nothing to be ready for
+        return self._answers(url + ("/ready" if self._counts[0] else "/live"))
+
+    def _answers(self, url: str) -> bool:
         try:
-            path = "/ready" if self._counts[0] else "/live"
-            with urllib.request.urlopen(url + path, timeout=5) as answer:
+            with urllib.request.urlopen(url, timeout=5) as answer:
                 return bool(answer.status == 200)
         except (OSError, urllib.error.URLError):
             return False

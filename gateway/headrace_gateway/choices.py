@@ -154,6 +154,8 @@ class Choice:
         self._scores = _Scores(speller.bytes_of)
         self._rules = rules
         self._reader = reader
+        self._plain = not rules.stops and isinstance(reader, PlainText)
+        """Whether all that the detokenizer gives is shown, as it is."""
 
     @property
     def mean_logprob(self) -> float:
@@ -179,6 +181,8 @@ class Choice:
             await self._source.cancel()
         elif chunk.finish is not None:
             events += self._end(chunk.finish)
+        if self._plain and self.finish is None and not chunk.logprobs:
+            return Piece(self.index, tuple(events), self.completion_tokens - before, None)
         scores = self._scores.take(self._text.shown)
         if self.finish is not None:
             events += self._reader.finish()
@@ -198,6 +202,8 @@ class Choice:
         return self._text.ended or self._reader.ended
 
     def _take(self, chunk: Chunk) -> list[Event]:
+        if self._plain and not chunk.logprobs:
+            return self._take_plain(chunk.tokens)
         events: list[Event] = []
         for token, logprobs in zip(chunk.tokens, chunk.logprobs or repeat(None), strict=False):
             self.completion_tokens += 1
@@ -211,6 +217,14 @@ class Choice:
             if self._ended:
                 break
         return events
+
+    def _take_plain(self, tokens: tuple[int, ...]) -> list[Event]:
+        """As `_take`, where nothing in the text can end it and nobody asks for logprobs."""
+        push, silent = self._detokenizer.push, self._rules.silent
+        text = "".join([push(token) for token in tokens if token not in silent])
+        self.completion_tokens += len(tokens)
+        shown = self._text.push(text, self.completion_tokens)
+        return [Text(shown)] if shown else []
 
     def _end(self, finish: Finish) -> list[Event]:
         self.reason = finish.error

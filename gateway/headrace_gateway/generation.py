@@ -72,7 +72,8 @@ class Generation:
         self._log = ReplyLog(job.attempt, job.logged)
         self._cursor = len(job.logged)
         self._failure: HeadraceError | None = None
-        self._news = asyncio.Event()
+        self._news: asyncio.Future[None] | None = None
+        """What the one consumer waits for while it does."""
         self._told: Standing | None = None
         self._untold: Standing | None = None
 
@@ -104,7 +105,7 @@ class Generation:
             if too_soon or not standing.is_news_after(told):
                 return
         self._told = self._untold = standing
-        self._news.set()
+        self._ring()
 
     def offer(self, delta: Delta) -> None:
         """Take what the reply stream says; called by the reader task only."""
@@ -119,7 +120,7 @@ class Generation:
             return
         fresh = self._log.accept(delta)
         if fresh or self._log.finish is not None:
-            self._news.set()
+            self._ring()
 
     def next_attempt(self) -> Job:
         """The job as it has to be accepted again when Redis has lost it.
@@ -134,7 +135,7 @@ class Generation:
         """End with `error`; the tokens received so far are still handed out first."""
         if not self.ended:
             self._failure = error
-            self._news.set()
+            self._ring()
 
     async def next(self) -> Chunk:
         """The tokens since the last call, or news of the queue while there are none.
@@ -156,19 +157,30 @@ class Generation:
             if self._untold is not None:
                 standing, self._untold = self._untold, None
                 return Chunk((), None, standing=standing)
-            self._news.clear()
-            await self._news.wait()
+            assert self._news is None, "one consumer reads a generation"
+            self._news = asyncio.get_running_loop().create_future()
+            try:
+                await self._news
+            finally:
+                self._news = None
+
+    def _ring(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     def _unread(self) -> Chunk:
         """What has come since the last call; from now on it counts as read."""
         log, first = self._log, self._cursor
         self._cursor = len(log.tokens)
-        logprobs = [log.logprobs.pop(at) for at in range(first, self._cursor) if at in log.logprobs]
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if log.logprobs:
+            here = range(first, self._cursor)
+            logprobs = tuple(log.logprobs.pop(at) for at in here if at in log.logprobs)
         return Chunk(
             tuple(log.tokens[first:]),
             None,
             log.cached_tokens,
-            tuple(logprobs),
+            logprobs,
             () if first else log.prompt_logprobs,
             cache_write_tokens=log.cache_write_tokens,
         )

@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError
 from headrace import keys, scripts, wire, wire_reports
 from headrace.clock import Clock
 from headrace.errors import WireError
-from headrace.streams import Entry, Scripts, Tail
+from headrace.streams import Entry, Scripts, Tail, link_of
 from headrace.types import (
     NOT_MOVED,
     Board,
@@ -259,10 +259,9 @@ class Term:
         hops = [Hop(decision, self._clock.wall_ns()) for decision in batch]
         calls = [self._call(decision, hop) for decision, hop in zip(batch, hops, strict=True)]
         sha = self._lua.sha(scripts.HANDOFF)
-        pipe = self._redis.pipeline(transaction=False)
-        for names, values in calls:
-            pipe.evalsha(sha, len(names), *names, *values)
-        answers = await pipe.execute(raise_on_error=False)
+        answers = await link_of(self._redis).many(
+            [("EVALSHA", sha, len(names), *names, *values) for names, values in calls]
+        )
         for decision, hop, call, answer in zip(batch, hops, calls, answers, strict=True):
             if isinstance(answer, NoScriptError):
                 answer = await self._lua.call(scripts.HANDOFF, *call)

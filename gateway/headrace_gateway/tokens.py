@@ -124,6 +124,7 @@ class ModelTokenizer:
         self.byte_level = decoder is not None and decoder.get("type") == "ByteLevel"
         self.chain = chain_of(decoder)
         self._token_bytes: dict[int, bytes] = {}
+        self._shown_bytes: dict[int, bytes] = {}
         self._token_pieces: dict[int, str | int] = {}
 
     async def encode(self, text: str, *, add_bos: bool) -> array[int]:
@@ -172,6 +173,13 @@ class ModelTokenizer:
             found = self._token_bytes[token] = self._spell(token)
         return found
 
+    def shown_bytes(self, token: int) -> bytes:
+        """What `token` adds to a text: its bytes, or none of one that is not shown."""
+        found = self._shown_bytes.get(token)
+        if found is None:
+            found = self._shown_bytes[token] = self.bytes_of(token) if self.is_shown(token) else b""
+        return found
+
     def _spell(self, token: int) -> bytes:
         text: str | None = self._tokenizer.id_to_token(token)
         if text is None:
@@ -205,18 +213,32 @@ class ModelTokenizer:
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies: token bytes through an incremental UTF-8 decoder."""
+    """For byte-level vocabularies: token bytes through an incremental UTF-8 decoder.
+
+    Bytes that are characters in themselves, as those of nearly all tokens are, need no decoder
+    while it holds no beginning of one.
+    """
 
     def __init__(self, tokenizer: ModelTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._bytes_of = tokenizer.shown_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._holds = False
 
     def push(self, token: int) -> str:
-        if not self._tokenizer.is_shown(token):
-            return ""
-        return self._utf8.decode(self._tokenizer.bytes_of(token))
+        data = self._bytes_of(token)
+        if not self._holds:
+            if data.isascii():
+                return data.decode("ascii")
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                pass
+        text = self._utf8.decode(data)
+        self._holds = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
+        self._holds = False
         return self._utf8.decode(b"", True)
 
 

@@ -15,20 +15,19 @@ Invariants, each the answer to a trap that was measured with redis-py 8:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import hiredis
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
 from redis.exceptions import NoScriptError, RedisError
 
 from headrace import scripts
+from headrace.redis_link import KINDS, Link, keep_cancel
 
 CONNECTIONS_MAX = 32
 COMMAND_TIMEOUT_S = 5.0
@@ -41,65 +40,36 @@ REDIS_DOWN = (RedisError, OSError, asyncio.TimeoutError)
 """What a call raises when Redis is away or refuses; everything else is our bug."""
 
 
-T = TypeVar("T")
-
-
-async def _keep_cancel(call: Awaitable[T]) -> T:
-    """Await `call`; raise the cancel that arrived meanwhile if redis-py lost it."""
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
-    try:
-        return await call
-    finally:
-        if task and task.cancelling() > before:
-            raise asyncio.CancelledError
-
-
 class _Pipeline(Pipeline):
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
-        return await _keep_cancel(super().execute(raise_on_error))
+        return await keep_cancel(super().execute(raise_on_error))
 
 
 class _Client(Redis):
+    link: Link
+
+    def owning(self, pool: BlockingConnectionPool) -> _Client:
+        """This client, as the only one who uses `pool`."""
+        self.auto_close_connection_pool = True
+        self.link = Link(pool.make_connection, COMMAND_TIMEOUT_S)
+        return self
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await self.link.close()
+        await super().aclose(close_connection_pool)
+
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         call = super().execute_command(*args, **options)  # type: ignore[no-untyped-call]  # theirs
-        return await _keep_cancel(call)
+        return await keep_cancel(call)
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
         return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
 
-class _Packing:
-    """Commands packed in C, as redis-py does for blocking clients only: a hand-off has 15
-    arguments, and 32 of them travel together."""
-
-    def pack_command(self, *args: Any) -> list[bytes]:
-        # the other commands' names have no spaces: each is one argument
-        assert isinstance(args[0], str)
-        return [hiredis.pack_command((*args[0].split(), *args[1:]))]
-
-
-class _TcpConnection(_Packing, Connection):
-    pass
-
-
-class _TlsConnection(_Packing, SSLConnection):
-    pass
-
-
-class _UnixConnection(_Packing, UnixDomainSocketConnection):
-    pass
-
-
 def _pool(url: str, **options: Any) -> BlockingConnectionPool:
     """A pool of our connections; no command is sent twice."""
     pool = BlockingConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0), **options)
-    kinds = {
-        Connection: _TcpConnection,
-        SSLConnection: _TlsConnection,
-        UnixDomainSocketConnection: _UnixConnection,
-    }
-    pool.connection_class = kinds[pool.connection_class]
+    pool.connection_class = KINDS[pool.connection_class]
     return pool
 
 
@@ -112,14 +82,19 @@ def connect(url: str) -> Redis:
         socket_timeout=COMMAND_TIMEOUT_S,
         socket_connect_timeout=COMMAND_TIMEOUT_S,
     )
-    return _Client.from_pool(pool)
+    return _Client(connection_pool=pool).owning(pool)
 
 
-def _connect_blocking(url: str) -> Redis:
-    pool = _pool(
-        url, max_connections=1, socket_timeout=None, socket_connect_timeout=COMMAND_TIMEOUT_S
-    )
-    return _Client.from_pool(pool)
+def link_of(redis: Redis) -> Link:
+    """The connection that all who have this client share, for what must be quick."""
+    assert isinstance(redis, _Client), "`connect` makes our clients"
+    return redis.link
+
+
+def _reading_link(url: str) -> Link:
+    """A connection for one reader, which waits for entries."""
+    pool = _pool(url, max_connections=1, socket_connect_timeout=COMMAND_TIMEOUT_S)
+    return Link(pool.make_connection, BLOCK_MS / 1000 + WATCHDOG_GRACE_S)
 
 
 def as_bytes(value: bytes | str) -> bytes:
@@ -171,7 +146,7 @@ class Tail:
     def __init__(self, url: str, stream: str, after: str = "0-0") -> None:
         self.stream = stream
         self.after = after
-        self._redis = _connect_blocking(url)
+        self._link = _reading_link(url)
         self._stopping = False
 
     def stop(self) -> None:
@@ -179,8 +154,8 @@ class Tail:
 
     async def _last_id(self) -> str:
         """The newest id; a literal "$" in each read would skip what arrives between two reads."""
-        rows = await self._redis.xrevrange(self.stream, count=1)
-        return parse_entries(rows)[0].id if rows else "0-0"
+        rows = await self._link.one("XREVRANGE", self.stream, "+", "-", "COUNT", 1)
+        return _entries_of(rows)[0].id if rows else "0-0"
 
     async def settle(self) -> None:
         """Turn "$" into an id, so that what is read elsewhere from now on is older than the tail.
@@ -192,25 +167,25 @@ class Tail:
 
     async def close(self) -> None:
         self._stopping = True
-        await self._redis.aclose()
+        await self._link.close()
 
     async def __aiter__(self) -> AsyncIterator[list[Entry]]:
         failures = 0
         while not self._stopping:
             try:
-                async with asyncio.timeout(BLOCK_MS / 1000 + WATCHDOG_GRACE_S):
-                    await self.settle()
-                    answer = await self._redis.xread(
-                        {self.stream: self.after}, count=READ_COUNT_MAX, block=BLOCK_MS
-                    )
+                await self.settle()
+                answer = await self._link.one(
+                    "XREAD", "COUNT", READ_COUNT_MAX, "BLOCK", BLOCK_MS,
+                    "STREAMS", self.stream, self.after,
+                )  # fmt: skip
                 failures = 0
             except REDIS_DOWN:
                 failures += 1
-                await self._redis.connection_pool.disconnect(inuse_connections=True)
+                await self._link.close()
                 await asyncio.sleep(min(0.05 * 2**failures, BACKOFF_S_MAX))
                 continue
             if answer:
-                entries = parse_entries(_rows_of(answer))
+                entries = _entries_of(_rows_of(answer))
                 self.after = entries[-1].id
                 yield entries
 
@@ -218,10 +193,19 @@ class Tail:
 def _rows_of(answer: Any) -> Sequence[Any]:
     """The rows of the only stream in XREAD's answer (a list in RESP2, a map in RESP3)."""
     if isinstance(answer, dict):
-        (pages,) = answer.values()
-        # RESP3 clients nest the rows once more, in pages
-        return pages[0] if pages and isinstance(pages[0], list) else pages
-    return answer[0][1]  # type: ignore[no-any-return]  # redis-py types answers as Any
+        (rows,) = answer.values()
+        return rows  # type: ignore[no-any-return]  # as it was read
+    return answer[0][1]  # type: ignore[no-any-return]  # as it was read
+
+
+def _entries_of(rows: Sequence[Any]) -> list[Entry]:
+    """Entries as Redis writes them: an id, then names and values in turn."""
+    return [
+        Entry(entry_id.decode(), fields[0].decode(errors="replace"), fields[1])
+        if fields
+        else Entry(entry_id.decode(), "", b"")
+        for entry_id, fields in rows
+    ]
 
 
 class Scripts:
@@ -234,10 +218,11 @@ class Scripts:
     async def call(self, source: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run `source`. Raises what redis-py raises."""
         digest = self.sha(source)
+        link = link_of(self._redis)
         try:
-            return await self._redis.evalsha(digest, len(keys), *keys, *args)
+            return await link.one("EVALSHA", digest, len(keys), *keys, *args)
         except NoScriptError:
-            return await self._redis.eval(source, len(keys), *keys, *args)
+            return await link.one("EVAL", source, len(keys), *keys, *args)
 
     def sha(self, source: str) -> str:
         """The hash by which `source` is called."""

@@ -327,6 +327,11 @@ def decode_deltas(data: bytes) -> list[Delta]:
 
 def _decode_delta(row: Any) -> Delta:
     try:
+        if len(row) == _PLAIN_COLUMNS:
+            job, attempt, first, tokens, cached = row
+            if (type(job), type(tokens)) != (str, bytes):
+                raise ValueError("job or tokens of a wrong type")
+            return Delta(job, int(attempt), int(first), _token_tuple(tokens), None, int(cached))
         job, attempt, first, tokens, cached, *rest = row
         ending = rest[0] if rest else None
         logprobs, prompt_logprobs = rest[1:3] if len(rest) > 1 else (b"", b"")
@@ -343,7 +348,7 @@ def _decode_delta(row: Any) -> Delta:
             job,
             int(attempt),
             int(first),
-            tuple(tokens_from_bytes(tokens)),
+            _token_tuple(tokens),
             finish,
             int(cached),
             _unpack_logprobs(logprobs),
@@ -357,6 +362,16 @@ def _decode_delta(row: Any) -> Delta:
         raise WireError(f"delta: {error}") from error
 
 
+def _token_tuple(raw: bytes) -> tuple[int, ...]:
+    """Raises struct.error."""
+    if len(raw) == _TOKEN_BYTES:
+        return (int.from_bytes(raw, "little"),)
+    return struct.unpack(f"<{len(raw) // _TOKEN_BYTES}I", raw)
+
+
+_PLAIN_COLUMNS = 5
+"""Of a row without finish, logprobs and counts, as nearly all are."""
+_TOKEN_BYTES = 4
 _LOGPROB = struct.Struct("<Hd")
 _ALTERNATIVE = struct.Struct("<Id")
 

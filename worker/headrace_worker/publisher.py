@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from headrace import keys, scripts, wire
-from headrace.streams import REDIS_DOWN
+from headrace.streams import REDIS_DOWN, link_of
 from headrace.types import Delta, JobDone, JobMoved, JobProgress
 from headrace.wire_reports import encode_done, encode_moved
 
@@ -140,25 +140,24 @@ class Publisher:
                 running.setdefault(item.to.gateway, []).append(item.delta)
             else:
                 endings.append(item)
-        pipe = self._redis.pipeline(transaction=False)
-        for gateway, deltas in running.items():
-            for frame in _frames(deltas):
-                fields: dict[Any, Any] = {"d": wire.encode_deltas(frame)}
-                pipe.xadd(keys.replies(self._model, gateway), fields)
-        for item in endings:
-            self._add_finish(pipe, item)
-        for moving in moves:
-            self._add_move(pipe, moving)
-        try:
-            answers = await pipe.execute()
-        except NoScriptError:
-            self._finish_sha = ""
-            raise
+        commands: list[tuple[Any, ...]] = [
+            ("XADD", keys.replies(self._model, gateway), "*", "d", wire.encode_deltas(frame))
+            for gateway, deltas in running.items()
+            for frame in _frames(deltas)
+        ]
+        commands += [self._finish(item) for item in endings]
+        commands += [self._move(moving) for moving in moves]
+        answers = await link_of(self._redis).many(commands)
+        for answer in answers:
+            if isinstance(answer, NoScriptError):
+                self._finish_sha = ""
+            if isinstance(answer, Exception):
+                raise answer
         for moving, answer in zip(moves, answers[len(answers) - len(moves) :], strict=True):
             if not moving.answer.done():
                 moving.answer.set_result(answer.decode())
 
-    def _add_finish(self, pipe: Any, item: Addressed) -> None:
+    def _finish(self, item: Addressed) -> tuple[Any, ...]:
         m, to, finish = self._model, item.to, item.delta.finish
         assert finish is not None and item.progress is not None, "only ends are finished"
         names = [
@@ -169,7 +168,8 @@ class Publisher:
             keys.events(m),
             keys.lease(m, to.worker),
         ]
-        pipe.evalsha(
+        return (
+            "EVALSHA",
             self._finish_sha,
             len(names),
             *names,
@@ -182,7 +182,7 @@ class Publisher:
             encode_done(JobDone(to.worker, item.progress, finish.reason)),
         )
 
-    def _add_move(self, pipe: Any, item: Moving) -> None:
+    def _move(self, item: Moving) -> tuple[Any, ...]:
         m, to, target = self._model, item.to, item.target
         names = [
             keys.job(m, to.job),
@@ -195,7 +195,8 @@ class Publisher:
             keys.replies(m, to.gateway),
             keys.events(m),
         ]
-        pipe.evalsha(
+        return (
+            "EVALSHA",
             self._move_sha,
             len(names),
             *names,

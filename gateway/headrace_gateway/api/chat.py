@@ -39,8 +39,8 @@ class ChatReply(TextReply):
     chunk_name = "chat.completion.chunk"
 
     def __init__(self, turn: Turn, parsed: ChatRequest) -> None:
-        super().__init__(turn, with_usage=parsed.wants_usage)
         self._with_logprobs = bool(parsed.logprobs)
+        super().__init__(turn, with_usage=parsed.wants_usage, varied=self._with_logprobs)
         self._prompt_logprobs = parsed.prompt_logprobs
         self._with_tools = bool(parsed.tools)
         self._calling: set[int] = set()
@@ -88,6 +88,9 @@ class ChatReply(TextReply):
             reason = finish_reason(piece.finish, calling=index in self._calling)
             made.append(self._delta(index, {}, None, reason))
         return [self._chunk([choice]) for choice in made]
+
+    def text_chunk(self, index: int, text: str) -> Json:
+        return self._chunk([self._delta(index, {"content": text})])
 
     def opening(self) -> list[Json]:
         # a message that only calls has no content at all, and it is too early to know

@@ -55,7 +55,8 @@ class CompletionReply(TextReply):
     chunk_name = "text_completion"
 
     def __init__(self, turn: Turn, parsed: CompletionRequest) -> None:
-        super().__init__(turn, with_usage=parsed.wants_usage)
+        varied = parsed.logprobs is not None or bool(parsed.echo)
+        super().__init__(turn, with_usage=parsed.wants_usage, varied=varied)
         self._parsed = parsed
         self._jobs_a_prompt, _ = parsed.jobs_a_prompt
         self._echoes = [self._echo(at) for at in range(len(turn.prompts))] if parsed.echo else []
@@ -94,6 +95,11 @@ class CompletionReply(TextReply):
         if piece.finish is not None:
             made.append(self._choice(silent, first=False))
         return [self._chunk([choice]) for choice in made]
+
+    def text_chunk(self, index: int, text: str) -> Json:
+        return self._chunk(
+            [{"index": index, "text": text, "logprobs": None, "finish_reason": None}]
+        )
 
     def _choice(self, piece: Piece, *, first: bool) -> Json:
         """A choice or a part of one; the `first` begins with the prompt where that is echoed."""

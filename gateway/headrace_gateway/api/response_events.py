@@ -9,14 +9,16 @@ the same events.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.errors import HeadraceError
 from headrace.types import FinishReason
 from headrace_gateway.api.logprobs import token_entries
 from headrace_gateway.api.response_items import CallItem, MessageItem
 from headrace_gateway.api.response_schemas import ResponseRequest
+from headrace_gateway.api.sse import Mould, dump, mould, quote
 from headrace_gateway.api.tool_schemas import FunctionRef
 from headrace_gateway.api.turn import CODE_EXPIRED, Usage
 from headrace_gateway.api.waiting import Place
@@ -25,6 +27,9 @@ from headrace_gateway.tokens import ModelTokenizer
 from headrace_gateway.tools.events import Arguments, CallBegins, CallEnds, Event, Text
 
 Json = dict[str, Any]
+
+HOLE, NUMBER_HOLE = "\0text\0", "\0number\0"
+"""Stand for a text and a sequence number in an event's mould."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,17 @@ def usage_json(usage: Usage) -> Json:
     }
 
 
+class Line(NamedTuple):
+    """An event as it is sent: its type, and all of it as JSON."""
+
+    type: str
+    json: str
+
+
+def lines_of(events: Iterable[Json]) -> list[Line]:
+    return [Line(event["type"], dump(event)) for event in events]
+
+
 class ResponseEvents:
     """Builds one response: `opening`, `place`s, `piece` after `piece`, then one of the endings."""
 
@@ -63,6 +79,7 @@ class ResponseEvents:
         self._closed: list[Json] = []
         self._item: MessageItem | CallItem | None = None
         self._logprobs: list[Json] = []
+        self._moulded: tuple[MessageItem, str, Mould] | None = None
 
     def opening(self) -> list[Json]:
         """What goes out when the request is accepted."""
@@ -98,6 +115,21 @@ class ResponseEvents:
         if self._logprobs and isinstance(self._item, MessageItem):
             made += self._text("")
         return self._number(*made)
+
+    def lines(self, piece: Piece) -> list[Line]:
+        """As `piece`, written already; text that goes on is written around nothing but itself."""
+        said, item = piece.events, self._item
+        goes_on = self._in_progress and isinstance(item, MessageItem) and not self._logprobs
+        if not goes_on or len(said) != 1 or type(said[0]) is not Text or piece.logprobs:
+            return lines_of(self.piece(piece))
+        assert isinstance(item, MessageItem), "text goes on in a message"
+        if self._moulded is None or self._moulded[0] is not item:
+            event = {**item.delta_event(HOLE, []), "sequence_number": NUMBER_HOLE}
+            self._moulded = item, event["type"], mould(event, HOLE, NUMBER_HOLE)
+        text, (_, kind, around) = said[0].text, self._moulded
+        item.add(text)
+        self._sequence += 1
+        return [Line(kind, around.fill(quote(text), str(self._sequence - 1)))]
 
     def _event(self, event: Event) -> list[Json]:
         match event:

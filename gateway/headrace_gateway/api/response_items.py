@@ -57,8 +57,15 @@ class MessageItem(Item):
         return [*made, self._part_event("content_part.added", part=self._part())]
 
     def delta(self, text: str, logprobs: list[Json]) -> Json:
-        self._text.append(text)
+        self.add(text)
         self._logprobs += logprobs
+        return self.delta_event(text, logprobs)
+
+    def add(self, text: str) -> None:
+        """Take `text`, of which the caller tells."""
+        self._text.append(text)
+
+    def delta_event(self, text: str, logprobs: list[Json]) -> Json:
         return self._part_event("output_text.delta", delta=text, logprobs=logprobs)
 
     def told(self, status: str) -> Json:

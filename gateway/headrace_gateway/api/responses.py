@@ -8,9 +8,15 @@ from headrace_gateway.api.caching import marked_caching
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.requests import make_call, read_object
-from headrace_gateway.api.response_events import Json, ResponseEvents, ResponseFacts
+from headrace_gateway.api.response_events import (
+    Json,
+    Line,
+    ResponseEvents,
+    ResponseFacts,
+    lines_of,
+)
 from headrace_gateway.api.response_schemas import ResponseRequest, parse_response
-from headrace_gateway.api.sse import EventStream
+from headrace_gateway.api.sse import EventStream, event_of
 from headrace_gateway.api.tool_plans import make_plan
 from headrace_gateway.api.turn import ClientGoneError, Turn
 from headrace_gateway.api.waiting import Place
@@ -60,12 +66,14 @@ def wall_s(turn: Turn) -> int:
 async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
     async with EventStream(request) as stream:
 
+        async def send_lines(lines: list[Line]) -> None:
+            await stream.write("".join([event_of(line.json, line.type) for line in lines]))
+
         async def send_all(made: list[Json]) -> None:
-            for event in made:
-                await stream.send(event, event["type"])
+            await send_lines(lines_of(made))
 
         async def send(piece: Piece) -> None:
-            await send_all(events.piece(piece))
+            await send_lines(events.lines(piece))
 
         async def tell(place: Place | None) -> None:
             await send_all(events.place(place))

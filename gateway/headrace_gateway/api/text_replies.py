@@ -13,12 +13,16 @@ from aiohttp import web
 
 from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.schemas import Choices
-from headrace_gateway.api.sse import EventStream
+from headrace_gateway.api.sse import EventStream, Mould, dump, event_of, mould, quote
 from headrace_gateway.api.turn import ClientGoneError, Turn, Usage
 from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
+from headrace_gateway.tools.events import Text
 
 Json = dict[str, Any]
+
+HOLE = "\0text\0"
+"""Stands for a text in an event's mould, and in no name."""
 
 
 def usage_json(usage: Usage) -> Json:
@@ -41,14 +45,19 @@ def usage_json(usage: Usage) -> Json:
 
 
 class TextReply(ABC):
-    """How one endpoint words a turn. `with_usage` is `stream_options.include_usage`."""
+    """How one endpoint words a turn. `with_usage` is `stream_options.include_usage`.
+
+    `varied`: whether chunks that tell of a text differ in more than that: logprobs, an echo.
+    """
 
     object_name: str
     chunk_name: str
 
-    def __init__(self, turn: Turn, *, with_usage: bool) -> None:
+    def __init__(self, turn: Turn, *, with_usage: bool, varied: bool) -> None:
         self._turn = turn
         self._with_usage = with_usage
+        self._varied = varied
+        self._moulds: dict[int, Mould] = {}
 
     @abstractmethod
     def whole_choice(self, piece: Piece) -> Json:
@@ -57,6 +66,21 @@ class TextReply(ABC):
     @abstractmethod
     def chunks(self, piece: Piece) -> list[Json]:
         """What a delivery says: its text, if there is any, and how its choice ended."""
+
+    @abstractmethod
+    def text_chunk(self, index: int, text: str) -> Json:
+        """What a delivery to choice `index` says that is `text` and nothing else."""
+
+    def events(self, piece: Piece) -> str:
+        """`chunks` as server-sent events."""
+        said = piece.events
+        if len(said) != 1 or piece.finish or self._varied or type(said[0]) is not Text:
+            return "".join([event_of(dump(chunk)) for chunk in self.chunks(piece)])
+        found = self._moulds.get(piece.index)
+        if found is None:
+            found = mould(self.text_chunk(piece.index, HOLE), HOLE)
+            self._moulds[piece.index] = found
+        return event_of(found.fill(quote(said[0].text)))
 
     def whole(self, pieces: list[Piece]) -> Json:
         """The body of an answer that is not streamed; `pieces` are its choices."""
@@ -109,8 +133,7 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
     async with EventStream(request) as events:
 
         async def send(piece: Piece) -> None:
-            for chunk in reply.chunks(piece):
-                await events.send(chunk)
+            await events.write(reply.events(piece))
 
         async def tell(place: Place | None) -> None:
             if place is not None:

@@ -20,7 +20,7 @@ from headrace_gateway.api.context import GATEWAY, Gateway
 from headrace_gateway.api.errors import as_headrace_error, http_error, retry_headers
 from headrace_gateway.api.lanes import Lanes, Work
 from headrace_gateway.api.requests import make_call
-from headrace_gateway.api.response_events import Json, ResponseEvents
+from headrace_gateway.api.response_events import Json, Line, ResponseEvents, lines_of
 from headrace_gateway.api.response_schemas import (
     CREATE,
     Frame,
@@ -29,7 +29,7 @@ from headrace_gateway.api.response_schemas import (
     read_lane,
 )
 from headrace_gateway.api.responses import ID_PREFIX, finished, start
-from headrace_gateway.api.sse import dump
+from headrace_gateway.api.sse import calm, dump, quote
 from headrace_gateway.api.turn import STATUS_OK, ClientGoneError, Turn
 from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
@@ -158,12 +158,15 @@ class _Connection:
             self._gateway.metrics.requests.labels(TURN_ROUTE, str(status)).inc()
 
     async def _tell(self, turn: Turn, events: ResponseEvents, work: Work) -> None:
+        async def send_lines(lines: list[Line]) -> None:
+            for line in lines:
+                await self._send(line.json, work.lane)
+
         async def send_all(made: list[Json]) -> None:
-            for event in made:
-                await self._send(event, work.lane)
+            await send_lines(lines_of(made))
 
         async def send(piece: Piece) -> None:
-            await send_all(events.piece(piece))
+            await send_lines(events.lines(piece))
 
         async def tell(place: Place | None) -> None:
             await send_all(events.place(place))
@@ -200,14 +203,18 @@ class _Connection:
         body: dict[str, Any] = dict(error.body()["error"])
         if error.retry_after_ms is not None:
             body["headers"] = retry_headers(error)
-        await self._send({"type": "error", "status": error.status, "error": body}, lane)
+        await self._send(dump({"type": "error", "status": error.status, "error": body}), lane)
 
-    async def _send(self, event: Json, lane: str | None) -> None:
+    async def _send(self, event: str, lane: str | None) -> None:
+        """One event, given as JSON. Raises ClientGoneError."""
         if lane is not None:
-            event = event | {"stream_id": lane}
+            event = f'{event[:-1]},"stream_id":{quote(lane)}}}'
         try:
+            if calm(self._request.transport):
+                await self._socket.send_str(event)
+                return
             async with asyncio.timeout(self._write_s):
-                await self._socket.send_str(dump(event))
+                await self._socket.send_str(event)
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()

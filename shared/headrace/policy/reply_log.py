@@ -51,7 +51,8 @@ class ReplyLog:
         # a later attempt may write less, as it finds what an earlier one wrote
         self.cache_write_tokens = max(self.cache_write_tokens, delta.cache_write_tokens)
         skipped = position - delta.first
-        self.logprobs.update(enumerate(delta.logprobs[skipped:], position))
+        if delta.logprobs:
+            self.logprobs.update(enumerate(delta.logprobs[skipped:], position))
         fresh = delta.tokens[skipped:]
         self.tokens.extend(fresh)
         if delta.finish is not None:

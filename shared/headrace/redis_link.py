@@ -1,0 +1,205 @@
+"""A connection to Redis that many share: commands as they come, answers in their order.
+
+Invariant: each command is sent once and has one place in the line. Who is cancelled meanwhile
+leaves the place behind, and the answer goes nowhere; what takes longer than the limit ends the
+connection, and with it everything that waits. redis-py opens the connection (addresses, TLS,
+passwords, databases); from then on its socket is ours, and hiredis reads it. Rejected: redis-py's
+client on the tokens' way, where a command costs some 0.3 ms of CPU in pools, timers and retries,
+thirty times what this takes, and where a cancel may get lost (docs/adr/0002).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import hiredis
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.exceptions import ConnectionError as LinkDownError
+from redis.exceptions import InvalidResponse, RedisError
+
+WAITING_MAX = 4_096
+"""Calls on one link that have no answer yet: more than a gateway has requests."""
+
+_NOTHING = object()
+Command = Sequence[Any]
+T = TypeVar("T")
+
+
+async def keep_cancel(call: Awaitable[T]) -> T:
+    """Await `call`; raise the cancel that arrived meanwhile if redis-py lost it."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    try:
+        return await call
+    finally:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+class Packing:
+    """Commands packed in C, as redis-py does for blocking clients only: a hand-off has 15
+    arguments, and 32 of them travel together."""
+
+    _writer: asyncio.StreamWriter | None
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        # the other commands' names have no spaces: each is one argument
+        assert isinstance(args[0], str)
+        return [hiredis.pack_command((*args[0].split(), *args[1:]))]
+
+    def adopt(self, protocol: asyncio.Protocol) -> asyncio.WriteTransport:
+        """Let `protocol` have what arrives from now on; nothing may be under way."""
+        assert self._writer is not None, "connected first"
+        transport = self._writer.transport
+        transport.set_protocol(protocol)
+        return transport
+
+
+class TcpConnection(Packing, Connection):
+    pass
+
+
+class TlsConnection(Packing, SSLConnection):
+    pass
+
+
+class UnixConnection(Packing, UnixDomainSocketConnection):
+    pass
+
+
+KINDS: dict[type[AbstractConnection], type[AbstractConnection]] = {
+    Connection: TcpConnection,
+    SSLConnection: TlsConnection,
+    UnixDomainSocketConnection: UnixConnection,
+}
+"""redis-py's kinds of connections, and ours in their places."""
+
+
+class _Place:
+    """Where the answers to one call go: `count` of them."""
+
+    __slots__ = ("answers", "count", "future")
+
+    def __init__(self, count: int, future: asyncio.Future[list[Any]]) -> None:
+        self.count = count
+        self.future = future
+        self.answers: list[Any] = []
+
+
+class Link(asyncio.Protocol):
+    """`make`: a new connection, not open yet. `limit_s`: for each call, opening included.
+
+    It opens with the first call, and again with the first one after it was lost.
+    """
+
+    def __init__(self, make: Callable[[], AbstractConnection], limit_s: float) -> None:
+        self._make = make
+        self._limit_s = limit_s
+        self._line: deque[_Place] = deque()
+        self._connection: AbstractConnection | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._opening = asyncio.Lock()
+        self._reader = hiredis.Reader()
+
+    async def one(self, *command: Any) -> Any:
+        """The answer to a command. Raises RedisError, OSError, TimeoutError."""
+        [answer] = await self.many([command])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def many(self, commands: Sequence[Command]) -> list[Any]:
+        """Commands that travel together; an answer may be the exception that a command earned.
+
+        Raises RedisError, OSError, TimeoutError where the outcome is unknown.
+        """
+        packed = b"".join([hiredis.pack_command(tuple(command)) for command in commands])
+        try:
+            async with asyncio.timeout(self._limit_s):
+                transport = self._transport or await self._open()
+                if len(self._line) >= WAITING_MAX:
+                    raise RedisError(f"{WAITING_MAX} calls wait for their answers")
+                place = _Place(len(commands), asyncio.get_running_loop().create_future())
+                self._line.append(place)
+                transport.write(packed)
+                return await place.future
+        except TimeoutError:
+            self._lose(LinkDownError(f"no answer within {self._limit_s:g} s"))
+            raise
+
+    async def _open(self) -> asyncio.WriteTransport:
+        async with self._opening:
+            if self._transport is not None:
+                return self._transport
+            await self._let_go()
+            connection = self._make()
+            try:
+                await keep_cancel(connection.connect())  # type: ignore[no-untyped-call]  # theirs
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                raise
+            assert isinstance(connection, Packing)
+            self._reader = hiredis.Reader(
+                protocolError=InvalidResponse,
+                # the parser knows which exception each of Redis' error codes is
+                replyError=connection._parser.parse_error,
+                notEnoughData=_NOTHING,
+            )
+            self._connection = connection
+            self._transport = connection.adopt(self)
+            return self._transport
+
+    def data_received(self, data: bytes) -> None:
+        line, reader = self._line, self._reader
+        try:
+            reader.feed(data)
+            while (answer := reader.gets()) is not _NOTHING:
+                if isinstance(answer, hiredis.PushNotification):
+                    continue  # nobody asked for it
+                place = line[0]
+                place.answers.append(answer)
+                if len(place.answers) == place.count:
+                    line.popleft()
+                    if not place.future.done():
+                        place.future.set_result(place.answers)
+        except (InvalidResponse, IndexError) as error:
+            self._lose(LinkDownError(f"not what Redis answers: {error!r}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lose(LinkDownError(f"Redis closed the connection: {exc}"))
+
+    def _lose(self, error: Exception) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+        line = list(self._line)
+        self._line.clear()
+        for place in line:
+            if not place.future.done():
+                place.future.set_exception(error)
+
+    async def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(RedisError, OSError):
+                await connection.disconnect(nowait=True)
+
+    async def close(self) -> None:
+        """Let the connection go; what waits for an answer raises. A later call opens it again."""
+        self._lose(LinkDownError("this link was closed"))
+        await self._let_go()
+
+    def check_integrity(self) -> None:
+        assert len(self._line) <= WAITING_MAX, "the line is bounded"
+        assert self._transport is not None or not self._line, "nobody waits for a lost connection"
+        for place in self._line:
+            assert len(place.answers) < place.count, "who has all answers leaves the line"
