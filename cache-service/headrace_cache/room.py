@@ -117,8 +117,7 @@ class Room:
             self._outranked = newcomer
             slots.remove(newcomer)
         self.leaving(slots)
-        for slot in slots:
-            self.vacate(slot)
+        self.vacate_all(slots)
         return len(victims)
 
     def trim(self, now_ms: int) -> bool:
@@ -162,16 +161,23 @@ class Room:
     def _moved(self, slot: int, place: int) -> None:
         self._index.place(slot, Tier.RAM, place)
 
-    def vacate(self, slot: int) -> None:
-        """Forget that `slot`, which the policy has forgotten, is in RAM."""
-        place, tenant = self._index.ram_place[slot], self._index.tenant_of[slot]
-        charge = charged_bytes(self._index.size_bytes[slot])
-        self._index.leave(slot, Tier.RAM)
-        if self._leases.is_held(place):
-            self._arena.disown(place)
-            self._orphans[place] = (tenant, charge)
-        else:
-            self._arena.free(place)
+    def vacate_all(self, slots: Sequence[int]) -> None:
+        """Forget that `slots`, which the policy has forgotten, are in RAM."""
+        index, is_held = self._index, self._leases.is_held
+        free: list[int] = []
+        given: dict[int, int] = {}  # bytes by tenant
+        for slot in slots:
+            place, tenant = index.ram_place[slot], index.tenant_of[slot]
+            charge = charged_bytes(index.size_bytes[slot])
+            index.leave(slot, Tier.RAM)
+            if is_held(place):
+                self._arena.disown(place)
+                self._orphans[place] = (tenant, charge)
+            else:
+                free.append(place)
+                given[tenant] = given.get(tenant, 0) + charge
+        self._arena.free_all(free)
+        for tenant, charge in given.items():
             self._quotas.gave(tenant, charge)
 
     def give_up(self, slot: int, place: int) -> None:

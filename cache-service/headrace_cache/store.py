@@ -413,7 +413,7 @@ class Store:
         for tally in self._tallies(slot):
             tally.entries -= 1
             tally.bytes -= self.index.size_bytes[slot]
-        self._room.vacate(slot)
+        self._room.vacate_all((slot,))
 
     # telling
 

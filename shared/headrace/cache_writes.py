@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import structlog
 
 from headrace.arena_view import ArenaView
-from headrace.cache_entries import Entry, batches, facts_of
+from headrace.cache_entries import Entry, PutEntry, batches, facts_of
 from headrace.cache_lane import Connection, Lane
-from headrace.cache_threads import in_threads
+from headrace.cache_threads import copy_all, in_threads
 from headrace.checksum import checksum
 from headrace.errors import WireError
 from headrace.frames import Buffer, Commit, Counted, Put, Reserve, Reserved
@@ -104,6 +104,10 @@ async def _filled(batch: Sequence[Entry]) -> list[tuple[Buffer, int]]:
         payload = batch[number].payload()
         return payload, checksum(payload)
 
+    ready = [entry.data for entry in batch if isinstance(entry, PutEntry)]
+    if len(ready) == len(batch):
+        crcs = await copy_all([None] * len(ready), ready)
+        return list(zip(ready, crcs, strict=True))
     return await in_threads(work, [entry.size_bytes for entry in batch])
 
 
@@ -216,4 +220,7 @@ async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int])
         entry, view = given[number]
         return entry.fill_checked(view)
 
+    ready = [entry.data for entry, _ in given if isinstance(entry, PutEntry)]
+    if len(ready) == len(given):
+        return await copy_all([view for _, view in given], ready)
     return await in_threads(work, [entry.size_bytes for entry, _ in given])

@@ -311,23 +311,43 @@ class KeepScore(Chains):
         while freed_bytes < size_bytes and (best := self._lowest(spare)) is not None:
             score, cell = best
             slot = self._cells.first(cell)
+            self._cells.remove(slot)
             if not allowed(slot):
-                self._cells.remove(slot)
                 held.append(slot)
                 continue
-            if spare is not None:
-                spare[self._tenant[slot]] -= self._size[slot]
-            values = (score * self.entries, *self._reason(slot, now_ms))
-            chosen.append(Victim(slot, self._size[slot], score, LOWEST, values))
-            freed_bytes += self._size[slot]
-            self._take_out(slot)
+            while True:
+                values = (score * self.entries, *self._reason(slot, now_ms))
+                chosen.append(Victim(slot, self._size[slot], score, LOWEST, values))
+                freed_bytes += self._size[slot]
+                if spare is not None:
+                    spare[self._tenant[slot]] -= self._size[slot]
+                slot = self._take_out(slot)
+                if slot == NO_SLOT:
+                    break
+                # its parent, as old and of no more use, goes before another chain is cut
+                if self._cell_now(slot) != cell or freed_bytes >= size_bytes:
+                    self._freed_next(slot, cell)
+                    break
+                spent = spare is not None and spare.get(self._tenant[slot], 0) <= 0
+                if spent or not allowed(slot):
+                    self._freed_next(slot, cell)
+                    break
         for slot in held:
             self._freed(slot)
         return chosen
 
-    def _take_out(self, slot: int) -> None:
-        """What `remove` does for one who stands in a cell: without children and without pins."""
-        self._cells.remove(slot)
+    def _freed_next(self, slot: int, cell: int) -> None:
+        """`slot` may leave from now on: next of `cell`, if it is of that one."""
+        if cell in self._cells and self._cell_now(slot) == cell:
+            self._cells.add_first(slot, cell)
+        else:
+            self._freed(slot)
+
+    def _take_out(self, slot: int) -> int:
+        """What `remove` does for one without children and pins that stands in no cell any more.
+
+        Returns its parent if that may leave now, which stands in no cell either; else NO_SLOT.
+        """
         size_bytes, parent = self._size[slot], self._parent[slot]
         if self._cost_us[slot]:
             self._costs_us -= self._cost_us[slot]
@@ -337,10 +357,10 @@ class KeepScore(Chains):
         self._parent[slot] = NO_SLOT
         self.entries -= 1
         self.used_bytes -= size_bytes
-        if parent != NO_SLOT:
-            self._children[parent] -= 1
-            if self._is_free(parent):
-                self._freed(parent)
+        if parent == NO_SLOT:
+            return NO_SLOT
+        self._children[parent] -= 1
+        return parent if self._is_free(parent) else NO_SLOT
 
     def _lowest(self, spare: Spare | None) -> tuple[float, int] | None:
         """The least worthy cell among the tenants that have something to spare."""
