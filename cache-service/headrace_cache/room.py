@@ -169,13 +169,13 @@ class Room:
         for slot in slots:
             place, tenant = index.ram_place[slot], index.tenant_of[slot]
             charge = charged_bytes(index.size_bytes[slot])
-            index.leave(slot, Tier.RAM)
             if is_held(place):
                 self._arena.disown(place)
                 self._orphans[place] = (tenant, charge)
             else:
                 free.append(place)
                 given[tenant] = given.get(tenant, 0) + charge
+        index.leave_all(slots, Tier.RAM)
         self._arena.free_all(free)
         for tenant, charge in given.items():
             self._quotas.gave(tenant, charge)

@@ -95,6 +95,11 @@ class _Writing:
     pin_ms: int
 
 
+def _cost_us(facts: EntryFacts) -> int:
+    """What computing an entry again takes."""
+    return math.ceil(1000 * (facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT))
+
+
 class Store:
     """Bytes by key. One thread calls it; nothing here waits."""
 
@@ -270,8 +275,7 @@ class Store:
         if places is None:
             return None
         self.reserved_bytes += sum(charges)
-        slots = [index.enter(facts.key, self._record(facts), Tier.PENDING) for facts in entries]
-        told = list(map(index.facts, slots, charges))
+        slots, told = index.enter_all(entries, number, list(map(_cost_us, entries)), charges)
         self._policy.admit_all(slots, told, now_ms)
         for place, slot in zip(places, slots, strict=True):
             self.arena.own(place, slot)
@@ -434,7 +438,6 @@ class Store:
         )
 
     def _record(self, facts: EntryFacts) -> Record:
-        cost_ms = facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT
         return Record(
             facts.parent,
             facts.depth,
@@ -442,7 +445,7 @@ class Store:
             facts.crc,
             facts.band,
             self.index.tenant(facts.tenant),
-            math.ceil(1000 * cost_ms),
+            _cost_us(facts),
             int.from_bytes(facts.layout),
         )
 

@@ -87,10 +87,18 @@ class KeepScore(Chains):
         """What `admit` does, without its calls: a chain's blocks but for the last go to no cell."""
         self._reach(max(max(slots), max(each.parent for each in facts)))
         children, guards, resident = self._children, self._guards, self._resident
+        known_before = any(children[slot] or guards[slot] for slot in slots)
+        if known_before or self._model.clock + len(slots) >= self._look_at:
+            super().admit_all(slots, facts, now_ms)
+            return
+        table, mask = self._remembered, len(self._remembered) - 1
+        clock, entries = self._model.clock, 0
+        names: list[int] = []
+        classes: list[int] = []
         for slot, each in zip(slots, facts, strict=True):
             size_bytes, band, parent, tenant, cost_us, _, name = each
             orphan = parent != NO_SLOT and not resident[parent]
-            if orphan or children[slot] or guards[slot]:  # or it was here before
+            if orphan or children[slot]:  # its child came just before it
                 self.admit(slot, each, now_ms)
                 continue
             assert not resident[slot], "an entry is admitted once"
@@ -101,7 +109,7 @@ class KeepScore(Chains):
             self._band[slot] = band
             self._tenant[slot] = tenant
             self._used_ms[slot] = now_ms
-            self.entries += 1
+            entries += 1
             self.used_bytes += size_bytes
             self._cost_us[slot] = cost_us = min(cost_us, COST_US_MAX)
             if cost_us:
@@ -114,11 +122,17 @@ class KeepScore(Chains):
                     self._bind(parent)
                 children[parent] += 1
             self._name[slot] = name
-            self._uses[slot] = self._recall(name) + 1
-            self._note_use(slot)
+            kept = table[name & mask]
+            uses = 1 + (kept & REMEMBERED_USES_MAX if kept >> 8 == name >> 64 - TAG_BITS else 0)
+            self._uses[slot] = uses
+            names.append(name)
+            classes.append(band * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1)
+            self._last[slot] = clock + len(names)
             if self._fresh != NO_SLOT:
                 self._place_fresh()
             self._fresh = slot
+        self.entries += entries
+        self._model.used_all(names, classes)
 
     def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
         """What `touch` does, without its calls: of a chain, only the last stands in a cell."""
@@ -309,39 +323,67 @@ class KeepScore(Chains):
         held: list[int] = []
         freed_bytes = 0
         while freed_bytes < size_bytes and (best := self._lowest(spare)) is not None:
-            score, cell = best
-            slot = self._cells.first(cell)
+            slot = self._cells.first(best[1])
             self._cells.remove(slot)
-            if not allowed(slot):
+            if allowed(slot):
+                asked = (size_bytes - freed_bytes, now_ms, allowed, spare)
+                freed_bytes += self._take_chain(chosen, slot, best, *asked)
+            else:
                 held.append(slot)
-                continue
-            while True:
-                values = (score * self.entries, *self._reason(slot, now_ms))
-                chosen.append(Victim(slot, self._size[slot], score, LOWEST, values))
-                freed_bytes += self._size[slot]
-                if spare is not None:
-                    spare[self._tenant[slot]] -= self._size[slot]
-                slot = self._take_out(slot)
-                if slot == NO_SLOT:
-                    break
-                # its parent, as old and of no more use, goes before another chain is cut
-                if self._cell_now(slot) != cell or freed_bytes >= size_bytes:
-                    self._freed_next(slot, cell)
-                    break
-                spent = spare is not None and spare.get(self._tenant[slot], 0) <= 0
-                if spent or not allowed(slot):
-                    self._freed_next(slot, cell)
-                    break
         for slot in held:
             self._freed(slot)
         return chosen
 
+    def _take_chain(
+        self,
+        chosen: list[Victim],
+        slot: int,
+        best: tuple[float, int],
+        size_bytes: int,
+        now_ms: int,
+        allowed: Callable[[int], bool],
+        spare: Spare | None,
+    ) -> int:
+        """Take out `slot`, which stood in the cell of `best`, and its parents as far as they are as
+        old and worth no more: they go before another chain is cut. The bytes of all of them."""
+        score, cell = best
+        bucket, clock = cell % BUCKETS, self._model.clock
+        oldest, youngest = clock - STARTS[bucket + 1], clock - STARTS[bucket]
+        sizes, costs, bands, uses = self._size, self._cost_us, self._band, self._uses
+        freed_bytes = 0
+        while True:
+            values = (score * self.entries, *self._reason(slot, now_ms))
+            chosen.append(Victim(slot, sizes[slot], score, LOWEST, values))
+            freed_bytes += sizes[slot]
+            if spare is not None:
+                spare[self._tenant[slot]] -= sizes[slot]
+            parent = self._take_out(slot)
+            if parent == NO_SLOT:
+                return freed_bytes
+            alike = (
+                uses[parent] == uses[slot]
+                and sizes[parent] == sizes[slot]
+                and costs[parent] == costs[slot]
+                and bands[parent] == bands[slot]
+                and self._tenant[parent] == self._tenant[slot]
+                and oldest < self._last[parent] <= youngest
+            ) or self._cell_now(parent) == cell
+            if not alike:
+                self._freed(parent)
+                return freed_bytes
+            spent = spare is not None and spare[self._tenant[parent]] <= 0
+            if spent or freed_bytes >= size_bytes or not allowed(parent):
+                self._freed_next(parent, cell)
+                return freed_bytes
+            slot = parent
+
     def _freed_next(self, slot: int, cell: int) -> None:
-        """`slot` may leave from now on: next of `cell`, if it is of that one."""
-        if cell in self._cells and self._cell_now(slot) == cell:
+        """`slot` may leave from now on, as the next of `cell`."""
+        if cell in self._cells:
             self._cells.add_first(slot, cell)
         else:
-            self._freed(slot)
+            heapq.heappush(self._order_of(cell), (self._score(cell), cell))
+            self._cells.add(slot, cell)
 
     def _take_out(self, slot: int) -> int:
         """What `remove` does for one without children and pins that stands in no cell any more.

@@ -1,7 +1,7 @@
 // Copies that carry their CRC-32C, for processors with SSE 4.2.
 //
-// A word is loaded once: what is written and what is counted into the checksum is the same register,
-// so the checksum is the copy's own even where somebody changes the source meanwhile. Stores go past
+// What is written and what is summed is one register, loaded once,
+// so that the checksum is the copy's own even where somebody changes the source meanwhile. Stores go past
 // the caches: a copy that is larger than they are would first have every line of its target read.
 // Three parts of the input are summed side by side, as one such instruction takes three cycles and
 // one may begin in each; their sums are put together by tables for "followed by STRIDE zero bytes"
@@ -57,11 +57,9 @@ static inline uint32_t shifted(uint32_t crc) {
            table[3][crc >> 24];
 }
 
-static inline uint64_t load(const char *at) {
-    uint64_t word;
-    memcpy(&word, at, sizeof word);
-    return word;
-}
+FAST static inline __m128i load(const char *at) { return _mm_loadu_si128((const __m128i *)at); }
+FAST static inline uint64_t low(__m128i two) { return (uint64_t)_mm_cvtsi128_si64(two); }
+FAST static inline uint64_t high(__m128i two) { return (uint64_t)_mm_extract_epi64(two, 1); }
 
 FAST static inline __attribute__((always_inline)) uint32_t walk(
     char *to, const char *from, size_t size, int copies) {
@@ -73,18 +71,25 @@ FAST static inline __attribute__((always_inline)) uint32_t walk(
     for (; size >= 3 * STRIDE; size -= 3 * STRIDE) {
         uint64_t second = 0, third = 0;
         for (size_t line = 0; line < STRIDE; line += 64) {
-#pragma GCC unroll 8
-            for (size_t at = line; at < line + 64; at += 8) {
-                uint64_t a = load(from + at), b = load(from + STRIDE + at);
-                uint64_t c = load(from + 2 * STRIDE + at);
-                crc = _mm_crc32_u64(crc, a);
-                second = _mm_crc32_u64(second, b);
-                third = _mm_crc32_u64(third, c);
+            // of the next three parts: they are too many for the processor to see where we go
+            _mm_prefetch(from + 3 * STRIDE + line, _MM_HINT_T0);
+            _mm_prefetch(from + 4 * STRIDE + line, _MM_HINT_T0);
+            _mm_prefetch(from + 5 * STRIDE + line, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (size_t at = line; at < line + 64; at += 16) {
+                __m128i a = load(from + at), b = load(from + STRIDE + at);
+                __m128i c = load(from + 2 * STRIDE + at);
                 if (copies) {
-                    _mm_stream_si64((long long *)(to + at), (long long)a);
-                    _mm_stream_si64((long long *)(to + STRIDE + at), (long long)b);
-                    _mm_stream_si64((long long *)(to + 2 * STRIDE + at), (long long)c);
+                    _mm_stream_si128((__m128i *)(to + at), a);
+                    _mm_stream_si128((__m128i *)(to + STRIDE + at), b);
+                    _mm_stream_si128((__m128i *)(to + 2 * STRIDE + at), c);
                 }
+                crc = _mm_crc32_u64(crc, low(a));
+                second = _mm_crc32_u64(second, low(b));
+                third = _mm_crc32_u64(third, low(c));
+                crc = _mm_crc32_u64(crc, high(a));
+                second = _mm_crc32_u64(second, high(b));
+                third = _mm_crc32_u64(third, high(c));
             }
         }
         crc = shifted(shifted((uint32_t)crc) ^ (uint32_t)second) ^ (uint32_t)third;
@@ -92,7 +97,8 @@ FAST static inline __attribute__((always_inline)) uint32_t walk(
         if (copies) to += 3 * STRIDE;
     }
     for (; size >= 8; size -= 8, from += 8) {
-        uint64_t word = load(from);
+        uint64_t word;
+        memcpy(&word, from, sizeof word);
         crc = _mm_crc32_u64(crc, word);
         if (copies) {
             memcpy(to, &word, sizeof word);
