@@ -53,9 +53,7 @@ async def in_threads(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
     return calls.results
 
 
-async def copy_all(
-    targets: Sequence[memoryview | None], sources: Sequence[Buffer]
-) -> list[int]:
+async def copy_all(targets: Sequence[memoryview | None], sources: Sequence[Buffer]) -> list[int]:
     """Copy each of `sources` to its target, if it has one; the CRC-32C of each.
 
     Raises ValueError where a target has another length.

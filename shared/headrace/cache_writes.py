@@ -7,8 +7,10 @@ or was given up is never committed.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -27,10 +29,12 @@ NOWHERE = -1
 PIECE_BYTES_MAX = 16 * 1024 * 1024
 """Reserved and copied at a time: some 2 ms."""
 
-FIRST_BYTES_MAX = 4 * 1024 * 1024
-"""The first piece where nothing else is under way: copying begins the sooner, and the next piece's
+FIRST_BYTES_MAX = 1024 * 1024
+"""The first piece where nothing else is under way: copying begins the sooner, and the next pieces'
 places are made meanwhile."""
 
+AHEAD_MAX = 3
+"""Pieces that places are asked for at a time."""
 
 SENT_BYTES_MAX = 4 * 1024 * 1024
 SENT_FRAMES_MAX = 4
@@ -131,7 +135,7 @@ async def _send(
 
 
 class _InPlace:
-    """Reserve, copy, commit: while one piece is copied, the next one's places are made free."""
+    """Reserve, copy, commit: while one piece is copied, the next ones' places are made free."""
 
     def __init__(
         self,
@@ -149,14 +153,14 @@ class _InPlace:
 
     async def write(self, pieces: Sequence[Sequence[Entry]]) -> Written:
         written = Written()
+        asked: deque[asyncio.Task[Reserved | None]] = deque()
         commits: list[asyncio.Task[int | None]] = []
-        ahead: asyncio.Task[Reserved | None] | None = None
         try:
             for index, piece in enumerate(pieces):
-                reserved = await (ahead or self._reserve(piece))
-                ahead = None
-                if index + 1 < len(pieces):
-                    ahead = asyncio.ensure_future(self._reserve(pieces[index + 1]))
+                for later in pieces[index + len(asked) : index + AHEAD_MAX]:
+                    asked.append(asyncio.ensure_future(self._reserve(later)))
+                reserved = await asked[0]
+                asked.popleft()
                 if reserved is None:
                     written.failed += len(piece)
                     continue
@@ -169,14 +173,19 @@ class _InPlace:
                 written.held += held or 0
                 written.failed += len(piece) if held is None else 0
         finally:
-            # what was asked and is not awaited any more is given back when its answer comes
-            unfinished = [
-                task for task in (ahead, *commits) if task is not None and not task.done()
-            ]
-            for task in unfinished:
-                task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
+            await self._give_up([*asked, *commits])
         return written
+
+    async def _give_up(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        """End what was asked and is not awaited any more.
+
+        What is reserved is given back now, or when its answer comes.
+        """
+        for task in tasks:
+            task.cancel()
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(answer, Reserved):
+                self._connection.give_back(answer.ticket)
 
     async def _reserve(self, piece: Sequence[Entry]) -> Reserved | None:
         facts = tuple(map(facts_of, piece))

@@ -98,9 +98,7 @@ class Copies:
         """Keeps the buffers where they are."""
 
     @classmethod
-    def of(
-        cls, targets: Sequence[memoryview | None], sources: Sequence[Buffer]
-    ) -> Copies | None:
+    def of(cls, targets: Sequence[memoryview | None], sources: Sequence[Buffer]) -> Copies | None:
         """`sources` to `targets`, which are as long; None where that is not to be done in C.
 
         Raises ValueError where a target has another length.

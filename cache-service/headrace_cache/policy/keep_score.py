@@ -87,19 +87,21 @@ class KeepScore(Chains):
         """What `admit` does, without its calls: a chain's blocks but for the last go to no cell."""
         self._reach(max(max(slots), max(each.parent for each in facts)))
         children, guards, resident = self._children, self._guards, self._resident
-        known_before = any(children[slot] or guards[slot] for slot in slots)
-        if known_before or self._model.clock + len(slots) >= self._look_at:
+        if any(children[slot] or guards[slot] for slot in slots):  # they were here before
             super().admit_all(slots, facts, now_ms)
             return
         table, mask = self._remembered, len(self._remembered) - 1
-        clock, entries = self._model.clock, 0
+        clock = self._model.clock
         names: list[int] = []
         classes: list[int] = []
         for slot, each in zip(slots, facts, strict=True):
             size_bytes, band, parent, tenant, cost_us, _, name = each
             orphan = parent != NO_SLOT and not resident[parent]
             if orphan or children[slot]:  # its child came just before it
+                self._model.used_all(names, classes)
+                names, classes = [], []
                 self.admit(slot, each, now_ms)
+                clock = self._model.clock
                 continue
             assert not resident[slot], "an entry is admitted once"
             assert parent != slot, "an entry is not its own parent"
@@ -109,7 +111,7 @@ class KeepScore(Chains):
             self._band[slot] = band
             self._tenant[slot] = tenant
             self._used_ms[slot] = now_ms
-            entries += 1
+            self.entries += 1
             self.used_bytes += size_bytes
             self._cost_us[slot] = cost_us = min(cost_us, COST_US_MAX)
             if cost_us:
@@ -127,11 +129,15 @@ class KeepScore(Chains):
             self._uses[slot] = uses
             names.append(name)
             classes.append(band * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1)
-            self._last[slot] = clock + len(names)
+            self._last[slot] = clock = clock + 1
+            if clock >= self._look_at:
+                self._model.used_all(names, classes)
+                names, classes = [], []
+                self._look()
+                table, mask = self._remembered, len(self._remembered) - 1
             if self._fresh != NO_SLOT:
                 self._place_fresh()
             self._fresh = slot
-        self.entries += entries
         self._model.used_all(names, classes)
 
     def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
@@ -139,12 +145,13 @@ class KeepScore(Chains):
         self._place_fresh()
         *inner, last = slots or [NO_SLOT]
         standing = set(map(self._cells.cell_of, inner)) - {NO_CELL}
-        if standing or self._model.clock + len(inner) >= self._look_at:
+        if standing:
             super().touch_all(slots, now_ms, band)
             return
         assert all(map(self._resident.__getitem__, inner)), "only residents are used"
         uses, bands, clock = self._uses, self._band, self._model.clock
-        classes = []
+        names: list[int] = []
+        classes: list[int] = []
         for slot in inner:
             clock += 1
             count = uses[slot]
@@ -155,9 +162,14 @@ class KeepScore(Chains):
                 bands[slot] = band
             self._last[slot] = clock
             self._used_ms[slot] = now_ms
+            names.append(self._name[slot])
             step = count if count < USE_STEPS else USE_STEPS
             classes.append(bands[slot] * USE_STEPS + step - 1)
-        self._model.used_all(list(map(self._name.__getitem__, inner)), classes)
+            if clock >= self._look_at:
+                self._model.used_all(names, classes)
+                names, classes = [], []
+                self._look()
+        self._model.used_all(names, classes)
         if last != NO_SLOT:
             self.touch(last, now_ms, band)
 
