@@ -207,9 +207,10 @@ class Arena:
         self._live += sum(counts)
         return places
 
-    def own(self, place: int, owner: int) -> None:
-        """The live extent at `place` is the owner's from now on."""
-        self._owner[(place - HEADER_BYTES) // GRANULE_BYTES] = owner
+    def own_all(self, places: Sequence[int], owners: Sequence[int]) -> None:
+        """The live extents at `places` are the owners' from now on."""
+        for place, owner in zip(places, owners, strict=True):
+            self._owner[(place - HEADER_BYTES) // GRANULE_BYTES] = owner
 
     def free(self, place: int) -> None:
         """End the live extent at `place`."""

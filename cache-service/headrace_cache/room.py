@@ -78,12 +78,15 @@ class Room:
             self._quotas.took(tenant, charge)
         return place
 
-    def make_at_once(self, tenant: int, sizes: Sequence[int], now_ms: int) -> list[int] | None:
+    def make_at_once(
+        self, tenant: int, sizes: Sequence[int], charge: int, now_ms: int
+    ) -> list[int] | None:
         """Places for entries of `tenant`, to be owned next; None if that takes one by one.
+
+        `charge` is what they take from the budget together.
 
         Where there is no room, those leave who would have left by now had `trim` been called more.
         """
-        charge = sum(map(charged_bytes, sizes))
         missing_bytes = self._quotas.used_bytes + charge - self._quotas.high_bytes
         if missing_bytes > 0:
             over_bytes = self._quotas.used_bytes - self._quotas.low_bytes

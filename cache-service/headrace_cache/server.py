@@ -61,8 +61,6 @@ from headrace_cache.tiers import Tiers, Wanted
 __all__ = ["CacheServer", "Limits"]
 
 SWEEP_EVERY_S = 1.0
-TRIM_AFTER_S = 0.001
-"""From a put on: its client has its answer by then, and asks nothing while it copies."""
 PROBE_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -187,12 +185,12 @@ class CacheServer:
     def _trim_soon(self) -> None:
         """Once the answer is on its way, and its client has something to copy."""
         if self._trimmer is None:
-            self._trimmer = asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim)
+            self._trimmer = asyncio.get_running_loop().call_soon(self._trim)
 
     def _trim(self) -> None:
         self._trimmer = None
         if self.store.trim(self.clock.now_ms()):
-            self._trimmer = asyncio.get_running_loop().call_soon(self._trim)
+            self._trim_soon()
 
     def places(self, connection: Connection, put: Put) -> Sequence[Place]:
         """Where the entries of a put are received: in the arena, or nowhere."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ async def _send_all(
     written = Written()
     puts: list[tuple[int, asyncio.Task[int | None]]] = []
     try:
-        for batch in batches(entries, SENT_BYTES_MAX):
+        for batch in batches(entries, SENT_BYTES_MAX, FIRST_BYTES_MAX):
             if any(put.done() and put.result() is None for _, put in puts):
                 written.failed += len(batch)
                 continue
@@ -154,7 +154,7 @@ class _InPlace:
     async def write(self, pieces: Sequence[Sequence[Entry]]) -> Written:
         written = Written()
         asked: deque[asyncio.Task[Reserved | None]] = deque()
-        commits: list[asyncio.Task[int | None]] = []
+        filled: list[tuple[int, int, Sequence[int]]] = []  # entries, ticket and CRCs, by piece
         try:
             for index, piece in enumerate(pieces):
                 for later in pieces[index + len(asked) : index + AHEAD_MAX]:
@@ -167,20 +167,26 @@ class _InPlace:
                 written.held += reserved.held
                 if reserved.ticket:
                     crcs = await self._fill_or_give_back(piece, reserved)
-                    commit = self._commit(reserved.ticket, crcs)
-                    commits.append(asyncio.ensure_future(commit))
-            for piece, held in zip(pieces, await asyncio.gather(*commits), strict=False):
-                written.held += held or 0
-                written.failed += len(piece) if held is None else 0
-        finally:
+                    filled.append((len(piece), reserved.ticket, crcs))
+        except BaseException:
+            commits = self._begin_commits(filled)
+            await asyncio.sleep(0)  # they are sent; nobody waits for their answers
             await self._give_up([*asked, *commits])
+            raise
+        answers = await asyncio.gather(*self._begin_commits(filled))
+        for (count, _, _), held in zip(filled, answers, strict=True):
+            written.held += held or 0
+            written.failed += count if held is None else 0
         return written
 
-    async def _give_up(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
-        """End what was asked and is not awaited any more.
+    def _begin_commits(
+        self, filled: Sequence[tuple[int, int, Sequence[int]]]
+    ) -> list[asyncio.Task[int | None]]:
+        """All at a time: each would wake the service while it makes the next piece's places."""
+        return [asyncio.ensure_future(self._commit(ticket, crcs)) for _, ticket, crcs in filled]
 
-        What is reserved is given back now, or when its answer comes.
-        """
+    async def _give_up(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+        """Wait no more. What is reserved is given back now, or when its answer comes."""
         for task in tasks:
             task.cancel()
         for answer in await asyncio.gather(*tasks, return_exceptions=True):

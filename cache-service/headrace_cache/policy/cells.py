@@ -59,15 +59,6 @@ class Cells:
             self._next[last] = slot
         self._ends[cell] = (first, slot)
 
-    def add_first(self, slot: int, cell: int) -> None:
-        """`slot`, which stands nowhere, stands in `cell` now, which exists, before all others."""
-        assert self._cell[slot] == NO_CELL, "a slot stands in one cell"
-        first, last = self._ends[cell]
-        self._cell[slot] = cell
-        self._next[slot], self._previous[slot] = first, NOBODY
-        self._previous[first] = slot
-        self._ends[cell] = (slot, last)
-
     def remove(self, slot: int) -> None:
         """`slot` stands nowhere from now on."""
         cell, self._cell[slot] = self._cell[slot], NO_CELL

@@ -357,7 +357,11 @@ class KeepScore(Chains):
         spare: Spare | None,
     ) -> int:
         """Take out `slot`, which stood in the cell of `best`, and its parents as far as they are as
-        old and worth no more: they go before another chain is cut. The bytes of all of them."""
+        old and worth no more, until `size_bytes` are out; how many are.
+
+        What is missing at a time comes from few chains, then. Rejected: going on with the same
+        chain next time (.124 of all blocks hit in place of .127, in a cache for 3,000).
+        """
         score, cell = best
         bucket, clock = cell % BUCKETS, self._model.clock
         oldest, youngest = clock - STARTS[bucket + 1], clock - STARTS[bucket]
@@ -380,22 +384,11 @@ class KeepScore(Chains):
                 and self._tenant[parent] == self._tenant[slot]
                 and oldest < self._last[parent] <= youngest
             ) or self._cell_now(parent) == cell
-            if not alike:
+            spent = spare is not None and spare.get(self._tenant[parent], 0) <= 0
+            if not alike or spent or freed_bytes >= size_bytes or not allowed(parent):
                 self._freed(parent)
                 return freed_bytes
-            spent = spare is not None and spare[self._tenant[parent]] <= 0
-            if spent or freed_bytes >= size_bytes or not allowed(parent):
-                self._freed_next(parent, cell)
-                return freed_bytes
             slot = parent
-
-    def _freed_next(self, slot: int, cell: int) -> None:
-        """`slot` may leave from now on, as the next of `cell`."""
-        if cell in self._cells:
-            self._cells.add_first(slot, cell)
-        else:
-            heapq.heappush(self._order_of(cell), (self._score(cell), cell))
-            self._cells.add(slot, cell)
 
     def _take_out(self, slot: int) -> int:
         """What `remove` does for one without children and pins that stands in no cell any more.
