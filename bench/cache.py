@@ -6,9 +6,13 @@ so that once the budget is full each also evicts.
 What is got is checked by CRC, as always; `get` copies it into the client's own memory, `view` uses
 it where it lies. A put is all of it: naming the entries, their places, the copy, the checksum, and
 whatever leaves for them; a get is from the call to checked bytes in the caller's memory.
-memcpy is one thread's, in the same process, over the same sizes, from a ring larger than the CPU's
-caches to one of the same size in a file in /dev/shm, whose pages are mapped: source and target are
-cold, for a copy as for a put and a get (which read the last CHAINS_READ batches in turn).
+
+What is possible is measured in the same run, over the same sizes. `memcpy`: one thread's,
+from a ring larger than the CPU's caches to one of the same size in a file in /dev/shm, whose pages
+are mapped: source and target are cold, for a copy as for a put and a get (which read the last
+CHAINS_READ batches in turn). `fresh`: the same to pages nobody touched yet. `checked`: the copy
+with a CRC that puts and gets make, by one thread and by all copiers. `loopback`: what two processes
+move over a TCP connection, doing nothing else.
 """
 
 from __future__ import annotations
@@ -19,15 +23,21 @@ import itertools
 import json
 import mmap
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
-from headrace import logs
+from headrace import copying, logs
+from headrace.arena_view import HEADER_BYTES
 from headrace.cache_client import CacheClient, PutEntry, WriteEntry
+from headrace.cache_threads import COPIERS
+from headrace.copying import Copies, copy_checked
 
 BUDGET_BYTES = 1 << 30
 RING_BYTES = 256 << 20
@@ -62,29 +72,105 @@ class Ring:
         ]
 
 
-def memcpy_rate(entries: int, entry_bytes: int, seconds: float) -> float:
-    """Bytes a second of copying batches into shared memory, entry by entry."""
-    ring = Ring(entries, entry_bytes)
-    with tempfile.TemporaryFile(dir="/dev/shm") as file:
-        os.posix_fallocate(file.fileno(), 0, RING_BYTES)
-        target = memoryview(mmap.mmap(file.fileno(), RING_BYTES))
-        room = RING_BYTES // (entries * entry_bytes)
+class Shared:
+    """A ring of shared memory to copy batches to, in places as entries have them in the arena."""
 
-        def step(number: int) -> None:
-            at = number % room * entries * entry_bytes
-            for source in ring.batch(number):
-                target[at : at + entry_bytes] = source
-                at += entry_bytes
+    def __init__(self, entries: int, entry_bytes: int) -> None:
+        self._batch_bytes = entries * entry_bytes
+        self._entry_bytes = entry_bytes
+        self.batches = RING_BYTES // self._batch_bytes
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            size = RING_BYTES + HEADER_BYTES
+            os.posix_fallocate(file.fileno(), 0, size)
+            self._memory = memoryview(mmap.mmap(file.fileno(), size))[HEADER_BYTES:]
 
-        for number in range(room):
-            step(number)
-        times: list[float] = []
-        began = now = time.perf_counter()
-        while now - began < seconds:
-            step(len(times))
-            times.append(time.perf_counter() - now)
-            now = time.perf_counter()
-        return entries * entry_bytes / sorted(times)[len(times) // 2]
+    def batch(self, number: int) -> list[memoryview]:
+        start = number % self.batches * self._batch_bytes
+        size = self._entry_bytes
+        return [
+            self._memory[at : at + size] for at in range(start, start + self._batch_bytes, size)
+        ]
+
+
+def median_rate(step: Callable[[int], None], size_bytes: int, seconds: float) -> float:
+    """Bytes a second of `step`, which moves `size_bytes`, one after the other."""
+    times: list[float] = []
+    began = now = time.perf_counter()
+    while now - began < seconds:
+        step(len(times))
+        times.append(time.perf_counter() - now)
+        now = time.perf_counter()
+    return size_bytes / sorted(times)[len(times) // 2]
+
+
+def copy_rates(entries: int, entry_bytes: int, seconds: float) -> dict[str, float]:
+    """Bytes a second of copying batches into shared memory: `memcpy`, `fresh`, `checked`."""
+    ring, size_bytes = Ring(entries, entry_bytes), entries * entry_bytes
+    shared = Shared(entries, entry_bytes)
+
+    def copy(number: int) -> None:
+        for source, target in zip(ring.batch(number), shared.batch(number), strict=True):
+            target[:] = source
+
+    def checked(number: int, threads: int) -> None:
+        copies = Copies.of(shared.batch(number), ring.batch(number))
+        if copies is None:
+            for source, target in zip(ring.batch(number), shared.batch(number), strict=True):
+                copy_checked(target, source)
+            return
+        helpers = [threading.Thread(target=copies.run) for _ in range(threads - 1)]
+        for helper in helpers:
+            helper.start()
+        copies.run()
+        for helper in helpers:
+            helper.join()
+
+    began = time.perf_counter()
+    for number in range(shared.batches):
+        copy(number)
+    fresh = shared.batches * size_bytes / (time.perf_counter() - began)
+    return {
+        "memcpy": median_rate(copy, size_bytes, seconds),
+        "fresh": fresh,
+        "checked": median_rate(partial(checked, threads=1), size_bytes, seconds),
+        "checked by all": median_rate(partial(checked, threads=COPIERS), size_bytes, seconds),
+    }
+
+
+def loopback_rate(entry_bytes: int, seconds: float) -> float:
+    """Bytes a second that two bare processes move over TCP, from and to rings of their own."""
+    count = RING_BYTES // entry_bytes
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        child = os.fork()
+        if not child:
+            try:
+                _send_for(listener.getsockname(), Ring(1, entry_bytes), seconds)
+            finally:
+                os._exit(0)
+        memory = memoryview(bytearray(b"1" * RING_BYTES))
+        connection, _ = listener.accept()
+    with connection:
+        connection.sendall(b"!")
+        began, received = time.perf_counter(), 0
+        for number in itertools.cycle(range(count)):
+            rest = memory[number * entry_bytes : (number + 1) * entry_bytes]
+            while rest and (came := connection.recv_into(rest)):
+                rest, received = rest[came:], received + came
+            if rest:
+                break
+        rate = received / (time.perf_counter() - began)
+    os.waitpid(child, 0)
+    return rate
+
+
+def _send_for(address: tuple[str, int], ring: Ring, seconds: float) -> None:
+    with socket.create_connection(address) as connection:
+        connection.recv(1)
+        end = time.perf_counter() + seconds
+        for number in itertools.count():
+            if time.perf_counter() > end:
+                return
+            connection.sendall(ring.batch(number)[0])
 
 
 async def timed(
@@ -174,9 +260,12 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Rates of all ways, beside memcpy's; printed as they come."""
     sizes = (entries, entry_bytes)
-    copied = memcpy_rate(*sizes, args.seconds)
-    print(f"batches of {entries} x {entry_bytes} bytes: memcpy {copied / 1e9:.2f} GB/s")
-    results: dict[str, dict[str, float]] = {"memcpy": {"rate": copied}}
+    possible = copy_rates(*sizes, args.seconds)
+    possible["loopback"] = loopback_rate(entry_bytes, args.seconds)
+    copied = possible["memcpy"]
+    text = ", ".join(f"{what} {rate / 1e9:.2f}" for what, rate in possible.items())
+    print(f"batches of {entries} x {entry_bytes} bytes, possible in GB/s: {text}")
+    results: dict[str, dict[str, float]] = {"possible": possible}
     with tempfile.TemporaryDirectory() as folder:
         unix = f"unix://{Path(folder) / 'cache.sock'}"
         tcp = f"tcp://127.0.0.1:{args.port}"
@@ -192,14 +281,15 @@ def compare(
                 server.terminate()
                 server.wait()
             results[f"{way} {in_flight}"] = rates
+            most = possible["loopback"] if way == "tcp" else copied
             text = ", ".join(
-                f"{what} {rate / 1e9:.2f} GB/s ({100 * rate / copied:.0f} %)"
+                f"{what} {rate / 1e9:.2f} GB/s ({100 * rate / most:.0f} %)"
                 for what, rate in rates.items()
             )
             print(f"{way:>6}, {in_flight} in flight: {text}", flush=True)
-    after = memcpy_rate(*sizes, args.seconds)
+    after = copy_rates(*sizes, args.seconds)["memcpy"]
     print(f"memcpy {after / 1e9:.2f} GB/s, at the end")
-    results["memcpy"]["rate_at_the_end"] = after
+    possible["memcpy at the end"] = after
     return results
 
 
@@ -218,6 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logs.setup("bench", level="error")
+    copying.prepare()
     results = {}
     for batch in args.batch or ["32x368640", "16x2097152"]:
         entries, _, entry_bytes = batch.partition("x")

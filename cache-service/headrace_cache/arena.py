@@ -175,36 +175,74 @@ class Arena:
         return HEADER_BYTES + start * GRANULE_BYTES
 
     def take_all(self, sizes: Sequence[int]) -> list[int] | None:
-        """Places of live extents that are NOBODY's yet, or None, if not all fit as they are."""
+        """Places of live extents that are NOBODY's yet, or None, if not all fit as they are.
+
+        One after the other where a free extent takes them all, which a chain's blocks then share:
+        whoever reads or frees them finds them side by side.
+        """
+        counts = list(map(granules, sizes))
+        start = self._pop_free(sum(counts))
+        if start is not None:
+            return self._cut(start, counts)
         places: list[int] = []
         for size_bytes in sizes:
             place = self.take(size_bytes, NOBODY)
             if place is None:
-                for taken in places:
-                    self.free(taken)
+                self.free_all(places)
                 return None
             places.append(place)
         return places
 
-    def own(self, place: int, owner: int) -> None:
-        """The live extent at `place` is the owner's from now on."""
-        self._owner[(place - HEADER_BYTES) // GRANULE_BYTES] = owner
+    def _cut(self, start: int, counts: Sequence[int]) -> list[int]:
+        """Live extents of `counts` granules, cut from the free one at `start`, off its bin."""
+        rest = self._extent[start] - sum(counts)
+        places: list[int] = []
+        for count in counts:
+            self._mark(start, count, _LIVE)
+            self._owner[start] = NOBODY
+            places.append(HEADER_BYTES + start * GRANULE_BYTES)
+            start += count
+        if rest:
+            self._add_free(start, rest)
+        self._live += sum(counts)
+        return places
+
+    def own_all(self, places: Sequence[int], owners: Sequence[int]) -> None:
+        """The live extents at `places` are the owners' from now on."""
+        for place, owner in zip(places, owners, strict=True):
+            self._owner[(place - HEADER_BYTES) // GRANULE_BYTES] = owner
 
     def free(self, place: int) -> None:
         """End the live extent at `place`."""
-        start = (place - HEADER_BYTES) // GRANULE_BYTES
-        assert self._state[start] == _LIVE, "what is freed is live"
-        count = self._extent[start]
-        self._live -= count
-        self._unmark(start, count)
-        after = start + count
+        self.free_all((place,))
+
+    def free_all(self, places: Sequence[int]) -> None:
+        """End the live extents at `places`; those side by side in one go."""
+        start = end = 0
+        for first in sorted((place - HEADER_BYTES) // GRANULE_BYTES for place in places):
+            assert self._state[first] == _LIVE, "what is freed is live"
+            count = self._extent[first]
+            self._unmark(first, count)
+            if first != end:
+                self._free_run(start, end)
+                start = first
+            end = first + count
+        self._free_run(start, end)
+
+    def _free_run(self, start: int, end: int) -> None:
+        """Granules `start` to `end`, live so far and unmarked, are one free extent with those
+        beside them."""
+        if start == end:
+            return
+        self._live -= end - start
+        count = end - start
         if start and self._state[start - 1] == _FREE:
             before = self._extent[start - 1]
             start, count = start - before, count + before
             self._drop_free(start, before)
-        if after < self._grown and self._state[after] == _FREE:
-            count += self._extent[after]
-            self._drop_free(after, self._extent[after])
+        if end < self._grown and self._state[end] == _FREE:
+            count += self._extent[end]
+            self._drop_free(end, self._extent[end])
         self._add_free(start, count)
 
     def _grow(self, count: int) -> bool:

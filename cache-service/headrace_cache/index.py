@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from headrace.frames import KINDS, EntryKey
+from headrace.frames import KINDS, EntryFacts, EntryKey
 from headrace.types import Band
 from headrace_cache.policy.eviction import NO_SLOT, Facts
 
@@ -181,9 +181,44 @@ class Index:
             slot = self._take_slot(key, record.depth)
         if not self.tiers[slot]:
             self._describe(slot, record)
-            self._link(slot, kind, record)
+            self._link(slot, kind, record.parent)
         self.place(slot, tier, place)
         return slot
+
+    def enter_all(
+        self,
+        entries: Sequence[EntryFacts],
+        tenant: int,
+        costs_us: Sequence[int],
+        charges: Sequence[int],
+    ) -> tuple[list[int], list[Facts]]:
+        """As `enter` for each, PENDING, of entries of `tenant` that lie nowhere; and what a policy
+        is told of them, which take `charges` from its budget."""
+        slots: list[int] = []
+        told: list[Facts] = []
+        pending = int(Tier.PENDING)
+        for facts, cost_us, charge in zip(entries, costs_us, charges, strict=True):
+            key, parent, depth, size_bytes, crc, band, _, _, _, layout, _ = facts
+            slot = self._slots[key.kind].get(key.hash, NO_SLOT)
+            if slot == NO_SLOT:
+                slot = self._take_slot(key, depth)
+            assert not self.tiers[slot], "what is entered at once lies nowhere"
+            self.tiers[slot] = pending
+            self.band[slot] = band
+            self.tenant_of[slot] = tenant
+            self.size_bytes[slot] = size_bytes
+            self.crc[slot] = crc
+            self.cost_us[slot] = cost_us = min(cost_us, COST_US_MAX)
+            self.layout[slot] = int.from_bytes(layout)
+            self.ram_place[slot] = self.disk_place[slot] = NO_PLACE
+            if parent:
+                self._link(slot, key.kind, parent)
+            slots.append(slot)
+            name = int.from_bytes(key.hash[:8])
+            link, deep = self.parent[slot], self.depth[slot]
+            told.append(Facts(charge, band, link, tenant, cost_us, deep, name))
+        self.counts[Tier.PENDING] += len(slots)
+        return slots, told
 
     def place(self, slot: int, tier: Tier, place: int = NO_PLACE) -> None:
         """Note that `slot`, which lies somewhere already or is just being entered, lies there."""
@@ -225,6 +260,26 @@ class Index:
                 self._drop_unknown(parent)
         return True
 
+    def leave_all(self, slots: Sequence[int], tier: Tier) -> None:
+        """As `leave` for each."""
+        tiers, parents, children, bit = self.tiers, self.parent, self.children, int(tier)
+        for slot in slots:
+            assert tiers[slot] & bit, "what leaves a tier was there"
+            left = tiers[slot] & ~bit
+            tiers[slot] = left
+            if left:
+                continue
+            parent, parents[slot] = parents[slot], NO_SLOT
+            if not children[slot]:
+                del self._slots[KINDS[self.kind[slot]]][self._hashes[slot]]
+                self._hashes[slot] = b""
+                self._free.append(slot)
+            if parent != NO_SLOT:
+                children[parent] -= 1
+                if not tiers[parent]:
+                    self._drop_unknown(parent)
+        self.counts[tier] -= len(slots)
+
     def raise_band(self, slot: int, band: Band) -> None:
         """A request of `band` used `slot`."""
         self.band[slot] = min(self.band[slot], band)
@@ -262,17 +317,17 @@ class Index:
         self.layout[slot] = record.layout
         self.ram_place[slot] = self.disk_place[slot] = NO_PLACE
 
-    def _link(self, slot: int, kind: str, record: Record) -> None:
-        """Make the parent that `record` names the slot's own, if depths agree.
+    def _link(self, slot: int, kind: str, parent_hash: bytes) -> None:
+        """Make the parent of that name the slot's own, if depths agree.
 
         A slot that its children brought has the depth that the first of them said; a parent that
         nobody put gets a slot, so that it has its children when it comes.
         """
-        if not record.parent or not self.depth[slot]:
+        if not parent_hash or not self.depth[slot]:
             return
-        parent = self._slots[kind].get(record.parent, NO_SLOT)
+        parent = self._slots[kind].get(parent_hash, NO_SLOT)
         if parent == NO_SLOT:
-            parent = self._take_slot(EntryKey(kind, record.parent), self.depth[slot] - 1)
+            parent = self._take_slot(EntryKey(kind, parent_hash), self.depth[slot] - 1)
         elif self.depth[parent] != self.depth[slot] - 1:
             return
         self.parent[slot] = parent

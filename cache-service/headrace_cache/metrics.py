@@ -127,6 +127,8 @@ def _families(stats: dict[str, Any]) -> Iterable[Metric]:
         ("reserved_bytes", "charged for what is being written"),
         ("pinned_bytes", "charged for what is pinned, and what stands before it"),
         ("leases", "runs that are being read"),
+        ("shared_bytes", "of memory that clients of this host map; 0: they use the socket"),
+        ("huge_pages", "1 if the kernel gives huge pages to it"),
         ("connections", "clients connected"),
     ):
         yield GaugeMetricFamily(f"headrace_cache_{name}", help_text, value=stats[name])

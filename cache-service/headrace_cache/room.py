@@ -78,12 +78,15 @@ class Room:
             self._quotas.took(tenant, charge)
         return place
 
-    def make_at_once(self, tenant: int, sizes: Sequence[int], now_ms: int) -> list[int] | None:
+    def make_at_once(
+        self, tenant: int, sizes: Sequence[int], charge: int, now_ms: int
+    ) -> list[int] | None:
         """Places for entries of `tenant`, to be owned next; None if that takes one by one.
+
+        `charge` is what they take from the budget together.
 
         Where there is no room, those leave who would have left by now had `trim` been called more.
         """
-        charge = sum(map(charged_bytes, sizes))
         missing_bytes = self._quotas.used_bytes + charge - self._quotas.high_bytes
         if missing_bytes > 0:
             over_bytes = self._quotas.used_bytes - self._quotas.low_bytes
@@ -117,8 +120,7 @@ class Room:
             self._outranked = newcomer
             slots.remove(newcomer)
         self.leaving(slots)
-        for slot in slots:
-            self.vacate(slot)
+        self.vacate_all(slots)
         return len(victims)
 
     def trim(self, now_ms: int) -> bool:
@@ -162,16 +164,23 @@ class Room:
     def _moved(self, slot: int, place: int) -> None:
         self._index.place(slot, Tier.RAM, place)
 
-    def vacate(self, slot: int) -> None:
-        """Forget that `slot`, which the policy has forgotten, is in RAM."""
-        place, tenant = self._index.ram_place[slot], self._index.tenant_of[slot]
-        charge = charged_bytes(self._index.size_bytes[slot])
-        self._index.leave(slot, Tier.RAM)
-        if self._leases.is_held(place):
-            self._arena.disown(place)
-            self._orphans[place] = (tenant, charge)
-        else:
-            self._arena.free(place)
+    def vacate_all(self, slots: Sequence[int]) -> None:
+        """Forget that `slots`, which the policy has forgotten, are in RAM."""
+        index, is_held = self._index, self._leases.is_held
+        free: list[int] = []
+        given: dict[int, int] = {}  # bytes by tenant
+        for slot in slots:
+            place, tenant = index.ram_place[slot], index.tenant_of[slot]
+            charge = charged_bytes(index.size_bytes[slot])
+            if is_held(place):
+                self._arena.disown(place)
+                self._orphans[place] = (tenant, charge)
+            else:
+                free.append(place)
+                given[tenant] = given.get(tenant, 0) + charge
+        index.leave_all(slots, Tier.RAM)
+        self._arena.free_all(free)
+        for tenant, charge in given.items():
             self._quotas.gave(tenant, charge)
 
     def give_up(self, slot: int, place: int) -> None:

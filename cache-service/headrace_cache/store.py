@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.checksum import checksum
 from headrace.frames import KINDS, EntryFacts, EntryKey
@@ -86,13 +86,17 @@ class Reservation:
     outcomes: tuple[Outcome, ...]
 
 
-@dataclass(slots=True)
-class _Writing:
+class _Writing(NamedTuple):
     """An entry between reserve and commit."""
 
     slot: int
     place: int
     pin_ms: int
+
+
+def _cost_us(facts: EntryFacts) -> int:
+    """What computing an entry again takes."""
+    return math.ceil(1000 * (facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT))
 
 
 class Store:
@@ -224,14 +228,12 @@ class Store:
 
     def reserve(self, holder: int, entries: Sequence[EntryFacts], now_ms: int) -> Reservation:
         """Places for `holder` to write `entries` to, parents first; room is made for them."""
-        places_at_once = self._reserve_at_once(entries, now_ms)
-        if places_at_once is not None:
+        at_once = self._reserve_at_once(entries, now_ms)
+        if at_once is not None:
             ticket = self.leases.new_number()
-            self._tickets.setdefault(holder, {})[ticket] = [
-                _Writing(self.arena.owner(place), place, facts.pin_ms)
-                for place, facts in zip(places_at_once, entries, strict=True)
-            ]
-            return Reservation(ticket, tuple(places_at_once), (Outcome.KEPT,) * len(entries))
+            self._tickets.setdefault(holder, {})[ticket] = at_once
+            given = tuple(each.place for each in at_once)
+            return Reservation(ticket, given, (Outcome.KEPT,) * len(entries))
         writing: list[_Writing] = []
         places: list[int] = []
         outcomes: list[Outcome] = []
@@ -254,7 +256,7 @@ class Store:
             self._tickets.setdefault(holder, {})[ticket] = writing
         return Reservation(ticket, tuple(places), tuple(outcomes))
 
-    def _reserve_at_once(self, entries: Sequence[EntryFacts], now_ms: int) -> list[int] | None:
+    def _reserve_at_once(self, entries: Sequence[EntryFacts], now_ms: int) -> list[_Writing] | None:
         """What `_reserve_one` does for each; None if they are not all new, or have no room yet."""
         index, tenant = self.index, entries[0].tenant
         keys = {facts.key for facts in entries}
@@ -266,16 +268,16 @@ class Store:
         if self.reserved_bytes + sum(charges) > self.reserved_bytes_max:
             return None
         number = index.tenant(tenant)
-        places = self._room.make_at_once(number, [facts.size_bytes for facts in entries], now_ms)
+        sizes = [facts.size_bytes for facts in entries]
+        places = self._room.make_at_once(number, sizes, sum(charges), now_ms)
         if places is None:
             return None
         self.reserved_bytes += sum(charges)
-        slots = [index.enter(facts.key, self._record(facts), Tier.PENDING) for facts in entries]
-        told = list(map(index.facts, slots, charges))
+        slots, told = index.enter_all(entries, number, list(map(_cost_us, entries)), charges)
         self._policy.admit_all(slots, told, now_ms)
-        for place, slot in zip(places, slots, strict=True):
-            self.arena.own(place, slot)
-        return places
+        self.arena.own_all(places, slots)
+        pins = [facts.pin_ms for facts in entries]
+        return list(map(_Writing, slots, places, pins))
 
     def _reserve_one(self, facts: EntryFacts, now_ms: int) -> tuple[int, Outcome]:
         slot = self.index.find(facts.key, _WRITTEN)
@@ -413,7 +415,7 @@ class Store:
         for tally in self._tallies(slot):
             tally.entries -= 1
             tally.bytes -= self.index.size_bytes[slot]
-        self._room.vacate(slot)
+        self._room.vacate_all((slot,))
 
     # telling
 
@@ -434,7 +436,6 @@ class Store:
         )
 
     def _record(self, facts: EntryFacts) -> Record:
-        cost_ms = facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT
         return Record(
             facts.parent,
             facts.depth,
@@ -442,7 +443,7 @@ class Store:
             facts.crc,
             facts.band,
             self.index.tenant(facts.tenant),
-            math.ceil(1000 * cost_ms),
+            _cost_us(facts),
             int.from_bytes(facts.layout),
         )
 
@@ -466,6 +467,8 @@ class Store:
             "pinned_bytes": self._policy.pinned_bytes,
             "leases": len(self.leases),
             "entries": len(self),
+            "shared_bytes": self.arena.mapped_bytes if self.arena.path else 0,
+            "huge_pages": int(self.arena.huge_pages),
         }
 
     def check_integrity(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from headrace import copying
 from headrace.arena_view import ArenaView
 from headrace.cache_entries import (
     BATCH_ENTRIES_MAX,
@@ -87,6 +88,7 @@ class CacheClient:
         `arena`: read and write the service's memory in place, where it runs on this host.
         """
         address = parse_address(url)
+        copying.prepare()
         self.counts = ClientCounts()
         self._timeout_s = timeout_s
         self._put_timeout_s = put_timeout_s

@@ -25,6 +25,7 @@ from headrace.types import Band
 
 BATCH_BYTES_MAX = 16 * 1024 * 1024
 BATCH_ENTRIES_MAX = 256
+GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +135,20 @@ def facts_of(entry: Entry, crc: int = 0) -> EntryFacts:
 def batches(
     entries: Sequence[Entry], size_bytes_max: int = BATCH_BYTES_MAX, first_bytes_max: int = 0
 ) -> list[list[Entry]]:
-    """`entries` in order, cut where a batch would grow too large; 0: the first as large as any."""
+    """`entries` in order, cut where a batch would grow too large.
+
+    The first is of `first_bytes_max` (0: as large as any), each of the others up to GROWTH times
+    what the one before it was allowed.
+    """
     cut: list[list[Entry]] = []
+    limit_bytes = min(first_bytes_max or size_bytes_max, size_bytes_max)
     room_bytes = 0
     for entry in entries:
         size_bytes = entry.size_bytes
         room_bytes -= size_bytes
         if not cut or room_bytes < 0 or len(cut[-1]) >= BATCH_ENTRIES_MAX:
-            limit_bytes = size_bytes_max if cut or not first_bytes_max else first_bytes_max
             room_bytes = limit_bytes - size_bytes
+            limit_bytes = min(GROWTH * limit_bytes, size_bytes_max)
             cut.append([])
         cut[-1].append(entry)
     return cut

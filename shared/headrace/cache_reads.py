@@ -15,9 +15,7 @@ import structlog
 
 from headrace.arena_view import ArenaView
 from headrace.cache_lane import Answered, ClientCounts, Connection, Lane
-from headrace.cache_threads import in_threads
-from headrace.checksum import checksum
-from headrace.copying import copy_checked
+from headrace.cache_threads import copy_all
 from headrace.errors import WireError
 from headrace.frames import DISK, KEYS_MAX, Counted, EntryKey, Get, Lend, Lent, RunOf, Verify
 from headrace.types import Band
@@ -171,11 +169,11 @@ async def _leading_good(
 ) -> int:
     """How many of `blocks`, from the first on, have their CRC; there or, copied, in `targets`."""
 
-    def check(number: int) -> bool:
-        block = blocks[number]
-        if targets is None or block is targets[number]:  # received right there
-            return checksum(block) == crcs[number]
-        return copy_checked(targets[number], block) == crcs[number]
-
-    flags = await in_threads(check, list(map(len, blocks)))
+    places = [
+        # what was received right there is checked there
+        None if targets is None or block is targets[number] else targets[number]
+        for number, block in enumerate(blocks)
+    ]
+    found = await copy_all(places, blocks)
+    flags = [crc == expected for crc, expected in zip(found, crcs, strict=False)]
     return flags.index(False) if False in flags else len(flags)

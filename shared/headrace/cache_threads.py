@@ -16,7 +16,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from headrace.checksum import checksum
+from headrace.copying import Copies, copy_checked
+from headrace.frames import Buffer
 
 COPIERS = 2
 """Threads in a process; two saturate what a few cores share of the memory."""
@@ -27,6 +31,16 @@ INLINE_BYTES_MAX = 1024 * 1024
 T = TypeVar("T")
 
 
+class _Share(Protocol):
+    """Work that several threads do together, each taking what nobody else has begun."""
+
+    def run(self) -> None: ...
+
+    def stop(self) -> None:
+        """Whoever runs begins nothing more."""
+        ...
+
+
 async def in_threads(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
     """`work(number)` for each entry of `sizes`, by the copiers if they are large.
 
@@ -34,28 +48,80 @@ async def in_threads(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
     """
     if sum(sizes) <= INLINE_BYTES_MAX:
         return [work(number) for number in range(len(sizes))]
-    batch = _Batch(work, len(sizes))
-    _copiers().begin(batch, min(COPIERS, len(sizes)))
+    calls = _Calls(work, len(sizes))
+    await _together(calls, len(sizes))
+    return calls.results
+
+
+async def copy_all(targets: Sequence[memoryview | None], sources: Sequence[Buffer]) -> list[int]:
+    """Copy each of `sources` to its target, if it has one; the CRC-32C of each.
+
+    Raises ValueError where a target has another length.
+    """
+    copies = Copies.of(targets, sources)
+    sizes = list(map(len, sources))
+    if copies is None:
+
+        def work(number: int) -> int:
+            target = targets[number]
+            return (
+                checksum(sources[number])
+                if target is None
+                else copy_checked(target, sources[number])
+            )
+
+        return await in_threads(work, sizes)
+    if sum(sizes) <= INLINE_BYTES_MAX:
+        copies.run()
+    else:
+        await _together(copies, len(sizes))
+    return copies.crcs
+
+
+async def _together(share: _Share, count: int) -> None:
+    """Have the copiers do `share`, of `count` parts. Raises what one of them raised."""
+    batch = _Batch(share)
+    _copiers().begin(batch, min(COPIERS, count))
     try:
         await asyncio.shield(batch.done)
     finally:
         if not batch.done.done():
             batch.stop()
             await asyncio.wait({batch.done})
-    return batch.results()
+    if batch.errors:
+        raise batch.errors[0]
 
 
-class _Batch(Generic[T]):
-    """Entries that threads take one after the other, and what came out."""
+class _Calls:
+    """A function called for number after number, and what came out."""
 
-    def __init__(self, work: Callable[[int], T], count: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.done = self._loop.create_future()
+    def __init__(self, work: Callable[[int], Any], count: int) -> None:
+        self.results: list[Any] = [None] * count
         self._work = work
-        self._results: list[Any] = [None] * count
         # taking its next number is one step under Python's lock
         self._numbers: Iterator[int] = iter(range(count))
-        self._errors: list[BaseException] = []
+
+    def run(self) -> None:
+        try:
+            for number in self._numbers:
+                self.results[number] = self._work(number)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        for _ in self._numbers:
+            pass
+
+
+class _Batch:
+    """A share of work while threads do it; `done` when none is at it any more."""
+
+    def __init__(self, share: _Share) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.done = self._loop.create_future()
+        self.errors: list[BaseException] = []
+        self._share = share
         self._lock = threading.Lock()
         self._running = 0
         self._over = False
@@ -67,11 +133,9 @@ class _Batch(Generic[T]):
                 return
             self._running += 1
         try:
-            for number in self._numbers:
-                self._results[number] = self._work(number)
+            self._share.run()
         except BaseException as error:  # handed on: whoever waits is told
-            self._errors.append(error)
-            self._skip_rest()
+            self.errors.append(error)
         with self._lock:
             self._running -= 1
             last = self._running == 0
@@ -79,13 +143,9 @@ class _Batch(Generic[T]):
         if last:
             self._loop.call_soon_threadsafe(self._finish)
 
-    def _skip_rest(self) -> None:
-        for _ in self._numbers:
-            pass
-
     def stop(self) -> None:
-        """Begin no further entry; `done` once none is being worked on."""
-        self._skip_rest()
+        """Begin nothing more; `done` once nothing is being worked on."""
+        self._share.stop()
         with self._lock:
             idle = self._running == 0
             self._over = self._over or idle
@@ -96,23 +156,17 @@ class _Batch(Generic[T]):
         if not self.done.done():
             self.done.set_result(None)
 
-    def results(self) -> list[T]:
-        """What each call returned, once all is done. Raises what one of them raised."""
-        if self._errors:
-            raise self._errors[0]
-        return self._results
-
 
 class _Copiers:
     """The threads. Daemons: what waits for them holds the process up, they themselves do not."""
 
     def __init__(self) -> None:
-        self._batches: SimpleQueue[_Batch[Any]] = SimpleQueue()
+        self._batches: SimpleQueue[_Batch] = SimpleQueue()
         for number in range(COPIERS):
             name = f"headrace-copier-{number}"
             threading.Thread(target=self._work_for_ever, name=name, daemon=True).start()
 
-    def begin(self, batch: _Batch[Any], helpers: int) -> None:
+    def begin(self, batch: _Batch, helpers: int) -> None:
         for _ in range(helpers):
             self._batches.put(batch)
 

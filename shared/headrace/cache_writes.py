@@ -7,15 +7,17 @@ or was given up is never committed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
 from headrace.arena_view import ArenaView
-from headrace.cache_entries import Entry, batches, facts_of
+from headrace.cache_entries import Entry, PutEntry, batches, facts_of
 from headrace.cache_lane import Connection, Lane
-from headrace.cache_threads import in_threads
+from headrace.cache_threads import copy_all, in_threads
 from headrace.checksum import checksum
 from headrace.errors import WireError
 from headrace.frames import Buffer, Commit, Counted, Put, Reserve, Reserved
@@ -27,10 +29,12 @@ NOWHERE = -1
 PIECE_BYTES_MAX = 16 * 1024 * 1024
 """Reserved and copied at a time: some 2 ms."""
 
-FIRST_BYTES_MAX = 4 * 1024 * 1024
-"""The first piece where nothing else is under way: copying begins the sooner, and the next piece's
+FIRST_BYTES_MAX = 1024 * 1024
+"""The first piece where nothing else is under way: copying begins the sooner, and the next pieces'
 places are made meanwhile."""
 
+AHEAD_MAX = 3
+"""Pieces that places are asked for at a time."""
 
 SENT_BYTES_MAX = 4 * 1024 * 1024
 SENT_FRAMES_MAX = 4
@@ -74,7 +78,7 @@ async def _send_all(
     written = Written()
     puts: list[tuple[int, asyncio.Task[int | None]]] = []
     try:
-        for batch in batches(entries, SENT_BYTES_MAX):
+        for batch in batches(entries, SENT_BYTES_MAX, FIRST_BYTES_MAX):
             if any(put.done() and put.result() is None for _, put in puts):
                 written.failed += len(batch)
                 continue
@@ -104,6 +108,10 @@ async def _filled(batch: Sequence[Entry]) -> list[tuple[Buffer, int]]:
         payload = batch[number].payload()
         return payload, checksum(payload)
 
+    ready = [entry.data for entry in batch if isinstance(entry, PutEntry)]
+    if len(ready) == len(batch):
+        crcs = await copy_all([None] * len(ready), ready)
+        return list(zip(ready, crcs, strict=True))
     return await in_threads(work, [entry.size_bytes for entry in batch])
 
 
@@ -127,7 +135,7 @@ async def _send(
 
 
 class _InPlace:
-    """Reserve, copy, commit: while one piece is copied, the next one's places are made free."""
+    """Reserve, copy, commit: while one piece is copied, the next ones' places are made free."""
 
     def __init__(
         self,
@@ -145,34 +153,45 @@ class _InPlace:
 
     async def write(self, pieces: Sequence[Sequence[Entry]]) -> Written:
         written = Written()
-        commits: list[asyncio.Task[int | None]] = []
-        ahead: asyncio.Task[Reserved | None] | None = None
+        asked: deque[asyncio.Task[Reserved | None]] = deque()
+        filled: list[tuple[int, int, Sequence[int]]] = []  # entries, ticket and CRCs, by piece
         try:
             for index, piece in enumerate(pieces):
-                reserved = await (ahead or self._reserve(piece))
-                ahead = None
-                if index + 1 < len(pieces):
-                    ahead = asyncio.ensure_future(self._reserve(pieces[index + 1]))
+                for later in pieces[index + len(asked) : index + AHEAD_MAX]:
+                    asked.append(asyncio.ensure_future(self._reserve(later)))
+                reserved = await asked[0]
+                asked.popleft()
                 if reserved is None:
                     written.failed += len(piece)
                     continue
                 written.held += reserved.held
                 if reserved.ticket:
                     crcs = await self._fill_or_give_back(piece, reserved)
-                    commit = self._commit(reserved.ticket, crcs)
-                    commits.append(asyncio.ensure_future(commit))
-            for piece, held in zip(pieces, await asyncio.gather(*commits), strict=False):
-                written.held += held or 0
-                written.failed += len(piece) if held is None else 0
-        finally:
-            # what was asked and is not awaited any more is given back when its answer comes
-            unfinished = [
-                task for task in (ahead, *commits) if task is not None and not task.done()
-            ]
-            for task in unfinished:
-                task.cancel()
-            await asyncio.gather(*unfinished, return_exceptions=True)
+                    filled.append((len(piece), reserved.ticket, crcs))
+        except BaseException:
+            commits = self._begin_commits(filled)
+            await asyncio.sleep(0)  # they are sent; nobody waits for their answers
+            await self._give_up([*asked, *commits])
+            raise
+        answers = await asyncio.gather(*self._begin_commits(filled))
+        for (count, _, _), held in zip(filled, answers, strict=True):
+            written.held += held or 0
+            written.failed += count if held is None else 0
         return written
+
+    def _begin_commits(
+        self, filled: Sequence[tuple[int, int, Sequence[int]]]
+    ) -> list[asyncio.Task[int | None]]:
+        """All at a time: each would wake the service while it makes the next piece's places."""
+        return [asyncio.ensure_future(self._commit(ticket, crcs)) for _, ticket, crcs in filled]
+
+    async def _give_up(self, tasks: Collection[asyncio.Task[Any]]) -> None:
+        """Wait no more. What is reserved is given back now, or when its answer comes."""
+        for task in tasks:
+            task.cancel()
+        for answer in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(answer, Reserved):
+                self._connection.give_back(answer.ticket)
 
     async def _reserve(self, piece: Sequence[Entry]) -> Reserved | None:
         facts = tuple(map(facts_of, piece))
@@ -216,4 +235,7 @@ async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int])
         entry, view = given[number]
         return entry.fill_checked(view)
 
+    ready = [entry.data for entry, _ in given if isinstance(entry, PutEntry)]
+    if len(ready) == len(given):
+        return await copy_all([view for _, view in given], ready)
     return await in_threads(work, [entry.size_bytes for entry, _ in given])

@@ -1,5 +1,8 @@
 """Copying bytes, and checking the copy, while other threads run.
 
+Where there is a compiler, whole batches are copied and checked by C of our own (`csrc/copying.c`),
+in one call without Python's lock; else piece by piece, by memmove and the CRC's package.
+
 Invariant: what is copied is what a slice assignment would copy; a checksum is the copy's own.
 Rejected: slice assignment for large copies. It keeps Python's lock, so that a thread which copies
 and checks entry after entry starves the event loop beside it, for the interpreter's whole switch
@@ -9,8 +12,15 @@ interval at a time; numpy, which the gateway and the service would need for noth
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
+from array import array
+from collections.abc import Sequence
+
+import structlog
 
 from headrace.checksum import checksum
+from headrace.compiled import BuildError, build, path_of
 from headrace.frames import Buffer
 
 LOCKED_BYTES_MAX = 32 * 1024
@@ -18,6 +28,14 @@ LOCKED_BYTES_MAX = 32 * 1024
 
 CHECKED_BYTES = 512 * 1024
 """Copied and then checked at a time: still in the CPU's nearer caches."""
+
+VARIABLE = "HEADRACE_KERNELS"
+"""`off`: no C of our own, as for the worker's kernels."""
+
+_JOB_WORDS = 4
+"""Of a job in C: target, source, size, and the CRC that is its answer."""
+
+log = structlog.get_logger(__name__)
 
 
 def copy_bytes(target: memoryview, source: Buffer) -> None:
@@ -63,3 +81,104 @@ def _address(buffer: Buffer) -> int:
     if isinstance(buffer, memoryview) and (buffer.readonly or not buffer.contiguous):
         return 0
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class Copies:
+    """A batch of copies in C, or of checksums where there is no target; `crcs` are the answers.
+
+    Any number of threads may `run` it at a time: they share its entries out among them.
+    """
+
+    def __init__(self, library: ctypes.CDLL, jobs: array[int], held: object) -> None:
+        self._library = library
+        self._jobs = jobs
+        self._count = len(jobs) // _JOB_WORDS
+        self._next = array("q", [0])
+        self._held = held
+        """Keeps the buffers where they are."""
+
+    @classmethod
+    def of(cls, targets: Sequence[memoryview | None], sources: Sequence[Buffer]) -> Copies | None:
+        """`sources` to `targets`, which are as long; None where that is not to be done in C.
+
+        Raises ValueError where a target has another length.
+        """
+        library = _library.found
+        if library is None:
+            return None
+        jobs: list[int] = []
+        for target, source in zip(targets, sources, strict=True):
+            start = _address(source)
+            if not start:
+                return None
+            if target is not None:
+                _check_lengths(target, source)
+            jobs += (0 if target is None else _address(target), start, len(source), 0)
+        return cls(library, array("Q", jobs), (targets, sources))
+
+    def run(self) -> None:
+        """Do what nobody else has begun; without Python's lock."""
+        jobs, following = self._jobs.buffer_info()[0], self._next.buffer_info()[0]
+        self._library.headrace_copy(jobs, self._count, following)
+
+    def stop(self) -> None:
+        """Whoever runs begins nothing more."""
+        self._next[0] = self._count
+
+    @property
+    def crcs(self) -> list[int]:
+        return self._jobs[_JOB_WORDS - 1 :: _JOB_WORDS].tolist()
+
+
+class _Library:
+    """The compiled copies: looked for once in a process, and made in the background."""
+
+    def __init__(self) -> None:
+        self.found: ctypes.CDLL | None = None
+        self.state = "not asked for"
+        self._asked = threading.Lock()
+
+    def prepare(self) -> None:
+        if not self._asked.acquire(blocking=False):
+            return
+        if os.environ.get(VARIABLE) == "off":
+            self.state = "off"
+            return
+        try:
+            if path_of("copying").exists():
+                self._load()
+                return
+        except OSError as error:
+            self.state = str(error)
+            return
+        self.state = "being compiled"
+        threading.Thread(target=self._load, name="headrace-compiler", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            library = ctypes.CDLL(str(build("copying")))
+            runs_here = bool(library.headrace_copying_runs_here())
+        except (BuildError, OSError, AttributeError) as error:
+            self.state = str(error)
+            log.info("copies are made without C of our own", reason=self.state)
+            return
+        if not runs_here:
+            self.state = "this processor has no SSE 4.2"
+            return
+        pointer = ctypes.c_void_p
+        library.headrace_copy.argtypes = (pointer, ctypes.c_int64, pointer)
+        library.headrace_copy.restype = None
+        self.found, self.state = library, "native"
+
+
+_library = _Library()
+
+
+def prepare() -> None:
+    """Have copies made in C from now on, or from when it is compiled; once in a process."""
+    _library.prepare()
+
+
+def state() -> str:
+    """ "native", or why not."""
+    return _library.state

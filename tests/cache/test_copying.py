@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
+import random
+import shutil
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cache.builders import data_of
-from headrace import cache_threads
-from headrace.cache_threads import COPIERS, in_threads
+from headrace import cache_threads, copying
+from headrace.cache_threads import COPIERS, copy_all, in_threads
 from headrace.checksum import checksum
-from headrace.copying import CHECKED_BYTES, copy_checked
+from headrace.compiled import COMPILERS, MACHINES
+from headrace.copying import CHECKED_BYTES, Copies, copy_checked
 
 LARGE = cache_threads.INLINE_BYTES_MAX
 PATIENCE_S = 20.0
@@ -140,3 +148,107 @@ async def test_a_forked_process_has_copiers_of_its_own() -> None:
             os._exit(code)
     status = (await asyncio.to_thread(os.waitpid, pid, 0))[1]
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Starts a process's copies anew, with a cache directory of their own; what they are then."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(copying.VARIABLE, raising=False)
+    monkeypatch.setattr(copying, "_library", copying._Library())
+
+    def prepared() -> str:
+        copying.prepare()
+        for thread in threading.enumerate():
+            if thread.name == "headrace-compiler":
+                thread.join(PATIENCE_S)
+        return copying.state()
+
+    return prepared
+
+
+needs_compiler = pytest.mark.skipif(
+    platform.machine() not in MACHINES or not any(map(shutil.which, COMPILERS)),
+    reason="no C compiler, or not for this processor",
+)
+
+
+@needs_compiler
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 40_000), min_size=1, max_size=5),
+    offsets=st.tuples(st.integers(0, 80), st.integers(0, 80)),
+    seed=st.integers(0, 1000),
+)
+def test_copies_in_c_are_those_of_python(
+    native: None, sizes: list[int], offsets: tuple[int, int], seed: int
+) -> None:
+    """Any sizes at any addresses: the bytes, nothing beside them, and the CRCs."""
+    total, (out, into) = sum(sizes), offsets
+    data = bytearray(random.Random(seed).randbytes(total + out))
+    memory = bytearray(total + into + 8)
+    sources, targets, at = [], [], 0
+    for size in sizes:
+        sources.append(memoryview(data)[out + at : out + at + size])
+        targets.append(memoryview(memory)[into + at : into + at + size])
+        at += size
+    copies = Copies.of(targets, sources)
+    assert copies is not None
+    copies.run()
+    assert memory == bytes(into) + data[out:] + bytes(8)
+    assert copies.crcs == [checksum(source) for source in sources]
+    summed = Copies.of([None] * len(sources), [bytes(source) for source in sources])
+    assert summed is not None
+    summed.run()
+    assert summed.crcs == copies.crcs
+
+
+@pytest.fixture(scope="module")
+def native() -> None:
+    copying.prepare()
+    end = time.monotonic() + PATIENCE_S
+    while copying.state() == "being compiled" and time.monotonic() < end:
+        time.sleep(0.01)
+    assert copying.state() == "native"
+
+
+@needs_compiler
+def test_copies_are_compiled_once(compiled: Callable[[], str], tmp_path: Path) -> None:
+    """The first process compiles; the next one finds the library and has it at once."""
+    assert compiled() == "native"
+    (library,) = (tmp_path / "kernels").glob("copying-*.so")
+    before = library.stat().st_mtime_ns
+    copying._library = copying._Library()
+    copying.prepare()
+    assert copying.state() == "native"
+    assert library.stat().st_mtime_ns == before
+
+
+@needs_compiler
+async def test_without_a_compiler_python_copies(
+    compiled: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor with one that fails, nor where it is switched off."""
+    sources = [data_of(number, LARGE) for number in range(3)]
+    for variable, value in (("PATH", "/nowhere"), ("CC", "false"), (copying.VARIABLE, "off")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            copying._library = copying._Library()
+            assert compiled() not in ("native", "being compiled")
+            memory = [bytearray(LARGE) for _ in sources]
+            assert Copies.of(list(map(memoryview, memory)), sources) is None
+            crcs = await copy_all(list(map(memoryview, memory)), sources)
+            assert memory == sources
+            assert crcs == list(map(checksum, sources)) == await copy_all([None] * 3, sources)
+
+
+@needs_compiler
+async def test_a_batch_of_copies_that_is_given_up_begins_no_further_one(native: None) -> None:
+    """`stop` leaves what was not begun, and `done` comes all the same."""
+    sources = [bytearray(data_of(number, 1000)) for number in range(10)]
+    memory = [bytearray(1000) for _ in sources]
+    copies = Copies.of(list(map(memoryview, memory)), sources)
+    assert copies is not None
+    copies.stop()
+    copies.run()
+    assert not any(map(any, memory))

@@ -64,6 +64,21 @@ def test_an_unmeasured_entry_counts_as_average() -> None:
     assert leave(policy, 3) == [1, 2, 0]
 
 
+def test_a_chain_leaves_from_its_end_before_another_is_cut() -> None:
+    """Blocks that were used together leave together, as far as nobody else needs them."""
+    policy = KeepScore()
+    first, second = range(4), range(4, 8)
+    for members in (first, second):
+        for slot in members:
+            parent = slot - 1 if slot > members[0] else NO_SLOT
+            policy.admit(slot, facts(parent=parent), 0)
+    policy.admit(8, facts(parent=1), 0)  # another chain shares the first two blocks
+    assert leave(policy, 3) == [3, 2, 7], "then the next chain: block 1 is needed"
+    policy.check_integrity()
+    assert leave(policy, 2) == [8, 1], "whose turn it is, and what nobody else needs now"
+    policy.check_integrity()
+
+
 def test_recency_counts_through_aging() -> None:
     """With equal use and cost, what was used before an eviction leaves before what came after."""
     policy = KeepScore()

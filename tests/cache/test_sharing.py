@@ -6,13 +6,14 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from cache.builders import chain, client_of, data_of, hash_of, make_store, serving
+from cache.builders import chain, client_of, data_of, folder_of, hash_of, make_store, serving
 from headrace import cache_threads
-from headrace.cache_client import CacheClient, PutEntry, WriteEntry
+from headrace.cache_client import CacheClient, Entry, PutEntry, WriteEntry
 from headrace.errors import WireError
 from headrace.frame_codec import encode
 from headrace.frames import KV, EntryKey, Lend
@@ -85,6 +86,27 @@ async def test_what_fails_to_copy_itself_is_not_stored(url: str) -> None:
             await client.write([WriteEntry(hash_of(1), 100, broken)])
         await eventually(lambda: server.store.reserved_bytes == 0)
         assert await client.get_run([hash_of(1)]) == []
+
+
+async def test_places_that_were_asked_for_ahead_are_given_back(url: str) -> None:
+    """The first of several pieces fails once the next ones' places are there."""
+    size = 600_000
+
+    def broken(view: memoryview) -> None:
+        time.sleep(0.05)  # in a copier: the next pieces' places come meanwhile
+        raise RuntimeError("the block is gone")
+
+    entries: list[Entry] = [PutEntry(hash_of(n), data_of(n, size)) for n in range(1, 30)]
+    async with (
+        serving(url, store=make_store(64_000_000, folder=folder_of(url))) as (server, _),
+        client_of(url) as client,
+    ):
+        for _ in range(3):
+            failing = [WriteEntry(hash_of(each), size, broken) for each in (100, 101)]
+            with pytest.raises(RuntimeError, match="gone"):
+                await client.write([*failing, *entries])
+            await eventually(lambda: server.store.reserved_bytes == 0)
+        assert await client.write(entries), "nobody holds their places"
 
 
 async def test_large_batches_are_copied_in_threads_and_arrive_whole(

@@ -87,11 +87,21 @@ class KeepScore(Chains):
         """What `admit` does, without its calls: a chain's blocks but for the last go to no cell."""
         self._reach(max(max(slots), max(each.parent for each in facts)))
         children, guards, resident = self._children, self._guards, self._resident
+        if any(children[slot] or guards[slot] for slot in slots):  # they were here before
+            super().admit_all(slots, facts, now_ms)
+            return
+        table, mask = self._remembered, len(self._remembered) - 1
+        clock = self._model.clock
+        names: list[int] = []
+        classes: list[int] = []
         for slot, each in zip(slots, facts, strict=True):
             size_bytes, band, parent, tenant, cost_us, _, name = each
             orphan = parent != NO_SLOT and not resident[parent]
-            if orphan or children[slot] or guards[slot]:  # or it was here before
+            if orphan or children[slot]:  # its child came just before it
+                self._model.used_all(names, classes)
+                names, classes = [], []
                 self.admit(slot, each, now_ms)
+                clock = self._model.clock
                 continue
             assert not resident[slot], "an entry is admitted once"
             assert parent != slot, "an entry is not its own parent"
@@ -114,23 +124,34 @@ class KeepScore(Chains):
                     self._bind(parent)
                 children[parent] += 1
             self._name[slot] = name
-            self._uses[slot] = self._recall(name) + 1
-            self._note_use(slot)
+            kept = table[name & mask]
+            uses = 1 + (kept & REMEMBERED_USES_MAX if kept >> 8 == name >> 64 - TAG_BITS else 0)
+            self._uses[slot] = uses
+            names.append(name)
+            classes.append(band * USE_STEPS + (uses if uses < USE_STEPS else USE_STEPS) - 1)
+            self._last[slot] = clock = clock + 1
+            if clock >= self._look_at:
+                self._model.used_all(names, classes)
+                names, classes = [], []
+                self._look()
+                table, mask = self._remembered, len(self._remembered) - 1
             if self._fresh != NO_SLOT:
                 self._place_fresh()
             self._fresh = slot
+        self._model.used_all(names, classes)
 
     def touch_all(self, slots: Sequence[int], now_ms: int, band: Band | None = None) -> None:
         """What `touch` does, without its calls: of a chain, only the last stands in a cell."""
         self._place_fresh()
         *inner, last = slots or [NO_SLOT]
         standing = set(map(self._cells.cell_of, inner)) - {NO_CELL}
-        if standing or self._model.clock + len(inner) >= self._look_at:
+        if standing:
             super().touch_all(slots, now_ms, band)
             return
         assert all(map(self._resident.__getitem__, inner)), "only residents are used"
         uses, bands, clock = self._uses, self._band, self._model.clock
-        classes = []
+        names: list[int] = []
+        classes: list[int] = []
         for slot in inner:
             clock += 1
             count = uses[slot]
@@ -141,9 +162,14 @@ class KeepScore(Chains):
                 bands[slot] = band
             self._last[slot] = clock
             self._used_ms[slot] = now_ms
+            names.append(self._name[slot])
             step = count if count < USE_STEPS else USE_STEPS
             classes.append(bands[slot] * USE_STEPS + step - 1)
-        self._model.used_all(list(map(self._name.__getitem__, inner)), classes)
+            if clock >= self._look_at:
+                self._model.used_all(names, classes)
+                names, classes = [], []
+                self._look()
+        self._model.used_all(names, classes)
         if last != NO_SLOT:
             self.touch(last, now_ms, band)
 
@@ -309,25 +335,66 @@ class KeepScore(Chains):
         held: list[int] = []
         freed_bytes = 0
         while freed_bytes < size_bytes and (best := self._lowest(spare)) is not None:
-            score, cell = best
-            slot = self._cells.first(cell)
-            if not allowed(slot):
-                self._cells.remove(slot)
+            slot = self._cells.first(best[1])
+            self._cells.remove(slot)
+            if allowed(slot):
+                asked = (size_bytes - freed_bytes, now_ms, allowed, spare)
+                freed_bytes += self._take_chain(chosen, slot, best, *asked)
+            else:
                 held.append(slot)
-                continue
-            if spare is not None:
-                spare[self._tenant[slot]] -= self._size[slot]
-            values = (score * self.entries, *self._reason(slot, now_ms))
-            chosen.append(Victim(slot, self._size[slot], score, LOWEST, values))
-            freed_bytes += self._size[slot]
-            self._take_out(slot)
         for slot in held:
             self._freed(slot)
         return chosen
 
-    def _take_out(self, slot: int) -> None:
-        """What `remove` does for one who stands in a cell: without children and without pins."""
-        self._cells.remove(slot)
+    def _take_chain(
+        self,
+        chosen: list[Victim],
+        slot: int,
+        best: tuple[float, int],
+        size_bytes: int,
+        now_ms: int,
+        allowed: Callable[[int], bool],
+        spare: Spare | None,
+    ) -> int:
+        """Take out `slot`, which stood in the cell of `best`, and its parents as far as they are as
+        old and worth no more, until `size_bytes` are out; how many are.
+
+        What is missing at a time comes from few chains, then. Rejected: going on with the same
+        chain next time (.124 of all blocks hit in place of .127, in a cache for 3,000).
+        """
+        score, cell = best
+        bucket, clock = cell % BUCKETS, self._model.clock
+        oldest, youngest = clock - STARTS[bucket + 1], clock - STARTS[bucket]
+        sizes, costs, bands, uses = self._size, self._cost_us, self._band, self._uses
+        freed_bytes = 0
+        while True:
+            values = (score * self.entries, *self._reason(slot, now_ms))
+            chosen.append(Victim(slot, sizes[slot], score, LOWEST, values))
+            freed_bytes += sizes[slot]
+            if spare is not None:
+                spare[self._tenant[slot]] -= sizes[slot]
+            parent = self._take_out(slot)
+            if parent == NO_SLOT:
+                return freed_bytes
+            alike = (
+                uses[parent] == uses[slot]
+                and sizes[parent] == sizes[slot]
+                and costs[parent] == costs[slot]
+                and bands[parent] == bands[slot]
+                and self._tenant[parent] == self._tenant[slot]
+                and oldest < self._last[parent] <= youngest
+            ) or self._cell_now(parent) == cell
+            spent = spare is not None and spare.get(self._tenant[parent], 0) <= 0
+            if not alike or spent or freed_bytes >= size_bytes or not allowed(parent):
+                self._freed(parent)
+                return freed_bytes
+            slot = parent
+
+    def _take_out(self, slot: int) -> int:
+        """What `remove` does for one without children and pins that stands in no cell any more.
+
+        Returns its parent if that may leave now, which stands in no cell either; else NO_SLOT.
+        """
         size_bytes, parent = self._size[slot], self._parent[slot]
         if self._cost_us[slot]:
             self._costs_us -= self._cost_us[slot]
@@ -337,10 +404,10 @@ class KeepScore(Chains):
         self._parent[slot] = NO_SLOT
         self.entries -= 1
         self.used_bytes -= size_bytes
-        if parent != NO_SLOT:
-            self._children[parent] -= 1
-            if self._is_free(parent):
-                self._freed(parent)
+        if parent == NO_SLOT:
+            return NO_SLOT
+        self._children[parent] -= 1
+        return parent if self._is_free(parent) else NO_SLOT
 
     def _lowest(self, spare: Spare | None) -> tuple[float, int] | None:
         """The least worthy cell among the tenants that have something to spare."""
