@@ -1,6 +1,7 @@
 // What the library exports: C functions over the kernels of the best instruction set that is here.
 #include "abi.h"
 #include "team.h"
+#include "times.h"
 
 namespace headrace {
 namespace {
@@ -55,6 +56,13 @@ void headrace_step(const headrace::Model* model, const headrace::Pool* pool, con
                    const headrace::Step* step) {
   headrace::kernels().step(*model, *pool, *batch, *step);
 }
+
+#ifdef HEADRACE_TIMES
+void headrace_times(int32_t print) {
+  if (print != 0) headrace::times.print();
+  headrace::times = headrace::Times();
+}
+#endif
 
 }  // extern "C"
 #pragma GCC visibility pop

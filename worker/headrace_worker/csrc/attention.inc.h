@@ -53,9 +53,9 @@ template <>
 struct Stored<KV_BF16> {
   using type = uint16_t;
   static inline __attribute__((always_inline)) vf get(const uint16_t* p) { return bf16(p); }
+  // pairs of them, as they are
   static inline __attribute__((always_inline)) __m256 eight(const uint16_t* p) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
   }
 };
 template <>
@@ -79,37 +79,37 @@ HR_INLINE float scale_at(const Pool& p, const uint8_t* scales, int at) {
   return from_bf16(reinterpret_cast<const uint16_t*>(scales)[at]);
 }
 
-// One row's keys or values of all KV heads into the pool.
-static void keep(const Pool& p, int64_t slot, int layer, int value, const float* x) {
-  const int token = static_cast<int>(slot % BLOCK_TOKENS), size = p.kv_heads * p.head_dim;
+// One row's keys or values of one KV head into the pool.
+static void keep(const Pool& p, int64_t slot, int layer, int value, int kv_head, const float* x) {
+  const int token = static_cast<int>(slot % BLOCK_TOKENS), at = token * p.kv_heads + kv_head;
   uint8_t* chunk = chunk_of(p, slot / BLOCK_TOKENS, layer, value);
+  const int64_t place = static_cast<int64_t>(at) * p.head_dim;
   if (p.kind == KV_F32) {
-    std::memcpy(reinterpret_cast<float*>(chunk) + static_cast<int64_t>(token) * size, x, size * sizeof(float));
-  } else if (p.kind == KV_BF16) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(chunk) + static_cast<int64_t>(token) * size;
-    for (int i = 0; i < size; ++i) to[i] = to_bf16(x[i]);
+    std::memcpy(reinterpret_cast<float*>(chunk) + place, x, p.head_dim * sizeof(float));
+    return;
+  }
+  if (p.kind == KV_BF16) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(chunk) + place;
+    for (int i = 0; i < p.head_dim; ++i) to[i] = to_bf16(x[i]);
+    return;
+  }
+  int8_t* to = reinterpret_cast<int8_t*>(chunk) + place;
+  uint8_t* scales = const_cast<uint8_t*>(scales_in(p, chunk));
+  float most = 0.0f;
+  for (int i = 0; i < p.head_dim; ++i) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+  float scale = most / 127.0f > SMALLEST ? most / 127.0f : SMALLEST;
+  if (!(most <= 3.4e38f)) scale = NAN;
+  if (p.scale_kind == KV_F32) {
+    reinterpret_cast<float*>(scales)[at] = scale;
   } else {
-    int8_t* to = reinterpret_cast<int8_t*>(chunk) + static_cast<int64_t>(token) * size;
-    uint8_t* scales = const_cast<uint8_t*>(scales_in(p, chunk));
-    for (int h = 0; h < p.kv_heads; ++h) {
-      const float* from = x + h * p.head_dim;
-      float most = 0.0f;
-      for (int i = 0; i < p.head_dim; ++i) most = std::fabs(from[i]) > most ? std::fabs(from[i]) : most;
-      float scale = most / 127.0f > SMALLEST ? most / 127.0f : SMALLEST;
-      if (!(most <= 3.4e38f)) scale = NAN;
-      if (p.scale_kind == KV_F32) {
-        reinterpret_cast<float*>(scales)[token * p.kv_heads + h] = scale;
-      } else {
-        uint16_t rounded = to_bf16(scale);
-        reinterpret_cast<uint16_t*>(scales)[token * p.kv_heads + h] = rounded;
-        scale = from_bf16(rounded);
-      }
-      for (int i = 0; i < p.head_dim; ++i) {
-        float q = std::nearbyint(from[i] / scale);
-        if (q != q) q = 0;
-        to[h * p.head_dim + i] = static_cast<int8_t>(q > 127 ? 127 : q < -127 ? -127 : q);
-      }
-    }
+    const uint16_t rounded = to_bf16(scale);
+    reinterpret_cast<uint16_t*>(scales)[at] = rounded;
+    scale = from_bf16(rounded);
+  }
+  for (int i = 0; i < p.head_dim; ++i) {
+    float q = std::nearbyint(x[i] / scale);
+    if (q != q) q = 0;
+    to[i] = static_cast<int8_t>(q > 127 ? 127 : q < -127 ? -127 : q);
   }
 }
 
@@ -132,19 +132,29 @@ HR_INLINE void transpose8(const __m256* in, float* out, int stride) {
   _mm256_storeu_ps(out + 7 * stride, _mm256_permute2f128_ps(b3, b7, 0x31));
 }
 
-// scores [R][SPAN] of 16 tokens: q [R, size] times turned keys [size][SPAN].
-template <int R>
+// scores [R][SPAN] of 16 tokens: q [R, size] times turned keys [size][SPAN], or, of bfloat16, pairs
+// of them as they stand in memory, [size / 2][SPAN].
+template <int R, bool PAIRS>
 static void scores_of(const float* q, int size, const float* keys, float* scores) {
   vf acc[R][NV];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = zero();
-  for (int d = 0; d < size; ++d) {
+  for (int d = 0; d < size; d += PAIRS ? 2 : 1) {
+    const float* from = keys + (PAIRS ? d / 2 : d) * SPAN;
     vf key[NV];
-    for (int v = 0; v < NV; ++v) key[v] = load(keys + d * SPAN + v * W);
+    for (int v = 0; v < NV; ++v) key[v] = PAIRS ? first_of_pair(from + v * W) : load(from + v * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       vf value = set1(q[r * size + d]);
       for (int v = 0; v < NV; ++v) acc[r][v] = fma(key[v], value, acc[r][v]);
+    }
+    if constexpr (PAIRS) {
+      for (int v = 0; v < NV; ++v) key[v] = second_of_pair(from + v * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        vf value = set1(q[r * size + d + 1]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(key[v], value, acc[r][v]);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -174,23 +184,26 @@ static void mix_of(const float* weights, const typename Stored<KIND>::type* cons
     for (int v = 0; v < NV; ++v) store(mixed + r * size + at + v * W, acc[r][v]);
 }
 
-// What one thread needs for a tile of queries.
+// What one thread needs for tiles of so many queries in all, the largest of `one`.
 struct TileRoom {
   std::vector<float> q, keys, scores, span, total;
-  std::vector<float> peak, weight;
+  std::vector<float> peak, weight;            // of a span
+  std::vector<float> all_peaks, all_weights;  // of all spans so far
 
-  void fit(int queries, int size) {
+  void fit(int queries, int one, int size) {
     size_t wide = static_cast<size_t>(queries) * size;
     if (q.size() < wide) {
       q.resize(wide);
-      span.resize(wide);
       total.resize(wide);
+      all_peaks.resize(queries);
+      all_weights.resize(queries);
     }
-    if (scores.size() < static_cast<size_t>(queries) * SPAN) {
-      scores.resize(queries * SPAN);
-      peak.resize(queries);
-      weight.resize(queries);
+    if (scores.size() < static_cast<size_t>(one) * SPAN) {
+      scores.resize(one * SPAN);
+      peak.resize(one);
+      weight.resize(one);
     }
+    if (span.size() < static_cast<size_t>(one) * size) span.resize(static_cast<size_t>(one) * size);
     if (keys.size() < static_cast<size_t>(size) * SPAN) keys.resize(size * SPAN);
   }
 };
@@ -259,9 +272,32 @@ HR_INLINE void soften(float* scores, int tile_rows, int group, int position, int
   }
 }
 
+// What is read after a span, to be fetched while it is computed: a part of each of its blocks. Memory
+// is far and the processor does not guess where the next block is; nor can it wait for many lines at
+// a time, so they are asked for in small lots.
+struct Ahead {
+  const uint8_t* parts[SPAN / BLOCK_TOKENS];
+  int count = 0, bytes = 0;
+
+  inline __attribute__((always_inline)) void some() {
+    constexpr int LOT_BYTES = 16 * 64;
+    if (count == 0) return;
+    const uint8_t* from = parts[count - 1] + bytes_done;
+#pragma GCC unroll 16
+    for (int i = 0; i < LOT_BYTES; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+    bytes_done += LOT_BYTES;
+    if (bytes_done < bytes) return;
+    bytes_done = 0;
+    count -= 1;
+  }
+
+ private:
+  int bytes_done = 0;
+};
+
 template <int KIND>
 static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& tile, int group, int window,
-                    int index, TileRoom& room) {
+                    int index, const float* q, Ahead& ahead, TileRoom& room) {
   using Value = typename Stored<KIND>::type;
   const int size = p.head_dim, first = index * SPAN, queries = (tile.last - tile.first) * group;
   const int end = tile.position + (tile.last - tile.first);  // tokens that the last row sees
@@ -278,11 +314,13 @@ static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& ti
     values[b] = reinterpret_cast<const Value*>(value_chunk) + tile.kv_head * size;
     for (int t = 0; t < BLOCK_TOKENS; t += 8) {
       float* to = room.keys.data() + b * BLOCK_TOKENS + t;
-      for (int d = 0; d < size; d += 8) {
+      ahead.some();
+      constexpr int wide = KIND == KV_BF16 ? 16 : 8;  // dimensions in 8 times 32 bits
+      for (int d = 0; d < size; d += wide, to += 8 * SPAN) {
         __m256 in[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) in[i] = Stored<KIND>::eight(keys + (t + i) * stride + d);
-        transpose8(in, to + d * SPAN, SPAN);
+        transpose8(in, to, SPAN);
       }
     }
     if (KIND == KV_INT8) {
@@ -295,30 +333,32 @@ static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& ti
   }
   for (int i = blocks * BLOCK_TOKENS; i < SPAN; ++i) key_scales[i] = value_scales[i] = 0.0f;
   float* scores = room.scores.data();
-  for (int q = 0; q < queries; q += TILE_SCORES) {
-    const float* from = room.q.data() + q * size;
-    const int count = queries - q < TILE_SCORES ? queries - q : TILE_SCORES;
+  for (int at = 0; at < queries; at += TILE_SCORES) {
+    const float* from = q + at * size;
+    const int count = queries - at < TILE_SCORES ? queries - at : TILE_SCORES;
     for (int b = 0; b < blocks; ++b) {
       const float* keys = room.keys.data() + b * BLOCK_TOKENS;
-      float* to = scores + q * SPAN + b * BLOCK_TOKENS;
+      float* to = scores + at * SPAN + b * BLOCK_TOKENS;
+      ahead.some();
       switch (count) {
-        case 1: scores_of<1>(from, size, keys, to); break;
-        case 2: scores_of<2>(from, size, keys, to); break;
-        case 3: scores_of<3>(from, size, keys, to); break;
-        case 4: scores_of<4>(from, size, keys, to); break;
-        case 5: scores_of<5>(from, size, keys, to); break;
-        default: scores_of<6>(from, size, keys, to);
+        case 1: scores_of<1, KIND == KV_BF16>(from, size, keys, to); break;
+        case 2: scores_of<2, KIND == KV_BF16>(from, size, keys, to); break;
+        case 3: scores_of<3, KIND == KV_BF16>(from, size, keys, to); break;
+        case 4: scores_of<4, KIND == KV_BF16>(from, size, keys, to); break;
+        case 5: scores_of<5, KIND == KV_BF16>(from, size, keys, to); break;
+        default: scores_of<6, KIND == KV_BF16>(from, size, keys, to);
       }
     }
   }
   const bool scaled = KIND == KV_INT8;
   soften(scores, tile.last - tile.first, group, tile.position, window, first, scaled ? key_scales : nullptr,
          scaled ? value_scales : nullptr, room.peak.data(), room.weight.data());
-  for (int q = 0; q < queries; q += TILE_SCORES) {
-    const float* weights = scores + q * SPAN;
-    float* to = room.span.data() + q * size;
-    const int count = queries - q < TILE_SCORES ? queries - q : TILE_SCORES;
+  for (int at = 0; at < queries; at += TILE_SCORES) {
+    const float* weights = scores + at * SPAN;
+    float* to = room.span.data() + at * size;
+    const int count = queries - at < TILE_SCORES ? queries - at : TILE_SCORES;
     for (int d = 0; d < size; d += PANEL) {
+      ahead.some();
       switch (count) {
         case 1: mix_of<1, KIND>(weights, values, blocks, stride, d, size, to); break;
         case 2: mix_of<2, KIND>(weights, values, blocks, stride, d, size, to); break;
@@ -332,17 +372,24 @@ static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& ti
 }
 
 static void span_of_kind(const Pool& p, const Batch& batch, int layer, const Tile& tile, int group, int window,
-                         int index, TileRoom& room) {
+                         int index, const float* q, Ahead& ahead, TileRoom& room) {
   switch (p.kind) {
-    case KV_F32: return span_of<KV_F32>(p, batch, layer, tile, group, window, index, room);
-    case KV_BF16: return span_of<KV_BF16>(p, batch, layer, tile, group, window, index, room);
-    default: return span_of<KV_INT8>(p, batch, layer, tile, group, window, index, room);
+    case KV_F32: return span_of<KV_F32>(p, batch, layer, tile, group, window, index, q, ahead, room);
+    case KV_BF16: return span_of<KV_BF16>(p, batch, layer, tile, group, window, index, q, ahead, room);
+    default: return span_of<KV_INT8>(p, batch, layer, tile, group, window, index, q, ahead, room);
   }
 }
+
+// Tiles of the same rows that one thread takes together, span by span, so that it reads the pool in
+// the order in which it lies: those of all KV heads, unless they are many rows.
+struct Item {
+  int first, last;
+};
 
 // One step's tiles, the same for all layers.
 struct Tiles {
   std::vector<Tile> tiles;
+  std::vector<Item> items;
   int spans_max = 0;  // of the longest sequence
   int queries_max = 0;
 
@@ -354,9 +401,14 @@ struct Tiles {
       const int spans = (batch.lengths[s] + SPAN - 1) / SPAN;
       if (spans > spans_max) spans_max = spans;
       for (int first = start; first < stop; first += rows_max) {
-        const int last = first + rows_max < stop ? first + rows_max : stop;
-        if ((last - first) * group > queries_max) queries_max = (last - first) * group;
-        for (int h = 0; h < kv_heads; ++h) tiles.push_back({s, h, first, last, before + first - start});
+        const int last = first + rows_max < stop ? first + rows_max : stop, queries = (last - first) * group;
+        if (queries > queries_max) queries_max = queries;
+        const int together = queries * kv_heads <= TILE_QUERIES ? kv_heads : 1;
+        for (int h = 0; h < kv_heads; ++h) {
+          const int at = static_cast<int>(tiles.size());
+          if (h % together == 0) items.push_back({at, at + together});
+          tiles.push_back({s, h, first, last, before + first - start});
+        }
       }
     }
   }
@@ -364,107 +416,154 @@ struct Tiles {
 
 struct AttentionRoom {
   std::vector<TileRoom> threads;
-  std::vector<float> parts;  // of tiles whose spans are computed apart: [tile][span][query][2 + size]
+  std::vector<float> parts;  // of tiles whose spans are computed apart: [span][tile][query][2 + size]
 };
 
-// Fewer tiles than this for each thread, of at most so many queries each, and their spans are shared
+// Fewer items than this for each thread, of at most so many queries each, and their spans are shared
 // out too. It changes no result; the second limit bounds what the parts take.
-constexpr int TILES_PER_THREAD = 4;
+constexpr int ITEMS_PER_THREAD = 4;
 constexpr int QUERIES_APART_MAX = 16;
 
 HR_INLINE bool takes_spans_apart(const Team& team, const Tiles& step) {
-  return team.size() > 1 && static_cast<int>(step.tiles.size()) < team.size() * TILES_PER_THREAD &&
+  return team.size() > 1 && static_cast<int>(step.items.size()) < team.size() * ITEMS_PER_THREAD &&
          step.spans_max > 1 && step.queries_max <= QUERIES_APART_MAX;
 }
 
-HR_INLINE void take_queries(const Tile& tile, int group, int size, float scale, const float* q, int q_stride,
-                            TileRoom& room) {
-  for (int r = tile.first; r < tile.last; ++r) {
-    const float* from = q + static_cast<int64_t>(r) * q_stride + tile.kv_head * group * size;
-    float* to = room.q.data() + (r - tile.first) * group * size;
-    for (int i = 0; i < group * size; i += W) store(to + i, mul(load(from + i), set1(scale)));
+// Where attention's results go: floats, and rounded for the matrix that is next, if `next` is there.
+struct Mixed {
+  float* out;
+  const Rows* next = nullptr;
+};
+
+// What a layer's attention reads and writes. q [rows, q_stride], out [rows, heads * size].
+struct Attention {
+  const Pool& pool;
+  const Batch& batch;
+  const Tiles& step;
+  int layer, heads, group;
+  float scale;
+  int window;
+  const float* q;
+  int q_stride;
+  Mixed mixed;
+
+  int first_span(const Tile& tile) const {
+    return window != 0 && tile.position - window + 1 > 0 ? (tile.position - window + 1) / SPAN : 0;
+  }
+  int end_of(const Tile& tile) const { return tile.position + tile.last - tile.first; }
+  // Part `which` of `parts` of what a tile's span reads, nothing behind its last.
+  Ahead span(const Tile& tile, int index, int which, int parts) const {
+    Ahead ahead;
+    const int blocks = (end_of(tile) + BLOCK_TOKENS - 1) / BLOCK_TOKENS, first = index * (SPAN / BLOCK_TOKENS);
+    const int32_t* table = batch.tables + batch.table_starts[tile.sequence];
+    ahead.bytes = static_cast<int>(2 * pool.chunk_bytes / parts);
+    for (int b = first; b < blocks && b < first + SPAN / BLOCK_TOKENS; ++b)
+      ahead.parts[ahead.count++] = chunk_of(pool, table[b], layer, 0) + which * ahead.bytes;
+    return ahead;
+  }
+};
+
+HR_INLINE void take_queries(const Attention& a, const Tile& tile, float* to) {
+  const int size = a.pool.head_dim, wide = a.group * size;
+  for (int r = tile.first; r < tile.last; ++r, to += wide) {
+    const float* from = a.q + static_cast<int64_t>(r) * a.q_stride + tile.kv_head * wide;
+    for (int i = 0; i < wide; i += W) store(to + i, mul(load(from + i), set1(a.scale)));
   }
 }
 
-HR_INLINE void give(const Tile& tile, int group, int heads, int size, const float* all, const float* weights,
-                    float* out) {
-  for (int r = tile.first; r < tile.last; ++r)
-    for (int g = 0; g < group; ++g) {
-      const int query = (r - tile.first) * group + g;
-      float* to = out + static_cast<int64_t>(r) * heads * size + (tile.kv_head * group + g) * size;
-      vf whole = set1(weights[query]);
-      for (int d = 0; d < size; d += W) store(to + d, div(load(all + query * size + d), whole));
+HR_INLINE void give(const Attention& a, const Tile& tile, const float* all, const float* weights) {
+  const int size = a.pool.head_dim, wide = a.group * size;
+  for (int r = tile.first; r < tile.last; ++r) {
+    float* to = a.mixed.out + static_cast<int64_t>(r) * a.heads * size + tile.kv_head * wide;
+    for (int g = 0; g < a.group; ++g, all += size, ++weights) {
+      vf whole = set1(*weights);
+      for (int d = 0; d < size; d += W) store(to + g * size + d, div(load(all + d), whole));
     }
+    if (a.mixed.next != nullptr) quantize_part(to, *a.mixed.next, r, tile.kv_head * wide / GROUP, wide / GROUP);
+  }
 }
 
-// out [rows, heads * size] for q [rows, heads * size] with `q_stride` floats from row to row.
-static void attend_tiles(Team& team, int thread, const Pool& p, const Batch& batch, const Tiles& step, int layer,
-                         int heads, float scale, int window, const float* q, int q_stride, float* out,
-                         AttentionRoom& shared) {
-  const int group = heads / p.kv_heads, size = p.head_dim, count = static_cast<int>(step.tiles.size());
+// All spans of an item, one after the other.
+static void attend_item(const Attention& a, int number, TileRoom& room) {
+  const Item& item = a.step.items[number];
+  const Tile& head = a.step.tiles[item.first];
+  const int size = a.pool.head_dim, queries = (head.last - head.first) * a.group, tiles = item.last - item.first;
+  room.fit(tiles * queries, queries, size);
+  for (int t = 0; t < tiles; ++t) take_queries(a, a.step.tiles[item.first + t], room.q.data() + t * queries * size);
+  std::fill_n(room.all_peaks.data(), tiles * queries, -INFINITY);
+  std::fill_n(room.all_weights.data(), tiles * queries, 0.0f);
+  for (int s = a.first_span(head); s * SPAN < a.end_of(head); ++s) {
+    const bool done = (s + 1) * SPAN >= a.end_of(head), more = number + 1 < static_cast<int>(a.step.items.size());
+    const Tile& next = done && more ? a.step.tiles[a.step.items[number + 1].first] : head;
+    const int next_span = done ? a.first_span(next) : s + 1;
+    for (int t = 0; t < tiles; ++t) {
+      const int at = t * queries;
+      Ahead ahead;
+      if (tiles == a.pool.kv_heads && (more || !done)) ahead = a.span(next, next_span, t, tiles);
+      span_of_kind(a.pool, a.batch, a.layer, a.step.tiles[item.first + t], a.group, a.window, s,
+                   room.q.data() + at * size, ahead, room);
+      for (int i = 0; i < queries; ++i)
+        if (room.weight[i] >= 0.0f || room.weight[i] != room.weight[i])
+          merge(room.peak[i], room.weight[i], room.span.data() + i * size, size, room.all_peaks[at + i],
+                room.all_weights[at + i], room.total.data() + (at + i) * size);
+    }
+  }
+  for (int t = 0; t < tiles; ++t) {
+    const int at = t * queries;
+    give(a, a.step.tiles[item.first + t], room.total.data() + at * size, room.all_weights.data() + at);
+  }
+}
+
+// One span of one tile, kept for `join`.
+static void attend_part(const Attention& a, const Tile& tile, int s, float* parts, TileRoom& room) {
+  const int size = a.pool.head_dim, queries = (tile.last - tile.first) * a.group, part = 2 + size;
+  const bool seen = a.window == 0 || (s + 1) * SPAN > tile.position - a.window + 1;
+  if (s * SPAN >= a.end_of(tile) || !seen) {
+    for (int i = 0; i < queries; ++i) parts[i * part + 1] = -1.0f;
+    return;
+  }
+  room.fit(queries, queries, size);
+  take_queries(a, tile, room.q.data());
+  Ahead ahead = a.span(tile, s + 1, tile.kv_head, a.pool.kv_heads);
+  span_of_kind(a.pool, a.batch, a.layer, tile, a.group, a.window, s, room.q.data(), ahead, room);
+  for (int i = 0; i < queries; ++i) {
+    parts[i * part] = room.peak[i];
+    parts[i * part + 1] = room.weight[i];
+    std::memcpy(parts + i * part + 2, room.span.data() + i * size, size * sizeof(float));
+  }
+}
+
+// A tile's parts in the order of their spans, `step` floats from one to the next.
+static void join(const Attention& a, const Tile& tile, const float* parts, int64_t step, TileRoom& room) {
+  const int size = a.pool.head_dim, queries = (tile.last - tile.first) * a.group, part = 2 + size;
+  room.fit(queries, queries, size);
+  for (int i = 0; i < queries; ++i) {
+    float peak = -INFINITY, weight = 0.0f;
+    const float* from = parts + i * part;
+    for (int s = 0; s < a.step.spans_max; ++s, from += step)
+      if (from[1] != -1.0f) merge(from[0], from[1], from + 2, size, peak, weight, room.total.data() + i * size);
+    room.all_weights[i] = weight;
+  }
+  give(a, tile, room.total.data(), room.all_weights.data());
+}
+
+static void attend_tiles(Team& team, int thread, const Attention& a, AttentionRoom& shared) {
+  const int tiles = static_cast<int>(a.step.tiles.size()), items = static_cast<int>(a.step.items.size());
   TileRoom& room = shared.threads[thread];
-  const int part = 2 + size;
-  const int64_t per_span = static_cast<int64_t>(step.queries_max) * part;
-  if (!takes_spans_apart(team, step)) {
-    team.phase(count, 1, [&](int from, int to) {
-      for (int t = from; t < to; ++t) {
-        const Tile& tile = step.tiles[t];
-        const int queries = (tile.last - tile.first) * group;
-        room.fit(queries, size);
-        take_queries(tile, group, size, scale, q, q_stride, room);
-        std::vector<float> peaks(queries, -INFINITY), weights(queries, 0.0f);
-        const int end = tile.position + tile.last - tile.first;
-        const int begin = window != 0 && tile.position - window + 1 > 0 ? (tile.position - window + 1) / SPAN : 0;
-        for (int s = begin; s * SPAN < end; ++s) {
-          span_of_kind(p, batch, layer, tile, group, window, s, room);
-          for (int i = 0; i < queries; ++i)
-            if (room.weight[i] >= 0.0f || room.weight[i] != room.weight[i])
-              merge(room.peak[i], room.weight[i], room.span.data() + i * size, size, peaks[i], weights[i],
-                    room.total.data() + i * size);
-        }
-        give(tile, group, heads, size, room.total.data(), weights.data(), out);
-      }
+  if (!takes_spans_apart(team, a.step)) {
+    team.phase(items, 1, [&](int from, int to) {
+      for (int i = from; i < to; ++i) attend_item(a, i, room);
     });
     return;
   }
-  const int spans = step.spans_max;
-  team.phase(count * spans, 1, [&](int from, int to) {
-    for (int item = from; item < to; ++item) {
-      const Tile& tile = step.tiles[item / spans];
-      const int s = item % spans, queries = (tile.last - tile.first) * group;
-      float* parts = shared.parts.data() + item * per_span;
-      const int end = tile.position + tile.last - tile.first;
-      const bool seen = window == 0 || (s + 1) * SPAN > tile.position - window + 1;
-      if (s * SPAN >= end || !seen) {
-        for (int i = 0; i < queries; ++i) parts[i * part + 1] = -1.0f;
-        continue;
-      }
-      room.fit(queries, size);
-      take_queries(tile, group, size, scale, q, q_stride, room);
-      span_of_kind(p, batch, layer, tile, group, window, s, room);
-      for (int i = 0; i < queries; ++i) {
-        parts[i * part] = room.peak[i];
-        parts[i * part + 1] = room.weight[i];
-        std::memcpy(parts + i * part + 2, room.span.data() + i * size, size * sizeof(float));
-      }
-    }
+  const int64_t per_part = static_cast<int64_t>(a.step.queries_max) * (2 + a.pool.head_dim);
+  float* parts = shared.parts.data();
+  team.phase(tiles * a.step.spans_max, 1, [&](int from, int to) {
+    for (int i = from; i < to; ++i)
+      attend_part(a, a.step.tiles[i % tiles], i / tiles, parts + i * per_part, room);
   });
-  team.phase(count, 1, [&](int from, int to) {
-    for (int t = from; t < to; ++t) {
-      const Tile& tile = step.tiles[t];
-      const int queries = (tile.last - tile.first) * group;
-      room.fit(queries, size);
-      std::vector<float> weights(queries, 0.0f);
-      for (int i = 0; i < queries; ++i) {
-        float peak = -INFINITY;
-        for (int s = 0; s < spans; ++s) {
-          const float* parts = shared.parts.data() + (static_cast<int64_t>(t) * spans + s) * per_span + i * part;
-          if (parts[1] == -1.0f) continue;
-          merge(parts[0], parts[1], parts + 2, size, peak, weights[i], room.total.data() + i * size);
-        }
-      }
-      give(tile, group, heads, size, room.total.data(), weights.data(), out);
-    }
+  team.phase(tiles, 1, [&](int from, int to) {
+    for (int t = from; t < to; ++t) join(a, a.step.tiles[t], parts + t * per_part, tiles * per_part, room);
   });
 }
 
@@ -484,13 +583,16 @@ static void attend(const Pool& p, const Batch& batch, int layer, int heads, floa
   Team& team = turn.team();
   Tiles step(batch, p.kv_heads, heads / p.kv_heads);
   ready(room, team, step, p.head_dim);
+  const Attention a{p, batch, step, layer, heads, heads / p.kv_heads, scale, window, q, q_stride, {out}};
   team.run([&](int thread) {
     team.phase(batch.rows, team.grain(batch.rows), [&](int first, int last) {
-      for (int r = first; r < last; ++r) {
-        keep(p, batch.slots[r], layer, 0, k + static_cast<int64_t>(r) * kv_stride);
-        keep(p, batch.slots[r], layer, 1, v + static_cast<int64_t>(r) * kv_stride);
-      }
+      for (int r = first; r < last; ++r)
+        for (int h = 0; h < p.kv_heads; ++h) {
+          const int64_t at = static_cast<int64_t>(r) * kv_stride + h * p.head_dim;
+          keep(p, batch.slots[r], layer, 0, h, k + at);
+          keep(p, batch.slots[r], layer, 1, h, v + at);
+        }
     });
-    attend_tiles(team, thread, p, batch, step, layer, heads, scale, window, q, q_stride, out, room);
+    attend_tiles(team, thread, a, room);
   });
 }

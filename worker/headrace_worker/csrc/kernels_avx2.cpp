@@ -1,4 +1,5 @@
 // The kernels for processors with AVX2 and FMA.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -6,6 +7,7 @@
 
 #include "abi.h"
 #include "team.h"
+#include "times.h"
 
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #include "simd_avx2.h"

@@ -1,4 +1,5 @@
 // The kernels for processors with AVX-512 and VNNI.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -6,6 +7,7 @@
 
 #include "abi.h"
 #include "team.h"
+#include "times.h"
 
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #include "simd_avx512.h"

@@ -102,20 +102,23 @@ HR_INLINE void quantize_group(const float* x, const Rows& a, int row, int g, boo
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_shuffle_epi8(high, order));
 }
 
-static void quantize_row(const float* x, const Rows& a, int row) {
+// Rounds `groups` groups of a row from number `first` on; x: where the first of them stands.
+static void quantize_part(const float* x, const Rows& a, int row, int first, int groups) {
   const bool two_bytes = wide(a.format);
-  for (int g = 0; g < a.groups; ++g) {
+  for (int g = first; g < first + groups; ++g, x += GROUP) {
     const int left = a.columns - g * GROUP;
     if (a.format != FORMAT_Q8 && left >= GROUP) {
-      quantize_group(x + g * GROUP, a, row, g, two_bytes);
+      quantize_group(x, a, row, g, two_bytes);
       continue;
     }
     alignas(64) float group[GROUP] = {};
-    std::memcpy(group, x + g * GROUP, (left < GROUP ? left : GROUP) * sizeof(float));
+    std::memcpy(group, x, (left < GROUP ? left : GROUP) * sizeof(float));
     if (a.format == FORMAT_Q8) turn_group(group);
     quantize_group(group, a, row, g, two_bytes);
   }
 }
+
+static void quantize_row(const float* x, const Rows& a, int row) { quantize_part(x, a, row, 0, a.groups); }
 
 // Products of R rows with one panel: out [R][16].
 
@@ -245,41 +248,51 @@ HR_INLINE int row_block(const Matrix& m) {
   return rows < 48 ? 48 : static_cast<int>(rows);
 }
 
-// out [rows, outs] = residual + rows W^T + bias, by a team. `out` may be the residual.
-static void multiply(Team& team, const Matrix& m, const Rows& a, int rows, const float* residual, float* out) {
-  const int panels = panels_of(m.outs), block = row_block(m), blocks = (rows + block - 1) / block;
-  const int step = tile_rows(m.format);
-  team.phase(panels * blocks, team.grain(panels), [&](int first, int last) {
-    alignas(64) float part[TILE_MAX * PANEL];
-    for (int item = first; item < last; ++item) {
-      const int panel = item % panels, start = item / panels * block;
-      const int stop = start + block < rows ? start + block : rows;
-      const int at = panel * PANEL, width = m.outs - at < PANEL ? m.outs - at : PANEL;
-      for (int row = start; row < stop; row += step) {
-        const int count = stop - row < step ? stop - row : step;
-        tile(m, a, panel, row, count, part);
-        for (int r = 0; r < count; ++r) {
-          const int64_t to = static_cast<int64_t>(row + r) * m.outs + at;
-          const float* from = part + r * PANEL;
-          if (width == PANEL) {
-            for (int i = 0; i < PANEL; i += W) {
-              vf v = load(from + i);
-              if (m.bias != nullptr) v = add(v, load(m.bias + at + i));
-              if (residual != nullptr) v = add(v, load(residual + to + i));
-              store(out + to + i, v);
-            }
-          } else {
-            for (int i = 0; i < width; ++i) {
-              float v = from[i];
-              if (m.bias != nullptr) v += m.bias[at + i];
-              if (residual != nullptr) v += residual[to + i];
-              out[to + i] = v;
-            }
-          }
+// Rows from `start` to `stop` times one panel: its part of out [rows, outs] = residual + rows W^T + bias.
+static void multiply_panel(const Matrix& m, const Rows& a, int panel, int start, int stop, const float* residual,
+                           float* out) {
+  alignas(64) float part[TILE_MAX * PANEL];
+  const int step = tile_rows(m.format), at = panel * PANEL, width = m.outs - at < PANEL ? m.outs - at : PANEL;
+  for (int row = start; row < stop; row += step) {
+    const int count = stop - row < step ? stop - row : step;
+    tile(m, a, panel, row, count, part);
+    for (int r = 0; r < count; ++r) {
+      const int64_t to = static_cast<int64_t>(row + r) * m.outs + at;
+      const float* from = part + r * PANEL;
+      if (width == PANEL) {
+        for (int i = 0; i < PANEL; i += W) {
+          vf v = load(from + i);
+          if (m.bias != nullptr) v = add(v, load(m.bias + at + i));
+          if (residual != nullptr) v = add(v, load(residual + to + i));
+          store(out + to + i, v);
         }
+        continue;
+      }
+      for (int i = 0; i < width; ++i) {
+        float v = from[i];
+        if (m.bias != nullptr) v += m.bias[at + i];
+        if (residual != nullptr) v += residual[to + i];
+        out[to + i] = v;
       }
     }
-  });
+  }
+}
+
+// out [rows, outs] = residual + rows W^T + bias, by a team. `out` may be the residual. `finish()` is
+// called once, when all of it is there.
+template <typename F>
+static void multiply(Team& team, const Matrix& m, const Rows& a, int rows, const float* residual, float* out,
+                     const F& finish) {
+  const int panels = panels_of(m.outs), block = row_block(m), blocks = (rows + block - 1) / block;
+  team.phase(
+      panels * blocks, team.grain(panels),
+      [&](int first, int last) {
+        for (int item = first; item < last; ++item) {
+          const int start = item / panels * block, stop = start + block < rows ? start + block : rows;
+          multiply_panel(m, a, item % panels, start, stop, residual, out);
+        }
+      },
+      finish);
 }
 
 // Memory for rows of activations, kept from call to call.
@@ -326,6 +339,6 @@ static void linear(const Matrix& m, const float* x, int rows, const float* resid
       team.phase(rows, team.grain(rows), [&](int first, int last) {
         for (int r = first; r < last; ++r) quantize_row(x + static_cast<int64_t>(r) * m.columns, a, r);
       });
-    multiply(team, m, a, rows, residual, out);
+    multiply(team, m, a, rows, residual, out, [] {});
   });
 }

@@ -44,6 +44,12 @@ HR_INLINE vf bf16(const uint16_t* p) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+HR_INLINE vf first_of_pair(const float* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(_mm512_loadu_ps(p)), 16))};
+}
+HR_INLINE vf second_of_pair(const float* p) {
+  return {_mm512_and_ps(_mm512_loadu_ps(p), _mm512_castsi512_ps(_mm512_set1_epi32(-65536)))};
+}
 HR_INLINE vf int8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }

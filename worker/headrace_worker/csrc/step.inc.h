@@ -7,7 +7,7 @@
 
 struct StepRoom {
   std::vector<float> x, normed, qkv, mixed, inner;
-  RowRoom rows;
+  RowRoom rows, normed_rows;  // what attention and gates give; what norms give
   AttentionRoom attention;
 
   void fit(std::vector<float>& values, size_t count) {
@@ -49,73 +49,169 @@ HR_INLINE void turn_head(float* x, const float* cos, const float* sin, int rotat
 
 HR_INLINE vf silu(vf x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
 
-// Norms `count` rows for `m` and brings them into its form; rows taken from x by `index`, if given.
-static void norm_rows(Team& team, const Rows& a, const float* x, const float* weight, int hidden, float eps,
-                      int count, const int64_t* index, float* normed) {
-  team.phase(count, team.grain(count), [&](int first, int last) {
-    for (int r = first; r < last; ++r) {
-      const int64_t from = index != nullptr ? index[r] : r;
-      float* to = normed + static_cast<int64_t>(r) * hidden;
-      rms_norm(x + from * hidden, weight, hidden, eps, to);
-      if (a.format != FORMAT_F32) quantize_row(to, a, r);
+// So few rows are normed by the thread that is the last of the phase before: to wait for each other
+// once more takes the threads longer.
+constexpr int ROWS_NORMED_BY_ONE = 2;
+
+// What a step's phases share.
+struct Running {
+  Team& team;
+  const Model& m;
+  const Pool& pool;
+  const Batch& batch;
+  const Step& step;
+  StepRoom& room;
+  const Tiles& tiles;
+  int rows;
+};
+
+// Norms rows and brings them into the next matrix' form; rows taken from x by `index`, if given.
+HR_INLINE void norm_row(const Model& m, const Rows& a, const float* x, const float* weight, int64_t from, int to,
+                        float* normed) {
+  float* out = normed + static_cast<int64_t>(to) * m.hidden;
+  rms_norm(x + from * m.hidden, weight, m.hidden, m.eps, out);
+  if (a.format != FORMAT_F32) quantize_row(out, a, to);
+}
+
+static void norm_rows(Running& s, const Rows& a, const float* weight, int count, const int64_t* index) {
+  s.team.phase(count, s.team.grain(count), [&](int first, int last) {
+    for (int r = first; r < last; ++r)
+      norm_row(s.m, a, s.room.x.data(), weight, index != nullptr ? index[r] : r, r, s.room.normed.data());
+  });
+}
+
+// Rotates one head of one row; keys and values go into the pool.
+HR_INLINE void place_head(const Running& s, const Layer& l, int layer, int r, int h, float* head) {
+  const Model& m = s.m;
+  const int turned = m.heads + m.kv_heads;
+  if (h < turned) {
+    if (l.q_norm != nullptr) rms_norm(head, h < m.heads ? l.q_norm : l.k_norm, m.head_dim, m.eps, head);
+    if (l.rope >= 0) {
+      const int rotated = m.rotated[l.rope];
+      const int64_t at = static_cast<int64_t>(r) * rotated;
+      turn_head(head, s.step.cos[l.rope] + at, s.step.sin[l.rope] + at, rotated);
+    }
+  }
+  if (h < m.heads) return;
+  const bool value = h >= turned;
+  keep(s.pool, s.batch.slots[r], layer, value ? 1 : 0, h - (value ? turned : m.heads), head);
+}
+
+// Queries, keys and values, head by head: rotated where they stand, kept where they belong.
+static void make_heads(Running& s, const Layer& l, int layer, const Rows& a) {
+  const Model& m = s.m;
+  const int heads = m.heads + 2 * m.kv_heads, width = heads * m.head_dim, panels = m.head_dim / PANEL;
+  const int block = row_block(l.qkv), blocks = (s.rows + block - 1) / block;
+  float* qkv = s.room.qkv.data();
+  s.team.phase(heads * blocks, 1, [&](int first, int last) {
+    for (int item = first; item < last; ++item) {
+      const int h = item % heads, start = item / heads * block;
+      const int stop = start + block < s.rows ? start + block : s.rows;
+      for (int p = h * panels; p < (h + 1) * panels; ++p) multiply_panel(l.qkv, a, p, start, stop, nullptr, qkv);
+      for (int r = start; r < stop; ++r)
+        place_head(s, l, layer, r, h, qkv + static_cast<int64_t>(r) * width + h * m.head_dim);
     }
   });
 }
 
-static void form_rows(Team& team, const Rows& a, const float* x, int columns, int count) {
-  if (a.format == FORMAT_F32) return;
-  team.phase(count, team.grain(count), [&](int first, int last) {
-    for (int r = first; r < last; ++r) quantize_row(x + static_cast<int64_t>(r) * columns, a, r);
-  });
-}
-
-// Query and key norms, rotation, keys and values into the pool.
-static void place_rows(Team& team, const Model& m, const Layer& l, const Pool& p, const Batch& batch,
-                       const Step& step, int layer, float* qkv) {
-  const int width = (m.heads + 2 * m.kv_heads) * m.head_dim, turned = m.heads + m.kv_heads;
-  team.phase(batch.rows, team.grain(batch.rows), [&](int first, int last) {
-    for (int r = first; r < last; ++r) {
-      float* row = qkv + static_cast<int64_t>(r) * width;
-      for (int h = 0; h < turned; ++h) {
-        float* head = row + h * m.head_dim;
-        if (l.q_norm != nullptr) rms_norm(head, h < m.heads ? l.q_norm : l.k_norm, m.head_dim, m.eps, head);
-        if (l.rope >= 0) {
-          const int rotated = m.rotated[l.rope];
-          const int64_t at = static_cast<int64_t>(r) * rotated;
-          turn_head(head, step.cos[l.rope] + at, step.sin[l.rope] + at, rotated);
-        }
-      }
-      keep(p, batch.slots[r], layer, 0, row + m.heads * m.head_dim);
-      keep(p, batch.slots[r], layer, 1, row + turned * m.head_dim);
-    }
-  });
-}
-
-// inner [rows, m.inner] = silu(gate) * up; gate's panels and up's stand behind each other.
-static void gate_rows(Team& team, const Matrix& w, const Rows& a, int inner, int rows, float* out) {
-  const int panels = inner / PANEL, block = row_block(w), blocks = (rows + block - 1) / block;
-  const int tall = tile_rows(w.format);
-  team.phase(panels * blocks, team.grain(panels), [&](int first, int last) {
+// inner [rows, m.inner] = silu(gate) * up; gate's panels and up's stand behind each other. Two panels
+// of each make a group of columns, which is rounded for the next matrix at once.
+static void gate_rows(Running& s, const Matrix& w, const Rows& a, const Rows& next) {
+  const int inner = s.m.inner, panels = inner / PANEL, count = (panels + 1) / 2;
+  const int block = row_block(w), blocks = (s.rows + block - 1) / block, tall = tile_rows(w.format);
+  float* out = s.room.inner.data();
+  s.team.phase(count * blocks, s.team.grain(count), [&](int first, int last) {
     alignas(64) float gate[TILE_MAX * PANEL], up[TILE_MAX * PANEL];
     for (int item = first; item < last; ++item) {
-      const int panel = item % panels, start = item / panels * block;
-      const int stop = start + block < rows ? start + block : rows;
-      for (int row = start; row < stop; row += tall) {
-        const int count = stop - row < tall ? stop - row : tall;
-        tile(w, a, panel, row, count, gate);
-        tile(w, a, panel + panels, row, count, up);
-        for (int r = 0; r < count; ++r)
-          for (int i = 0; i < PANEL; i += W) {
-            vf g = load(gate + r * PANEL + i), u = load(up + r * PANEL + i);
-            if (w.bias != nullptr) {
-              g = add(g, load(w.bias + panel * PANEL + i));
-              u = add(u, load(w.bias + inner + panel * PANEL + i));
+      const int pair = item % count * 2, start = item / count * block;
+      const int stop = start + block < s.rows ? start + block : s.rows;
+      for (int panel = pair; panel < pair + 2 && panel < panels; ++panel)
+        for (int row = start; row < stop; row += tall) {
+          const int some = stop - row < tall ? stop - row : tall;
+          tile(w, a, panel, row, some, gate);
+          tile(w, a, panel + panels, row, some, up);
+          for (int r = 0; r < some; ++r)
+            for (int i = 0; i < PANEL; i += W) {
+              vf g = load(gate + r * PANEL + i), u = load(up + r * PANEL + i);
+              if (w.bias != nullptr) {
+                g = add(g, load(w.bias + panel * PANEL + i));
+                u = add(u, load(w.bias + inner + panel * PANEL + i));
+              }
+              store(out + static_cast<int64_t>(row + r) * inner + panel * PANEL + i, mul(silu(g), u));
             }
-            store(out + static_cast<int64_t>(row + r) * inner + panel * PANEL + i, mul(silu(g), u));
-          }
-      }
+        }
+      if (next.format == FORMAT_F32) continue;
+      for (int r = start; r < stop; ++r)
+        quantize_part(out + static_cast<int64_t>(r) * inner + pair * PANEL, next, r, pair / 2, 1);
     }
   });
+}
+
+static void attend_layer(Running& s, int thread, const Layer& l, int layer, const Rows& next) {
+  const Model& m = s.m;
+  const int group = m.heads / m.kv_heads, qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+  const bool at_once = next.format != FORMAT_F32 && group * m.head_dim % GROUP == 0;
+  const Attention a{s.pool, s.batch, s.tiles, layer, m.heads, group, m.attention_scale, l.window,
+                    s.room.qkv.data(), qkv_width, {s.room.mixed.data(), at_once ? &next : nullptr}};
+  attend_tiles(s.team, thread, a, s.room.attention);
+  if (at_once || next.format == FORMAT_F32) return;
+  s.team.phase(s.rows, s.team.grain(s.rows), [&](int first, int last) {
+    for (int r = first; r < last; ++r)
+      quantize_row(s.room.mixed.data() + static_cast<int64_t>(r) * m.heads * m.head_dim, next, r);
+  });
+}
+
+// x += rows W^T + bias, and with it, for few rows, the norm that follows.
+static void add_rows(Running& s, const Matrix& w, const Rows& a, const float* weight, const Rows& next) {
+  float* x = s.room.x.data();
+  const bool few = s.rows <= ROWS_NORMED_BY_ONE;
+  multiply(s.team, w, a, s.rows, x, x, [&] {
+    for (int r = 0; few && r < s.rows; ++r) norm_row(s.m, next, x, weight, r, r, s.room.normed.data());
+  });
+  if (!few) norm_rows(s, next, weight, s.rows, nullptr);
+}
+
+static void run_layer(Running& s, int thread, int number) {
+  const Layer& l = s.m.layer[number];
+  StepRoom& room = s.room;
+  const Rows into = room.normed_rows.rows_for(l.qkv, s.rows, room.normed.data());
+  make_heads(s, l, number, into);
+  HR_END(thread, PART_QKV);
+  const Rows mixed = room.rows.rows_for(l.out, s.rows, room.mixed.data());
+  attend_layer(s, thread, l, number, mixed);
+  HR_END(thread, PART_ATTEND);
+  const Rows normed = room.normed_rows.rows_for(l.gate_up, s.rows, room.normed.data());
+  add_rows(s, l.out, mixed, l.mlp_norm, normed);
+  HR_END(thread, PART_OUT);
+  const Rows inner = room.rows.rows_for(l.down, s.rows, room.inner.data());
+  gate_rows(s, l.gate_up, normed, inner);
+  HR_END(thread, PART_GATE);
+  if (number + 1 < s.m.layers) {
+    const Layer& above = s.m.layer[number + 1];
+    add_rows(s, l.down, inner, above.attention_norm, room.normed_rows.rows_for(above.qkv, s.rows, room.normed.data()));
+  } else {
+    float* x = room.x.data();
+    multiply(s.team, l.down, inner, s.rows, x, x, [] {});
+  }
+  HR_END(thread, PART_DOWN);
+}
+
+// Sizes everything for a step, so that later nothing moves while others read it.
+static void make_room(StepRoom& room, const Model& m, int rows) {
+  const size_t count = rows;
+  room.fit(room.x, count * m.hidden);
+  room.fit(room.normed, count * m.hidden);
+  room.fit(room.qkv, count * (m.heads + 2 * m.kv_heads) * m.head_dim);
+  room.fit(room.mixed, count * m.heads * m.head_dim);
+  room.fit(room.inner, count * m.inner);
+  for (int i = 0; i < m.layers; ++i) {
+    const Layer& l = m.layer[i];
+    for (const Matrix* w : {&l.qkv, &l.out, &l.gate_up, &l.down}) {
+      room.rows.rows_for(*w, rows, nullptr);
+      room.normed_rows.rows_for(*w, rows, nullptr);
+    }
+  }
+  room.normed_rows.rows_for(m.head, rows, nullptr);
 }
 
 static void run_step(const Model& m, const Pool& p, const Batch& batch, const Step& step) {
@@ -123,51 +219,27 @@ static void run_step(const Model& m, const Pool& p, const Batch& batch, const St
   static StepRoom room;
   Turn turn;
   Team& team = turn.team();
-  const int rows = batch.rows, qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-  const size_t count = rows;
-  room.fit(room.x, count * m.hidden);
-  room.fit(room.normed, count * m.hidden);
-  room.fit(room.qkv, count * qkv_width);
-  room.fit(room.mixed, count * m.heads * m.head_dim);
-  room.fit(room.inner, count * m.inner);
   Tiles tiles(batch, m.kv_heads, m.heads / m.kv_heads);
   ready(room.attention, team, tiles, m.head_dim);
-  // room for the widest rows first, so that later ones move nothing while others read it
-  for (int i = 0; i < m.layers; ++i) {
-    room.rows.rows_for(m.layer[i].down, rows, nullptr);
-    room.rows.rows_for(m.layer[i].gate_up, rows, nullptr);
-    room.rows.rows_for(m.layer[i].out, rows, nullptr);
-    room.rows.rows_for(m.layer[i].qkv, rows, nullptr);
-  }
-  room.rows.rows_for(m.head, rows, nullptr);
-  float *x = room.x.data(), *normed = room.normed.data(), *qkv = room.qkv.data();
-  float *mixed = room.mixed.data(), *inner = room.inner.data();
+  make_room(room, m, batch.rows);
+  Running s{team, m, p, batch, step, room, tiles, batch.rows};
+  float *x = room.x.data(), *normed = room.normed.data();
   team.run([&](int thread) {
-    team.phase(rows, team.grain(rows), [&](int first, int last) {
-      for (int r = first; r < last; ++r) embed(m, step.tokens[r], x + static_cast<int64_t>(r) * m.hidden);
+    HR_BEGIN(thread);
+    const Rows first = room.normed_rows.rows_for(m.layer[0].qkv, s.rows, normed);
+    team.phase(s.rows, team.grain(s.rows), [&](int from, int to) {
+      for (int r = from; r < to; ++r) {
+        embed(m, step.tokens[r], x + static_cast<int64_t>(r) * m.hidden);
+        norm_row(m, first, x, m.layer[0].attention_norm, r, r, normed);
+      }
     });
-    for (int i = 0; i < m.layers; ++i) {
-      const Layer& l = m.layer[i];
-      Rows a = room.rows.rows_for(l.qkv, rows, normed);
-      norm_rows(team, a, x, l.attention_norm, m.hidden, m.eps, rows, nullptr, normed);
-      multiply(team, l.qkv, a, rows, nullptr, qkv);
-      place_rows(team, m, l, p, batch, step, i, qkv);
-      attend_tiles(team, thread, p, batch, tiles, i, m.heads, m.attention_scale, l.window, qkv, qkv_width, mixed,
-                   room.attention);
-      a = room.rows.rows_for(l.out, rows, mixed);
-      form_rows(team, a, mixed, m.heads * m.head_dim, rows);
-      multiply(team, l.out, a, rows, x, x);
-      a = room.rows.rows_for(l.gate_up, rows, normed);
-      norm_rows(team, a, x, l.mlp_norm, m.hidden, m.eps, rows, nullptr, normed);
-      gate_rows(team, l.gate_up, a, m.inner, rows, inner);
-      a = room.rows.rows_for(l.down, rows, inner);
-      form_rows(team, a, inner, m.inner, rows);
-      multiply(team, l.down, a, rows, x, x);
-    }
+    HR_END(thread, PART_REST);
+    for (int i = 0; i < m.layers; ++i) run_layer(s, thread, i);
     if (step.sampled_rows > 0) {
-      Rows a = room.rows.rows_for(m.head, step.sampled_rows, normed);
-      norm_rows(team, a, x, m.norm, m.hidden, m.eps, step.sampled_rows, step.sampled, normed);
-      multiply(team, m.head, a, step.sampled_rows, nullptr, step.logits);
+      const Rows a = room.normed_rows.rows_for(m.head, step.sampled_rows, normed);
+      norm_rows(s, a, m.norm, step.sampled_rows, step.sampled);
+      multiply(team, m.head, a, step.sampled_rows, nullptr, step.logits, [] {});
     }
+    HR_END(thread, PART_HEAD);
   });
 }

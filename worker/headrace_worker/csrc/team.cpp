@@ -23,8 +23,9 @@ std::atomic<int> wanted{1};
 }  // namespace
 
 thread_local uint32_t Team::number_ = 0;
+thread_local int Team::thread_ = 0;
 
-Team::Team(int size) : size_(size) {
+Team::Team(int size) : size_(size), next_(2 * size) {
   for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { serve(i); });
 }
 
@@ -40,6 +41,7 @@ Team::~Team() {
 
 void Team::run(const std::function<void(int)>& work) {
   number_ = passed_.load();
+  thread_ = 0;
   if (size_ > 1) {
     std::lock_guard<std::mutex> guard(lock_);
     work_ = &work;
@@ -59,6 +61,7 @@ void Team::run(const std::function<void(int)>& work) {
 
 void Team::serve(int thread) {
   uint32_t seen = 0;
+  thread_ = thread;
   for (;;) {
     for (int spins = 0; calls_.load(std::memory_order_acquire) == seen; ++spins) {
       if (spins < SPINS_BEFORE_SLEEP) {
@@ -80,14 +83,19 @@ void Team::serve(int thread) {
   }
 }
 
-void Team::wait(uint32_t number) {
+// Whether this thread is the last.
+bool Team::arrive(uint32_t number) {
   number_ = number + 1;
-  if (arrived_.value.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.value.store(0, std::memory_order_relaxed);
-    next_[number & 1].value.store(0, std::memory_order_relaxed);
-    passed_.store(number + 1, std::memory_order_release);
-    return;
-  }
+  return arrived_.value.fetch_add(1, std::memory_order_acq_rel) == size_ - 1;
+}
+
+void Team::release(uint32_t number) {
+  arrived_.value.store(0, std::memory_order_relaxed);
+  for (int i = 0; i < size_; ++i) next_[(number & 1) * size_ + i].value.store(0, std::memory_order_relaxed);
+  passed_.store(number + 1, std::memory_order_release);
+}
+
+void Team::wait(uint32_t number) {
   for (int spins = 0; passed_.load(std::memory_order_acquire) == number; ++spins) {
     if (spins < SPINS_BEFORE_YIELD) {
       relax();
