@@ -121,7 +121,9 @@ def measure(facts: dict[str, Any], bare: Bare, args: argparse.Namespace) -> None
         prompts = [
             [dice.randrange(100, 5_000) for _ in range(args.prompt)] for _ in range(args.streams)
         ]
+        own = cpu_s(os.getpid())
         engine = tokens / bare.serve(prompts, args.out)
+        own = cpu_s(os.getpid()) - own
         before = processes(facts)
         path = tokens / asyncio.run(through_fleet(facts, prompts, args.out))
         spent = {name: cpu - before[name] for name, cpu in processes(facts).items()}
@@ -130,7 +132,11 @@ def measure(facts: dict[str, Any], bare: Bare, args: argparse.Namespace) -> None
         alone.append(engine)
         whole.append(path)
         cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent.items() if seconds)
-        print(f"engine {engine:6.1f} tok/s, full path {path:6.1f} tok/s (CPU s: {cpu})", flush=True)
+        print(
+            f"engine {engine:6.1f} tok/s (CPU s: {own:.2f}), full path {path:6.1f} tok/s "
+            f"(CPU s: {cpu})",
+            flush=True,
+        )
     loss = 1 - statistics.median(whole) / statistics.median(alone)
     print(
         f"{args.streams} streams of {args.prompt}/{args.out}, {bare.precision}: engine "
