@@ -249,6 +249,7 @@ class WorkerRecord:
     """A worker's unchanging facts. An `id` is one incarnation: it is never used again.
 
     `kernels`: the instruction set of its native kernels, or why it computes without them.
+    `precision`: the dtype it computes in, and how its weights are rounded.
     `role` is the one it was started with, its status says which it has. KV of jobs that move to it
     is taken at `kv_address`; empty: none can.
     """
@@ -263,6 +264,7 @@ class WorkerRecord:
     started_ms: int
     kernels: str = ""
     kv_address: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -461,6 +461,7 @@ def encode_worker(record: WorkerRecord) -> bytes:
             "started": record.started_ms,
             "kernels": record.kernels,
             "kv_at": record.kv_address,
+            "precision": record.precision,
         }
     )
 
@@ -478,4 +479,5 @@ def decode_worker(data: bytes) -> WorkerRecord:
         started_ms=f.get("started", int),
         kernels=f.get("kernels", str),
         kv_address=f.get("kv_at", str),
+        precision=f.get("precision", str),
     )

@@ -3,10 +3,10 @@
 Invariant: it decides as headrace_worker/policy/scheduler.py and turns.py do: each effective band's
 streams and then its prompts in chunks, the best band first; a better band's prompt makes a hurried
 step without the lower bands, at most HURRIED_STEPS_MAX for each band until a step has everybody;
-lower bands' prompts are limited while a better band is about; admission is strict and sets aside KV
-for all known tokens; who would compute a prefix that somebody is computing waits for it; the lowest
-band gives way when KV runs out. Rejected: driving the real scheduler, which lists every token of
-every sequence and looks at each sequence in each step.
+lower bands' prompts are limited while a better band is about, everybody's beside streams; admission
+is strict and sets aside KV for all known tokens; who would compute a prefix that somebody is
+computing waits for it; the lowest band gives way when KV runs out. Rejected: driving the real
+scheduler, which lists every token of every sequence and looks at each sequence in each step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headrace.types import BLOCK_TOKENS, Band
 from headrace_sim.kv_cache import KvCache, PrefixBlock, round_up
 from headrace_sim.lane import Lane
 from headrace_sim.sequence import SimSequence
-from headrace_worker.policy.pace import Pace
+from headrace_worker.policy.pace import STRETCH, TOKENS_UNLIMITED, Pace
 from headrace_worker.policy.scheduler import CALM_MS
 from headrace_worker.policy.turns import HURRIED_STEPS_MAX
 
@@ -33,11 +33,13 @@ LOWER_PREFILL_MS = 100
 class Rules:
     """`fcfs`: by arrival alone, everybody in every step, the newest gives way; as engines without
     bands do. The others are the worker's own settings: how long prompts of lower bands may take in
-    a step beside a better band, and for how long that band is remembered."""
+    a step beside a better band, for how long that band is remembered, and how much longer prompts
+    may make a step of streams."""
 
     fcfs: bool = False
     lower_prefill_ms: int = LOWER_PREFILL_MS
     calm_ms: float = CALM_MS
+    step_stretch: float = STRETCH
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ class SimScheduler:
         """When the order of who waits may change next."""
         self.ran_ms = [-math.inf] * len(Band)
         """By their own band, when the last step began that computed any of them."""
-        self.pace = Pace()
+        self.pace = Pace(0.0 if rules.fcfs else rules.step_stretch)
         self._hurried_steps: dict[int, int] = {}
         self._here = [0] * len(Band)
         """Sequences by their own band, whatever they do."""
@@ -319,6 +321,7 @@ class _Draft:
         self._guarded = guarded
         self._budget = scheduler.cost.step_tokens
         self._lower_left = scheduler.pace.tokens_within(scheduler.rules.lower_prefill_ms)
+        self._beside_left = TOKENS_UNLIMITED
         self._blocked = False
         self._preempted: dict[str, SimSequence] = {}
         self.lanes: list[Lane] = []
@@ -356,6 +359,8 @@ class _Draft:
     def fill(self, worst_band: int) -> bool:
         """Chunks of the prompts of bands up to `worst_band` that have none; whether any."""
         scheduler, planned = self._s, len(self.chunks)
+        here = min(scheduler.cost.max_jobs, scheduler.running + len(scheduler.waiting))
+        self._beside_left = scheduler.pace.tokens_beside(self._rows + planned, here)
         started = [s for s in scheduler.prefilling.values() if s.seen_band <= worst_band]
         started = [s for s in started if s.job.id not in self.chunks]
         started.sort(key=scheduler.key, reverse=True)
@@ -384,12 +389,17 @@ class _Draft:
 
     def _room(self, sequence: SimSequence) -> int:
         """How many of its tokens this step may compute."""
-        return min(self._budget, self._lower_left) if self._limits(sequence) else self._budget
+        if not sequence.lacks_prompt:
+            return self._budget
+        room = min(self._budget, self._beside_left)
+        return min(room, self._lower_left) if self._limits(sequence) else room
 
     def _compute(self, sequence: SimSequence) -> None:
         count = min(sequence.pending, self._room(sequence))
         self.chunks[sequence.job.id] = Chunk(sequence, count, sequence.stay)
         self._budget -= count
+        if sequence.lacks_prompt:
+            self._beside_left -= count
         if self._limits(sequence):
             self._lower_left -= count
 

@@ -30,6 +30,11 @@ class Segment:
         """How long its first `steps` steps take."""
         return steps * self.first_ms + self.growth_ms * (steps * (steps - 1) / 2)
 
+    def last_ms(self, count: int) -> list[float]:
+        """How long each of its last `count` steps takes, or each of all."""
+        first = max(0, self.steps - count)
+        return [self.first_ms + self.growth_ms * step for step in range(first, self.steps)]
+
     @property
     def end_ms(self) -> float:
         return self.start_ms + self.elapsed_ms(self.steps)

@@ -19,6 +19,7 @@ from headrace_sim.lane import Lane
 from headrace_sim.scheduler import Chunk, Rules, SimScheduler
 from headrace_sim.segment import Segment
 from headrace_sim.sequence import SimSequence
+from headrace_worker.policy.pace import STREAM_STEPS
 
 OnGaps = Callable[[Sequence[int], float, int], None]
 """Told of (rows per Band, gap between two tokens of each in ms, how many steps alike)."""
@@ -124,6 +125,8 @@ class SimWorker:
     ) -> None:
         """A token for each row and step."""
         scheduler, steps, lanes = self.scheduler, segment.steps, segment.lanes
+        if not segment.chunks:
+            scheduler.pace.note_streams(segment.rows, segment.last_ms(STREAM_STEPS))
         began_ms = segment.start_ms + segment.elapsed_ms(steps - 1)
         tokens = segment.rows * steps
         self.output_tokens += tokens

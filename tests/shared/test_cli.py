@@ -40,8 +40,11 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def worker_record(worker_id: str, pid: int, kernels: str = "avx2") -> bytes:
+    sizes = (4_096, 8, 17)
     return wire.encode_worker(
-        WorkerRecord(worker_id, MODEL, WorkerRole.BOTH, "here", pid, 4_096, 8, 17, kernels)
+        WorkerRecord(
+            worker_id, MODEL, WorkerRole.BOTH, "here", pid, *sizes, kernels, precision="bfloat16"
+        )
     )
 
 
@@ -112,6 +115,7 @@ async def test_status_for_people_and_with_unreadable_records(valkey: Valkey, red
         assert expected in out
     assert "w1-1 computes without native kernels: no compiler" in out
     assert "w0-1 computes" not in out
+    assert "w0-1: weights and KV in bfloat16" in out
     assert "worker w2-1 of tiny" in out and "headrace:gateway:gw-2" in out
 
 

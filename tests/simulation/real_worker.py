@@ -7,7 +7,7 @@ from headrace.policy.priority import TARGET_MS
 from headrace.types import BLOCK_TOKENS
 from headrace_sim.scheduler import LOWER_PREFILL_MS
 from headrace_worker.policy.blocks import BlockPool
-from headrace_worker.policy.pace import Pace
+from headrace_worker.policy.pace import STRETCH, Pace
 from headrace_worker.policy.plan import Plan
 from headrace_worker.policy.scheduler import Scheduler
 from headrace_worker.policy.sequence import Sequence
@@ -17,8 +17,10 @@ from simulation.builders import BLOCK, Arrival, End
 def serve_really(cost: CostModel, load: list[Arrival]) -> dict[str, End]:
     """`load` on the real scheduler, each of whose steps takes what `cost` says."""
     pool = BlockPool(cost.kv_tokens // BLOCK_TOKENS)
-    scheduler = Scheduler(pool, running_max=cost.max_jobs, step_tokens_max=cost.step_tokens)
-    pace = Pace()
+    pace = Pace(STRETCH)
+    scheduler = Scheduler(
+        pool, running_max=cost.max_jobs, step_tokens_max=cost.step_tokens, pace=pace
+    )
     ends: dict[str, End] = {}
     coming, now = list(load), 0.0
     while coming or scheduler.waiting or scheduler.running:

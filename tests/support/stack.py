@@ -117,6 +117,7 @@ class Stack:
             "HEADRACE_HOST": "127.0.0.1",
             "HEADRACE_MODEL": self.model,
             "HEADRACE_DTYPE": "float32",
+            "HEADRACE_QUANTIZATION": "none",
             "HEADRACE_THREADS": "1",
             "HEADRACE_KV_TOKENS": "16384",
             "HEADRACE_DEBUG": "1",

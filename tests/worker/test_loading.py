@@ -152,7 +152,7 @@ def test_broken_files_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
         load_model(tmp_path, "m")
     with pytest.raises(ModelError, match="dtype 'int7' is not one of auto, float32, bfloat16"):
         load_model(tmp_path, "m", "int7")
-    with pytest.raises(ModelError, match="quantization 'int7' is not one of none, int8, int4"):
+    with pytest.raises(ModelError, match="quantization 'int7' is not one of auto, none, int8, int"):
         load_model(tmp_path, "m", quantization="int7")
 
 
@@ -177,6 +177,35 @@ def test_auto_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert resolve_dtype("auto") is torch.float32
     cpuinfo.unlink()
     assert resolve_dtype("auto") is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels", "dtype", "expected"),
+    [
+        ("avx2", True, "auto", ("int8", torch.bfloat16)),
+        ("avx2", True, "float32", ("none", torch.float32)),
+        ("avx2", True, "bfloat16", ("none", torch.bfloat16)),
+        ("avx2", False, "auto", ("none", torch.float32)),
+        ("avx2 avx512_bf16", True, "auto", ("none", torch.bfloat16)),
+    ],
+)
+def test_what_nothing_is_said_about_follows_processor_and_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    flags: str,
+    kernels: bool,
+    dtype: str,
+    expected: tuple[str, torch.dtype],
+) -> None:
+    """int8 where the kernels multiply it and nothing else is asked for; a dtype is kept exact."""
+    from headrace_worker.loading import load
+
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}")
+    monkeypatch.setattr(load, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(load.native, "library", lambda: object() if kernels else None)
+    mode = load.resolve_quantization("auto", dtype=dtype)
+    assert (mode, resolve_dtype(dtype, mode=mode)) == expected
+    assert load.resolve_quantization("auto", torch.device("cuda"), dtype) == "none"
 
 
 def test_memory_is_read_from_the_machine_and_its_container(

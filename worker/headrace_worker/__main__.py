@@ -58,6 +58,7 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
         step_tokens_max=settings.step_tokens,
         lower_prefill_ms=settings.lower_prefill_ms,
         calm_ms=settings.calm_ms,
+        step_stretch=settings.step_stretch,
         offer_blocks=bool(settings.cache_url),
         speculation=settings.speculation == "ngram",
         kv_dtype=settings.kv_dtype,
@@ -76,7 +77,13 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
     )
     clock = SystemClock()
     kernels = native.state()[:KERNELS_CHARS_MAX]
-    capacity = Capacity(kv_tokens, settings.max_jobs, settings.role, kernels=kernels)
+    capacity = Capacity(
+        kv_tokens,
+        settings.max_jobs,
+        settings.role,
+        kernels=kernels,
+        precision=loaded.precision,
+    )
     if settings.step_log:
         steps = step_log.open_log(settings, step_log.about(settings, loaded, kv_tokens, threads))
         engine: Engine = step_log.LoggedEngine(loaded, config, clock, ranks, log=steps)

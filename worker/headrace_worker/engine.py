@@ -89,15 +89,16 @@ class Engine:
         self._kv, steps = machine_of(loaded, blocks, config, ranks)
         self._traffic = Traffic(self._pool, self._kv, offers=config.offer_blocks)
         self._runner = Runner(steps)
+        self._pace = Pace(config.step_stretch)
         self._scheduler = Scheduler(
             self._pool,
             running_max=config.max_running,
             step_tokens_max=config.step_tokens_max,
             calm_ms=config.calm_ms,
+            pace=self._pace,
         )
         self._entries: dict[str, Entry] = {}
         self._economy = Economy()
-        self._pace = Pace()
         self._masks: dict[str, list[Mask]] = {}
         self._arrivals = 0
         self._flights = Flights()

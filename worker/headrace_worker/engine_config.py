@@ -17,9 +17,11 @@ class EngineConfig:
 
     `kv_tokens`: tokens of KV kept in memory. `max_running`: sequences computed at a time.
     `step_tokens_max`: tokens computed in one step; prompts of lower bands take `lower_prefill_ms`
-    of it, while a better band is here or was within the last `calm_ms`. `offer_blocks`: offer
-    KV blocks to a cache service. `speculation`: guess tokens where that is faster. `kv_dtype`:
-    how keys and values are kept, "auto" as the model computes. `attention`: the backend.
+    of it, while a better band is here or was within the last `calm_ms`. `step_stretch`: how many
+    times as long as without prompts a step of streams may take, 0 for any time. `offer_blocks`:
+    offer KV blocks to a cache service. `speculation`: guess tokens where that is faster.
+    `kv_dtype`: how keys and values are kept, "auto" as the model computes. `attention`: the
+    backend.
     """
 
     kv_tokens: int
@@ -27,6 +29,7 @@ class EngineConfig:
     step_tokens_max: int = 512
     lower_prefill_ms: int = 100
     calm_ms: int = CALM_MS
+    step_stretch: float = 0.0
     offer_blocks: bool = True
     speculation: bool = True
     kv_dtype: KvDtype = "auto"

@@ -34,6 +34,7 @@ class Capacity:
     role: WorkerRole = WorkerRole.BOTH
     kv_address: str = ""
     kernels: str = ""
+    precision: str = ""
 
 
 class Membership:
@@ -63,6 +64,7 @@ class Membership:
             started_ms=clock.wall_ms(),
             kernels=capacity.kernels,
             kv_address=capacity.kv_address,
+            precision=capacity.precision,
         )
 
     async def join(self, status: WorkerStatus) -> bool:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from headrace.config import ServiceSettings
 from headrace.types import WorkerRole
+from headrace_worker.policy.pace import STRETCH
 from headrace_worker.policy.scheduler import CALM_MS
 
 
@@ -23,7 +24,10 @@ class WorkerSettings(ServiceSettings):
     attention: Literal["auto", "sdpa", "flash"] = Field(
         default="auto", description="sdpa: torch; flash: flash-attn, on GPUs; auto: what works"
     )
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Literal["auto", "none", "int8", "int4"] = Field(
+        default="auto",
+        description="auto: int8 where the native kernels multiply it and dtype is auto, else none",
+    )
     kv_dtype: Literal["auto", "int8"] = Field(
         default="auto", description="int8 halves the KV cache; auto: as the model computes"
     )
@@ -54,6 +58,12 @@ class WorkerSettings(ServiceSettings):
         default=100,
         ge=1,
         description="what prompts of lower bands may take of a step while a better band is about",
+    )
+    step_stretch: float = Field(
+        default=STRETCH,
+        ge=0,
+        le=1_000,
+        description="how many times as long as without prompts a step of streams may take; 0: any",
     )
     calm_ms: int = Field(
         default=CALM_MS,

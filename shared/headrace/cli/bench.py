@@ -42,7 +42,7 @@ Dtype = Annotated[
     str | None, typer.Option(envvar="HEADRACE_DTYPE", help="What the model computes in.")
 ]
 Quantization = Annotated[
-    Literal["none", "int8", "int4"] | None,
+    Literal["auto", "none", "int8", "int4"] | None,
     typer.Option(envvar="HEADRACE_QUANTIZATION", help="Bits of the weights."),
 ]
 KvDtype = Annotated[

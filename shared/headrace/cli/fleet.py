@@ -110,6 +110,7 @@ async def _worker(redis: Redis, model: str, worker_id: str, data: bytes) -> dict
         "lease_ms": max(lease_ms, 0),
         "started_ms": record.started_ms,
         "kernels": record.kernels,
+        "precision": record.precision,
     }
 
 

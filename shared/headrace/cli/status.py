@@ -70,6 +70,8 @@ def _show(facts: dict[str, Any]) -> None:
         console.print(f"Serving at {facts['http_url']}")
     console.print(_models(facts["models"]), _workers(facts["workers"]), _gateways(facts))
     for w in facts["workers"]:
+        if w["precision"]:
+            console.print(f"{w['id']}: weights and KV in {w['precision']}")
         if w["kernels"] not in ("", *KERNELS):
             console.print(f"{w['id']} computes without native kernels: {w['kernels']}")
     for problem in facts["problems"]:

@@ -60,6 +60,16 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def precision(self) -> str:
+        """How weights and KV are kept, for people."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            dtype
+            if self.quantization == "none"
+            else f"{dtype}, linear layers in {self.quantization}"
+        )
+
 
 Progress = Callable[[int, int], None]
 """Told after each tensor: bytes of the files' weights read so far, and of all of them."""
@@ -79,7 +89,7 @@ def load_model(
 ) -> LoadedModel:
     """Reads the GGUF file or Hugging Face folder at `path`, to be served as `name`.
 
-    `dtype`: "float32", "bfloat16" or "auto". `quantization`: "none", "int8" or "int4".
+    `dtype`: "float32", "bfloat16" or "auto". `quantization`: "none", "int8", "int4" or "auto".
     `context_tokens`: how many tokens a sequence may have, 0 for as many as the model can; a model
     with LongRoPE has two sets of rotary factors, and it is this number that decides between them,
     as vLLM does it: the long ones only where it exceeds the context that the model was first
@@ -87,7 +97,8 @@ def load_model(
     raise ModelError. `group`: the ranks that hold the other parts of the same layers.
     `device`: where weights go. Raises ModelError, saying what is wrong and what would work.
     """
-    kind, mode = resolve_dtype(dtype, device), resolve_quantization(quantization, device)
+    mode = resolve_quantization(quantization, device, dtype)
+    kind = resolve_dtype(dtype, device, mode)
     source = _open(path)
     facts = source.tokenizer()
     config = _served(source.config, context_tokens)
@@ -134,19 +145,33 @@ def _rounding(mode: Quantization) -> str:
     return f"{mode} in groups" if mode != "none" and native.library() is not None else mode
 
 
-def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
-    """The torch dtype; "auto" is bfloat16 on a GPU and where the CPU multiplies it natively."""
+def resolve_dtype(
+    name: str, device: torch.device = CPU, mode: Quantization = "none"
+) -> torch.dtype:
+    """The torch dtype; "auto" is bfloat16 on a GPU, where the CPU multiplies it natively, and for
+    weights that the native kernels multiply rounded: they keep sums in float32, so that it is
+    embeddings and KV that are half as large."""
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16
     if name == "auto":
-        return torch.bfloat16 if _native_bfloat16() else torch.float32
+        rounded = mode != "none" and native.library() is not None
+        return torch.bfloat16 if rounded or _native_bfloat16() else torch.float32
     if name not in DTYPES:
         raise ModelError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def resolve_quantization(name: str, device: torch.device = CPU) -> Quantization:
-    """`name` itself. Raises ModelError where it is no way to quantize, or not on `device`."""
+def resolve_quantization(
+    name: str, device: torch.device = CPU, dtype: str = "auto"
+) -> Quantization:
+    """`name` itself; "auto" is int8 where nothing is said of `dtype` either, the native kernels are
+    there and the CPU does not multiply bfloat16 by itself: see ADR 4.
+
+    Raises ModelError where it is no way to quantize, or not on `device`.
+    """
+    if name == "auto":
+        free = dtype == "auto" and device.type == "cpu" and not _native_bfloat16()
+        return "int8" if free and native.library() is not None else "none"
     if name in MODES and name != "none" and device.type != "cpu":
         raise ModelError(
             f"HEADRACE_QUANTIZATION={name} multiplies with kernels for CPUs, not on {device}"
@@ -154,7 +179,7 @@ def resolve_quantization(name: str, device: torch.device = CPU) -> Quantization:
     for mode in MODES:
         if name == mode:
             return mode
-    raise ModelError(f"quantization {name!r} is not one of {', '.join(MODES)}")
+    raise ModelError(f"quantization {name!r} is not one of auto, {', '.join(MODES)}")
 
 
 def _native_bfloat16() -> bool:

@@ -25,6 +25,7 @@ from headrace_worker.model.rope import Angles
 from headrace_worker.native import abi
 from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.linear import PANEL, NativeLinear
+from headrace_worker.probing import one_thread
 from headrace_worker.step_inputs import StepInputs
 
 
@@ -131,7 +132,10 @@ class Program:
         attend = self._backend.prepare(
             AttentionBatch(inputs.block_tables, inputs.lengths, inputs.query_starts, slots)
         )
-        turns = [angles(positions) for angles in self._angles]
+        with (
+            one_thread()
+        ):  # a pool of torch's would spin for milliseconds against the kernels' team
+            turns = [angles(positions) for angles in self._angles]
         tables = np.array(
             [cos.data_ptr() for cos, _ in turns] + [sin.data_ptr() for _, sin in turns], np.int64
         )

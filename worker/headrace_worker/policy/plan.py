@@ -1,7 +1,7 @@
 """What one step computes: the frozen plan, its draft, and what came of it.
 
-Invariant: a plan never has more rows than the step's budget, and no more of lower bands' prompts
-than they may have beside a better band.
+Invariant: a plan never has more rows than the step's budget, no more of prompts than they may have
+beside streams, and no more of lower bands' prompts than they may have beside a better band.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from headrace.policy.cost_model import attended
 from headrace.types import FinishReason
 from headrace_worker.policy.blocks import CachedBlock
+from headrace_worker.policy.pace import TOKENS_UNLIMITED
 from headrace_worker.policy.sequence import Sequence
 
 ITEMS_MAX = 1 << 20
@@ -115,7 +116,8 @@ class Outcome:
 
 
 class Draft:
-    """The plan in the making. Of prompts of bands worse than `guarded`, `lower_left` tokens fit.
+    """The plan in the making. Of prompts of bands worse than `guarded`, `lower_left` tokens fit,
+    of all prompts beside streams `beside_left`.
 
     `under_way`: sequences that another plan is computing; `items_max`: how many this one may have.
     """
@@ -135,6 +137,7 @@ class Draft:
         self.budget = budget
         self.guarded = guarded
         self.lower_left = lower_left
+        self.beside_left = TOKENS_UNLIMITED
         self.blocked = False
         """Whether somebody did not fit: nobody behind is let in."""
         self.items: dict[str, PlanItem] = {}
@@ -145,7 +148,10 @@ class Draft:
         """How many of its tokens this step may compute."""
         if len(self.items) >= self._items_max:
             return 0
-        return min(self.budget, self.lower_left) if self._limits(sequence) else self.budget
+        if not sequence.lacks_prompt():
+            return self.budget
+        room = min(self.budget, self.beside_left)
+        return min(room, self.lower_left) if self._limits(sequence) else room
 
     def _limits(self, sequence: Sequence) -> bool:
         return sequence.band > self.guarded and sequence.lacks_prompt()
@@ -154,6 +160,8 @@ class Draft:
         samples = count == sequence.pending and sequence.known < sequence.tokens_max
         self.items[sequence.id] = PlanItem(sequence, sequence.computed, count, samples)
         self.budget -= count
+        if sequence.lacks_prompt():
+            self.beside_left -= count
         if self._limits(sequence):
             self.lower_left -= count
 

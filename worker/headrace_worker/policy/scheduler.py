@@ -3,8 +3,9 @@
 Invariant: there is no prefill or decode mode. Each step, under one token budget, computed tokens
 catch up with known tokens: first the sequences that lack one (so that no stream stalls behind
 somebody's prompt), then those whose output ran ahead a little (a grammar forced some tokens), then
-larger gaps in chunks, in order of rank. Guesses (policy/speculation.py) get what is left of the
-budget and of the blocks: nobody waits and nothing is preempted for them.
+larger gaps in chunks, in order of rank, as much as does not hold up those streams (policy/pace.py).
+Guesses (policy/speculation.py) get what is left of the budget and of the blocks: nobody waits and
+nothing is preempted for them.
 
 One rank, `headrace.policy.priority`'s, orders batch, admission and preemption. Who takes part in a
 step, and with how many tokens, is policy/turns.py's: lower bands do not lengthen the step that
@@ -29,7 +30,7 @@ from types import MappingProxyType
 from headrace.types import BLOCK_TOKENS, FinishReason
 from headrace_worker.policy import turns
 from headrace_worker.policy.blocks import BlockPool
-from headrace_worker.policy.pace import TOKENS_UNKNOWN
+from headrace_worker.policy.pace import TOKENS_UNKNOWN, Pace
 from headrace_worker.policy.plan import ITEMS_MAX, Draft, Outcome, Plan, PlanItem
 from headrace_worker.policy.sequence import Sequence, Status, blocks_for
 
@@ -46,13 +47,18 @@ class Scheduler:
         running_max: int,
         step_tokens_max: int,
         calm_ms: int = CALM_MS,
+        pace: Pace | None = None,
     ) -> None:
-        """Lower bands' prompts are limited while a better band is here, or ran within `calm_ms`."""
+        """Lower bands' prompts are limited while a better band is here, or ran within `calm_ms`.
+
+        `pace`: what the caller has measured, for the limit of prompts beside streams.
+        """
         assert 0 < running_max <= step_tokens_max, "every running sequence needs a token a step"
         self.pool = pool
         self._running_max = running_max
         self._step_tokens_max = step_tokens_max
         self._calm_ms = calm_ms
+        self._pace = pace or Pace()
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._hurried_steps: dict[int, int] = {}
@@ -203,6 +209,8 @@ class Scheduler:
     def _plan_prompts(self, draft: Draft, group: Sequences[Sequence]) -> bool:
         """Plans chunks of what lacks more than a token, and lets in who waits; whether any."""
         planned = len(draft.items)
+        here = min(self._running_max, len(self._running) + len(self._waiting))
+        draft.beside_left = self._pace.tokens_beside(planned, here)
         for sequence in turns.ranked((s for s in group if s.id not in draft.items), draft.now):
             if not draft.room(sequence):
                 continue
