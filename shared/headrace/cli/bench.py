@@ -1,4 +1,5 @@
-"""`headrace bench`: measure this machine. `bench calibrate` feeds `headrace simulate --cost`.
+"""`headrace bench`: measure this machine. `calibrate` feeds `headrace simulate --cost`, `roofline`
+says how far the engine's steps are from what the machine can do.
 
 The engine is measured by a process with the worker's packages: this one must not import torch.
 """
@@ -56,6 +57,7 @@ MaxJobs = Annotated[
 ]
 Seconds = Annotated[float, typer.Option(min=1.0, max=3_600.0, help="About how long to measure.")]
 Out = Annotated[Path, typer.Option(help="Where the cost model goes, for `simulate --cost`.")]
+Figures = Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")]
 CpuTime = Annotated[
     bool,
     typer.Option(
@@ -82,28 +84,61 @@ def calibrate(
     table: Table = False,
 ) -> None:
     """Time the real engine's steps here and write the cost model that `simulate --cost` reads."""
-    if find_spec("headrace_worker") is None or find_spec("torch") is None:
-        raise CommandError("calibrating runs the engine: pip install 'headrace[worker]'")
     if not out.parent.is_dir():
         raise CommandError(f"--out: there is no folder {out.parent}")
     each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
     settings = {
-        "HEADRACE_MODEL": model,
-        "HEADRACE_THREADS": each,
-        "OMP_NUM_THREADS": each,
-        "HEADRACE_DTYPE": dtype,
-        "HEADRACE_QUANTIZATION": quantization,
-        "HEADRACE_KV_DTYPE": kv_dtype,
+        **_settings(model, each, dtype, quantization, kv_dtype),
         "HEADRACE_KV_TOKENS": kv_tokens,
         "HEADRACE_MAX_JOBS": max_jobs,
     }
-    given = {name: str(value) for name, value in settings.items() if value is not None}
-    argv = [
-        *(sys.executable, "-m", "headrace_worker.calibrate"),
+    flags = [
         *("--seconds", str(seconds), "--beside", str(workers - 1), "--out", str(out)),
         *(["--cpu-time"] if cpu_time else []),
         *(["--table"] if table else []),
     ]
-    done = subprocess.run(argv, env=os.environ | given)
+    _measure("headrace_worker.calibrate", flags, settings)
+
+
+@bench.command()
+@plain_errors
+def roofline(
+    model: Model = "smollm2",
+    threads: Threads = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    kv_dtype: KvDtype = None,
+    seconds: Seconds = 30.0,
+    out: Figures = None,
+) -> None:
+    """Measure memory bandwidth and products here, and what fraction of them the engine reaches."""
+    if out is not None and not out.parent.is_dir():
+        raise CommandError(f"--out: there is no folder {out.parent}")
+    each = threads or len(os.sched_getaffinity(0))
+    flags = ["--seconds", str(seconds), *(["--out", str(out)] if out is not None else [])]
+    settings = _settings(model, each, dtype, quantization, kv_dtype)
+    _measure("headrace_worker.roofline", flags, settings)
+
+
+def _settings(
+    model: str, threads: int, dtype: str | None, quantization: str | None, kv_dtype: str | None
+) -> dict[str, object]:
+    """A worker's variables; None leaves one as it is."""
+    return {
+        "HEADRACE_MODEL": model,
+        "HEADRACE_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "HEADRACE_DTYPE": dtype,
+        "HEADRACE_QUANTIZATION": quantization,
+        "HEADRACE_KV_DTYPE": kv_dtype,
+    }
+
+
+def _measure(module: str, flags: list[str], settings: dict[str, object]) -> None:
+    """Runs a module of the worker in a process of its own. Raises CommandError, typer.Exit."""
+    if find_spec("headrace_worker") is None or find_spec("torch") is None:
+        raise CommandError("this runs the engine: pip install 'headrace[worker]'")
+    given = {name: str(value) for name, value in settings.items() if value is not None}
+    done = subprocess.run([sys.executable, "-m", module, *flags], env=os.environ | given)
     if done.returncode:
         raise typer.Exit(done.returncode)
