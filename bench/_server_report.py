@@ -18,6 +18,9 @@ from typing import Any
 BUSY_SHARE_MAX = 0.03
 """Of the machine's CPU time, used by others while a workload ran: beyond it a report says so."""
 
+CELL = 17
+"""Columns of a table: a figure, and how many times the baseline's it is."""
+
 Turn = Mapping[str, Any]
 """What one server did with one workload in one round: `round`, `server`, `workload`, figures."""
 
@@ -41,12 +44,11 @@ METRICS = (
     Metric("itl_mean_ms", "mean"),
     Metric("cpu_s_per_1k", "CPU s/1k out", 2),
     Metric("peak_mib", "peak MiB", 0),
-    Metric("share_mib", "PSS MiB", 0),
 )
 FIGURES = (
     ("output_tok_s", "", "output tokens/s"),
-    ("ttft_p50_ms", "ttft_p99_ms", "TTFT ms: p50, – p99"),
-    ("itl_p50_ms", "itl_p99_ms", "ITL ms: p50, – p99"),
+    ("ttft_p50_ms", "ttft_p99_ms", "TTFT ms: • p50, – p99"),
+    ("itl_p50_ms", "itl_p99_ms", "ITL ms: • p50, – p99"),
     ("cpu_s_per_1k", "", "CPU s / 1,000 output tokens"),
     ("peak_mib", "", "peak memory MiB"),
 )
@@ -122,11 +124,11 @@ def summary(turns: Sequence[Turn], base: str) -> dict[str, Any]:
 
 
 def table(turns: Sequence[Turn], base: str, says: Mapping[str, str]) -> str:
-    """A block for each workload: medians, and in brackets how many times `base`'s they are."""
+    """A block for each workload: medians, and behind each how many times `base`'s it is."""
     blocks = []
     for workload, rows in summary(turns, base).items():
         wide = max(map(len, rows)) + 2
-        heads = [f"{metric.label:>18}" for metric in METRICS]
+        heads = [f"{metric.label:>{CELL - 5}}     " for metric in METRICS]
         lines = [f"{workload}: {says.get(workload, '')}", " " * wide + "".join(heads)]
         for server, row in rows.items():
             cells = [_cell(row.get(metric.key), metric.digits) for metric in METRICS]
@@ -144,9 +146,9 @@ def table(turns: Sequence[Turn], base: str, says: Mapping[str, str]) -> str:
 
 def _cell(figure: Mapping[str, float] | None, digits: int) -> str:
     if figure is None:
-        return f"{'–':>18}"
-    shown = f"({figure['ratio']:.2f})" if "ratio" in figure else ""
-    return f"{figure['median']:>11,.{digits}f}{shown:>7}"
+        return f"{'–':>{CELL - 5}}     "
+    shown = f"x{figure['ratio']:.2f}" if "ratio" in figure else ""
+    return f"{figure['median']:>{CELL - 6},.{digits}f} {shown:<5}"
 
 
 def doubts(turns: Sequence[Turn]) -> list[str]:
@@ -167,7 +169,7 @@ def doubts(turns: Sequence[Turn]) -> list[str]:
 
 
 def draw(turns: Sequence[Turn], path: Path) -> None:
-    """Bars of medians, their spread over rounds as lines, a column for each workload, into a PNG.
+    """A row for each of FIGURES, a column for each workload, a place for each server, into a PNG.
 
     Raises SettingsError where matplotlib is missing.
     """
@@ -175,54 +177,80 @@ def draw(turns: Sequence[Turn], path: Path) -> None:
 
     pyplot = load_pyplot()
     workloads, servers = (unique(t[key] for t in turns) for key in ("workload", "server"))
+    size = (max(7.0, 2.6 * len(workloads)), 2.3 * len(FIGURES) + 0.5)
     figure, axes = pyplot.subplots(
-        len(FIGURES),
-        len(workloads),
-        figsize=(max(7.0, 2.6 * len(workloads)), 2.3 * len(FIGURES)),
-        squeeze=False,
-        layout="constrained",
+        len(FIGURES), len(workloads), figsize=size, squeeze=False, layout="constrained"
     )
     colors = pyplot.get_cmap("tab10").colors
     for column, workload in enumerate(workloads):
         axes[0][column].set_title(workload)
-        for row, (key, beyond, label) in enumerate(FIGURES):
+        for row, (key, far, label) in enumerate(FIGURES):
             axis = axes[row][column]
-            for place, server in enumerate(servers):
-                _bar(axis, place, turns, (workload, server), (key, beyond), colors[place % 10])
+            shown = [
+                (place, colors[place % len(colors)], near, beyond)
+                for place, server in enumerate(servers)
+                if (near := _over_rounds(turns, workload, server, key)) is not None
+                for beyond in [_over_rounds(turns, workload, server, far)]
+            ]
+            _ranges(axis, shown) if far else _bars(axis, shown)
             axis.set_xticks([])
             axis.set_xlim(-0.6, len(servers) - 0.4)
-            axis.set_ylim(bottom=0)
-            axis.margins(y=0.15)
             axis.grid(axis="y", alpha=0.3)
             if column == 0:
-                axis.set_ylabel(label, fontsize=8)
+                axis.set_ylabel(label, fontsize=9)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[i % 10]) for i in range(len(servers))]
     figure.legend(handles, servers, loc="outside upper center", ncols=min(5, len(servers)))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _bar(
-    axis: Any,
-    place: int,
-    turns: Sequence[Turn],
-    who: tuple[str, str],
-    keys: tuple[str, str],
-    color: Any,
-) -> None:
-    """One server's median with its spread, its value above; a dash where the p99 is."""
-    values = Spread.of(figure_of(turns, *who, keys[0]).values())
-    if math.isnan(values.median):
-        return
-    spread = [[values.median - values.least], [values.most - values.median]]
-    axis.bar(place, values.median, width=0.8, color=color, yerr=spread, ecolor="black", capsize=2)
-    top = values.most
-    if keys[1]:
-        far = Spread.of(figure_of(turns, *who, keys[1]).values())
-        if not math.isnan(far.median):
-            axis.plot([place - 0.4, place + 0.4], [far.median] * 2, color=color, linewidth=2)
-            top = max(top, far.median)
-    text = f"{values.median:,.0f}" if values.median >= 100 else f"{values.median:.3g}"
+_Shown = tuple[int, Any, Spread, Spread | None]
+"""A server's place and color, a figure over the rounds, and the one that goes beyond it."""
+
+
+def _over_rounds(turns: Sequence[Turn], workload: str, server: str, key: str) -> Spread | None:
+    found = Spread.of(figure_of(turns, workload, server, key).values())
+    return None if math.isnan(found.median) else found
+
+
+def _bars(axis: Any, shown: Sequence[_Shown]) -> None:
+    """Medians as bars, their spread over rounds as lines."""
+    for place, color, value, _ in shown:
+        axis.bar(place, value.median, width=0.8, color=color)
+        if value.most > value.least:
+            spread = [[value.median - value.least], [value.most - value.median]]
+            axis.errorbar(place, value.median, yerr=spread, color="black", capsize=3, linewidth=1)
+        _write(axis, place, value.most, value.median)
+    axis.set_ylim(0, 1.18 * max((value.most for _, _, value, _ in shown), default=1.0))
+
+
+def _ranges(axis: Any, shown: Sequence[_Shown]) -> None:
+    """A dot for the p50, a dash for the p99, on a logarithmic axis: they lie far apart."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    for place, color, near, far in shown:
+        axis.plot([place], [near.median], "o", color=color, markersize=7)
+        _write(axis, place, near.median, near.median, below=True)
+        if far is not None:
+            axis.plot([place, place], [near.median, far.median], color=color, linewidth=1.5)
+            axis.plot([place - 0.25, place + 0.25], [far.median] * 2, color=color, linewidth=2.5)
+            _write(axis, place, far.median, far.median)
+    values = [v.median for _, _, near, far in shown for v in (near, far) if v is not None]
+    if values:
+        axis.set_ylim(max(min(values), 1e-3) / 2, 2 * max(*values, 1e-3))
+
+
+def _write(axis: Any, place: int, height: float, value: float, *, below: bool = False) -> None:
+    text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     axis.annotate(
-        text, (place, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7
+        text,
+        (place, height),
+        xytext=(0, -7 if below else 3),
+        textcoords="offset points",
+        ha="center",
+        va="top" if below else "bottom",
+        fontsize=7,
     )

@@ -64,7 +64,7 @@ def words_of(model: str) -> Words:
 
     path = resolve(model)
     source = HfSource(path) if path.is_dir() else GgufSource(path)
-    tokenizer = Tokenizer.from_str(source.tokenizer().tokenizer_json.decode())
+    tokenizer = Tokenizer.from_str(source.tokenizer().json.decode())
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
@@ -221,7 +221,6 @@ def tell(results: dict[str, Any], folder: Path) -> None:
     if not turns:
         raise SystemExit("nothing was measured")
     text = report.table(turns, results["baseline"], results["workloads"])
-    print(f"\n{text}")
     results["summary"] = report.summary(turns, results["baseline"])
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "results.txt").write_text(text + "\n")
@@ -229,6 +228,7 @@ def tell(results: dict[str, Any], folder: Path) -> None:
         report.draw(turns, folder / "results.png")
     except SettingsError as error:
         print(error.message)
+    print(f"\n{text}")
     for name, reason in results["lost"].items():
         print(f"! {name} could not be measured: {reason.splitlines()[0]}")
 

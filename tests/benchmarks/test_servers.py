@@ -415,3 +415,15 @@ def test_a_server_ends_with_all_that_it_started(
 def test_a_spread_is_ordered(values: list[float]) -> None:
     found = report.Spread.of(values)
     assert found.least <= found.median <= found.most
+
+
+def test_words_are_one_token_each_for_the_real_model(smollm2_path: Path) -> None:
+    """A text of 300 words has 300 tokens of SmolLM2's, whoever counts them."""
+    from tokenizers import Tokenizer
+
+    from headrace_worker.loading.gguf_file import GgufSource
+
+    text = servers.words_of("smollm2").text(300, random.Random(1))
+    tokenizer = Tokenizer.from_str(GgufSource(smollm2_path).tokenizer().json.decode())
+    assert len(tokenizer.encode(text, add_special_tokens=False).ids) == 300
+    assert len(set(text.split())) > 200
