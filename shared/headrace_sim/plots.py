@@ -18,13 +18,13 @@ from headrace_sim.metrics import Outcome
 POINTS_MAX = 400
 
 
-def _pyplot() -> Any:
-    """Raises SettingsError where matplotlib is missing."""
+def load_pyplot() -> Any:
+    """matplotlib for files alone. Raises SettingsError where it is missing."""
     try:
         import matplotlib
     except ImportError as error:
         raise SettingsError(
-            "plots need matplotlib: pip install matplotlib, or leave out --plot"
+            "plots need matplotlib: pip install matplotlib, or do without --plot"
         ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -34,12 +34,12 @@ def _pyplot() -> Any:
 
 def need_matplotlib() -> None:
     """Raises SettingsError now rather than after minutes of simulation."""
-    _pyplot()
+    load_pyplot()
 
 
 def draw_runs(fleets: Sequence[Fleet], path: Path) -> None:
     """TTFT and mean ITL per band as cumulative shares, a column for each band, into a PNG."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     bands = sorted({band for fleet in fleets for band in fleet.records.band})
     figure, axes = pyplot.subplots(
         2, len(bands), figsize=(5 * len(bands), 7), squeeze=False, layout="constrained"
@@ -84,7 +84,7 @@ def draw_curves(
     title: str,
 ) -> None:
     """Named lines of (x, y) into a PNG."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for name, points in curves.items():
         axis.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)

@@ -114,3 +114,17 @@ def test_calibrate_refuses_a_folder_that_is_not_there(started: Started, tmp_path
     done = headrace("calibrate", "--out", str(tmp_path / "none" / "cost.json"))
     assert (done.exit_code, started.argv) == (1, [])
     assert "there is no folder" in done.output
+
+
+def test_roofline_measures_the_whole_machine_by_default(started: Started, tmp_path: Path) -> None:
+    """All cores, the settings that were given, and a file only where one is asked for."""
+    out = tmp_path / "roof.json"
+    assert headrace("roofline", "--quantization", "int4", "--dtype", "bfloat16").exit_code == 0
+    assert headrace("roofline", "--threads", "1", "--out", str(out)).exit_code == 0
+    first, second = started.argv
+    assert first[1:3] == ["-m", "headrace_worker.roofline"] and "--out" not in first
+    assert second[second.index("--out") + 1] == str(out)
+    assert started.env["HEADRACE_THREADS"] == started.env["OMP_NUM_THREADS"] == "1"
+    refused = headrace("roofline", "--out", str(tmp_path / "none" / "roof.json"))
+    assert (refused.exit_code, len(started.argv)) == (1, 2)
+    assert "there is no folder" in refused.output

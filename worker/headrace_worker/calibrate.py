@@ -140,6 +140,7 @@ class Bench:
     ) -> None:
         """`clock` counts seconds. Raises ModelError when the KV pool does not fit into memory."""
         self._clock = clock
+        self.loaded = loaded
         self.engine = Engine(loaded, config, SystemClock())
         self._dice = random.Random(SEED)
         size_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, config.kv_dtype)

