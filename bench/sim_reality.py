@@ -1,15 +1,16 @@
 """Is the simulator right? One workload on real workers and in the simulator, side by side.
 
-    headrace bench calibrate --workers 2 --out cost.json
+    headrace bench calibrate --workers 2 --threads 1 --max-jobs 8 --out cost.json
     python -m bench sim_reality --cost cost.json [--seconds 300] [--json sim_reality.json]
 
 Requests come at Poisson times (seeded); their prompt and output lengths are drawn from a trace's
 and scaled down to what a small model on a CPU can do in the time. No two prompts share anything,
-and answers have exactly the length that was drawn. `--load` is the part of the capacity that is
-asked for, as the cost model sees it at a batch of eight. The real workers get the sizes that the
-cost model names, and do not speculate, which it knows nothing of. Printed are TTFT, time between
-tokens, time in all and throughput of both, and by how much the simulator is off. `--real FILE`
-takes reality from the JSON of an earlier run, to try another cost model on it.
+and answers have exactly the length that was drawn. The calibration knows nothing of these lengths,
+nor of their rate: it has a load of its own. `--load` is the part of the capacity that is asked for,
+as the cost model sees it at a batch of eight. The real workers get the sizes that the cost model
+names, and do not speculate, which it knows nothing of. Printed are TTFT, time between tokens, time
+in all and throughput of both, and by how much the simulator is off. `--real FILE` takes reality
+from the JSON of an earlier run, to try another cost model on it.
 """
 
 from __future__ import annotations
