@@ -19,7 +19,7 @@ from headrace.errors import DependencyError, OverloadError
 from headrace.types import EXPECTED_OUTPUT_TOKENS, Band, Board, Job
 
 RETRY_MS_MIN = 250
-"""About how old a board gets. On top of what has to happen first: only the board after it tells."""
+"""About how old a board gets: sooner, nobody here would know better."""
 RETRY_MS_MAX = 3_600_000
 RETRY_MS_UNKNOWN = 1_000
 
@@ -130,7 +130,7 @@ def decide(ask: Ask, facts: AdmissionFacts, limits: AdmissionLimits) -> Admissio
             200, "admitted", f"{queue.jobs} jobs wait, about {queue.wait_ms(ask.band)} ms"
         )
     worst = max(obstacles, key=lambda obstacle: (obstacle.for_ever, obstacle.lasts_ms))
-    wait_ms = min(RETRY_MS_MAX, RETRY_MS_MIN + round(worst.lasts_ms))
+    wait_ms = max(RETRY_MS_MIN, min(RETRY_MS_MAX, round(worst.lasts_ms)))
     return Admission(429, worst.code, worst.reason, 0 if worst.for_ever else wait_ms)
 
 
