@@ -8,7 +8,8 @@ completes a second. Then requests at Poisson times, `--factor` times as many, 10
 60 % standard and 30 % batch; interactive requests are small, so that their own share of the work
 stays well below the capacity (it is printed). Nobody retries. At the end, probes of each band, four
 a second, find when that band is admitted again, which is held against the retry-after that the last
-refused clients were told. Then everything accepted is waited for.
+refused clients were told. Then everything accepted is waited for. Retry-after is also held against
+the overload itself: when was a request of the same band admitted next, be it whose it may.
 
 It shows: TTFT of each band, refusals and how fast they answer, whether all that was accepted came
 complete, how truthful retry-after is, and what every process took of the CPU. The load generator
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import json
 import random
 import time
@@ -164,6 +166,13 @@ async def probe(client: Client, bench: Run, band: int, refused: list[Answer]) ->
     return found
 
 
+def next_admitted_ms(refused: list[Answer], admitted: list[Answer]) -> list[float]:
+    """How long after each refusal somebody was admitted; nothing for those after the last."""
+    moments = sorted(a.sent_s for a in admitted)
+    at = [(a.head_s, bisect.bisect(moments, a.head_s)) for a in refused]
+    return [1000 * (moments[index] - then) for then, index in at if index < len(moments)]
+
+
 def band_row(bench: Run, answers: list[Answer], band: int) -> dict[str, Any]:
     """One band's figures."""
     began, end = bench.facts["span_s"]
@@ -188,6 +197,7 @@ def band_row(bench: Run, answers: list[Answer], band: int) -> dict[str, Any]:
         "tokens_by_third": thirds,
         "refusal_ms": spread((a.head_s - a.sent_s) * 1000 for a in refused),
         "retry_after_ms": spread(a.retry_after_ms for a in refused if a.retry_after_ms),
+        "again_ms": spread(next_admitted_ms(refused, admitted)),
         "missing_how": Counter(a.how or str(a.status) for a in mine if not a.refused)
         - Counter(a.how for a in complete),
     }
@@ -216,6 +226,14 @@ def show(bench: Run) -> None:
         )
         if row["missing"]:
             print(f"  missing: {dict(row['missing_how'])}")
+    for row in f["bands"]:
+        if row["again_ms"]["count"]:
+            told, again = row["retry_after_ms"], row["again_ms"]
+            print(
+                f"retry-after during the overload, {row['band']}: told {told['mean']:.0f} ms, the "
+                f"next was admitted after {again['mean']:.0f} ms (means of {again['count']}; "
+                f"medians {told['p50']:.0f} and {again['p50']:.0f})"
+            )
     ratio = f["bands"][0]["ttft_ms"]["p99"] / unloaded_ms["p99"]
     print(f"interactive TTFT p99 is {ratio:.2f}x its unloaded p99")
     for row in f["probes"]:

@@ -13,6 +13,7 @@ band's own queue, which leaves the total to whoever comes first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from headrace.errors import DependencyError, OverloadError
@@ -189,8 +190,14 @@ class _Queue:
         wait_ms = self.wait_ms(band)
         alone_ms = self.drain_ms(sum(self.work[: band + 1]))
         better_ms = self.drain_ms(sum(self.work[:band]))
-        shrinks_ms = min(wait_ms - wait_ms_max, max(alone_ms - wait_ms_max, better_ms))
-        return max(shrinks_ms, self.next_ms(band))
+        alone_ms = max(self._whole_ms(alone_ms - wait_ms_max, band), better_ms)
+        return max(min(self._whole_ms(wait_ms - wait_ms_max, band), alone_ms), self.next_ms(band))
+
+    def _whole_ms(self, lasts_ms: float, band: Band) -> float:
+        """`lasts_ms` until the job that makes the difference has left: jobs leave whole."""
+        jobs, work = sum(self.queued[: band + 1]), sum(self.work[: band + 1])
+        each_ms = self.drain_ms(work / jobs) if jobs and work else 0
+        return each_ms * math.ceil(lasts_ms / each_ms) if each_ms else lasts_ms
 
     def next_ms(self, band: Band) -> float:
         """Until the next job of `band` leaves, before which nothing gets shorter."""
