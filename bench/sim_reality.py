@@ -1,15 +1,22 @@
 """Is the simulator right? One workload on real workers and in the simulator, side by side.
 
-    headrace bench calibrate --workers 2 --out cost.json
-    python -m bench sim_reality --cost cost.json [--seconds 300] [--json sim_reality.json]
+    python -m bench sim_reality [--cost cost.json] [--seconds 300] [--json sim_reality.json]
 
 Requests come at Poisson times (seeded); their prompt and output lengths are drawn from a trace's
 and scaled down to what a small model on a CPU can do in the time. No two prompts share anything,
 and answers have exactly the length that was drawn. `--load` is the part of the capacity that is
 asked for, as the cost model sees it at a batch of eight. The real workers get the sizes that the
-cost model names, and do not speculate, which it knows nothing of. Printed are TTFT, time between
-tokens, time in all and throughput of both, and by how much the simulator is off. `--real FILE`
-takes reality from the JSON of an earlier run, to try another cost model on it.
+cost model names, and do not speculate, which it knows nothing of.
+
+Without `--cost` the same workers are calibrated, as `headrace bench calibrate` does it, half before
+and half after the requests: machines whose cores are shared with others are a tenth faster or
+slower from one minute to the next, which is not what is asked here. The calibration has a load of
+its own, with other lengths and as many clients at a time as it likes; what the workers log while
+the judged requests are under way is left out.
+
+Printed are TTFT, time between tokens, time in all and throughput of both, and by how much the
+simulator is off. `--real FILE` takes reality from the JSON of an earlier run, to try another cost
+model on it.
 """
 
 from __future__ import annotations
@@ -18,13 +25,16 @@ import argparse
 import asyncio
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench._fleet import Fleet, settings_of
 from bench._load import Answer, Ask, Client, Lag, closed_loop, open_loop, poisson, run, spread
+from headrace.cli.rehearsal import Load, Shape
 from headrace.policy.cost_model import CostModel
 from headrace.types import Band
 from headrace_sim.fleet import Fleet as SimulatedFleet
@@ -88,22 +98,75 @@ async def really(fleet: Fleet, plan: Plan, lag: Lag, seed: int) -> list[Answer]:
         return list(await asyncio.gather(*await open_loop(plan, client.send, lag)))
 
 
+@dataclass
+class StepLogs:
+    """What the workers log in `folder`, without what they log while the plan is under way."""
+
+    folder: Path
+    left_out: dict[Path, tuple[int, int]]
+
+    def lines(self) -> dict[Path, list[str]]:
+        return {path: path.read_text().splitlines() for path in self.folder.glob("*.steps")}
+
+    def cost(self) -> CostModel:
+        """The model of all steps that count so far."""
+        # they import torch: not before the load has to be sent
+        from headrace_worker.fitting import fit, grouped
+        from headrace_worker.step_log import read_logs
+
+        with tempfile.TemporaryDirectory() as kept:
+            for path, lines in self.lines().items():
+                since, until = self.left_out.get(path, (0, 0))
+                Path(kept, path.name).write_text("\n".join(lines[:since] + lines[until:]) + "\n")
+            sizes, steps = read_logs(Path(kept).glob("*.steps"))
+        return fit(grouped(steps), sizes)
+
+
+def rehearse(fleet: Fleet, args: argparse.Namespace, seed: int) -> None:
+    """Half of a calibration."""
+    shape = Shape(args.workers, args.workers * args.max_jobs, 2_048, 40_000)
+    run(Load(fleet.urls[0], fleet.model, shape, seed).run(args.calibrate / 2))
+
+
+def calibrated(args: argparse.Namespace) -> tuple[CostModel, Plan, dict[str, Any]]:
+    """Cost model, plan and reality of workers that are calibrated before and after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = StepLogs(Path(folder), {})
+        env = {"HEADRACE_MAX_JOBS": str(args.max_jobs), "HEADRACE_STEP_LOG": folder}
+        with a_fleet(args, env) as fleet:
+            rehearse(fleet, args, 7)
+            plan = make_plan(args, logs.cost())
+            print(f"{len(plan)} requests in {args.seconds:.0f} s on {args.workers} workers")
+            before = {path: len(lines) for path, lines in logs.lines().items()}
+            real = measure(fleet, args, plan)
+            after = {path: len(lines) for path, lines in logs.lines().items()}
+            logs.left_out = {path: (before[path], after[path]) for path in after}
+            rehearse(fleet, args, 8)
+            return logs.cost(), plan, real
+
+
+def a_fleet(args: argparse.Namespace, env: dict[str, str]) -> Fleet:
+    env = env | {"HEADRACE_SPECULATION": "off"} | settings_of(args.set)
+    return Fleet(args.workers, model=args.model, threads=args.threads, env=env)
+
+
 def reality(args: argparse.Namespace, cost: CostModel, plan: Plan) -> dict[str, Any]:
     env = {
         "HEADRACE_KV_TOKENS": str(cost.kv_tokens),
         "HEADRACE_MAX_JOBS": str(cost.max_jobs),
         "HEADRACE_STEP_TOKENS": str(cost.step_tokens),
-        "HEADRACE_SPECULATION": "off",
     }
+    with a_fleet(args, env) as fleet:
+        return measure(fleet, args, plan)
+
+
+def measure(fleet: Fleet, args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     lag = Lag()
-    with Fleet(
-        args.workers, model=args.model, threads=args.threads, env=env | settings_of(args.set)
-    ) as fleet:
-        before, own, began = fleet.cpu(), time.process_time(), time.perf_counter()
-        answers: list[Answer] = run(really(fleet, plan, lag, args.seed))
-        took_s = time.perf_counter() - began
-        cpus = {name: (now - before[name]) / took_s for name, now in fleet.cpu().items()}
-        cpus["load"] = (time.process_time() - own) / took_s
+    before, own, began = fleet.cpu(), time.process_time(), time.perf_counter()
+    answers: list[Answer] = run(really(fleet, plan, lag, args.seed))
+    took_s = time.perf_counter() - began
+    cpus = {name: (now - before[name]) / took_s for name, now in fleet.cpu().items()}
+    cpus["load"] = (time.process_time() - own) / took_s
     start_s = answers[0].sent_s
     rows = [
         (a.sent_s - start_s, a.ttft_ms, (a.end_s - a.sent_s) * 1000, a.tokens)
@@ -182,7 +245,9 @@ def show(real: dict[str, Any], simulated: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cost", required=True, help="a preset, or what `calibrate` wrote")
+    parser.add_argument("--cost", help="a preset, or what `calibrate` wrote; none: measure it")
+    parser.add_argument("--calibrate", type=float, default=60.0, help="seconds, without --cost")
+    parser.add_argument("--max-jobs", type=int, default=8, help="of each worker, without --cost")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
@@ -201,12 +266,18 @@ def main() -> None:
     parser.add_argument("--real", type=Path, help="reality as an earlier run's --json has it")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    cost = cost_model(args.cost)
-    if args.real:
+    if args.real and not args.cost:
+        raise SystemExit("--real needs --cost")
+    if not args.cost:
+        cost, plan, real = calibrated(args)
+        print(cost.to_json())
+    elif args.real:
+        cost = cost_model(args.cost)
         earlier = json.loads(args.real.read_text())
         plan = [(at_s, Ask(prompt, output)) for at_s, prompt, output in earlier["plan"]]
         args.workers, real = earlier["workers"], earlier["real"]
     else:
+        cost = cost_model(args.cost)
         plan = make_plan(args, cost)
         print(f"{len(plan)} requests in {args.seconds:.0f} s on {args.workers} workers", flush=True)
         real = reality(args, cost, plan)

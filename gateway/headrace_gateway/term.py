@@ -304,10 +304,12 @@ class Term:
 
     def _sent(self, decision: Decision) -> Job:
         """The job as its worker gets it: with where it goes on, or with nothing of that."""
-        decode = decision.pairing.decode
+        job, decode = decision.item.job, decision.pairing.decode
         address = self.roster.kv_address(decode) if decode else ""
+        if not address and job.found_tokens == NOT_MOVED and not job.move_to:
+            return job  # as nearly all are: a copy takes as long as a look at the queue
         return replace(
-            decision.item.job,
+            job,
             move_to=decode if address else "",
             move_address=address,
             found_tokens=NOT_MOVED,

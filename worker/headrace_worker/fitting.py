@@ -139,7 +139,7 @@ def fit(timings: Sequence[Timing], sizes: Sizes) -> CostModel:
 def predicted_ms(model: CostModel, timing: Timing) -> float:
     """What `model` says of such a step."""
     terms: list[float] = [getattr(model, term) for term in TERMS]
-    return sum(map(mul, terms, timing.features))
+    return float(sum(map(mul, terms, timing.features)))
 
 
 @dataclass(frozen=True, slots=True)
