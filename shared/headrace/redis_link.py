@@ -175,7 +175,9 @@ class Link(asyncio.Protocol):
             self._lose(LinkDownError(f"not what Redis answers: {error!r}"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lose(LinkDownError(f"Redis closed the connection: {exc}"))
+        # the word may come late, when another connection is in its place
+        if self._transport is None or self._transport.is_closing():
+            self._lose(LinkDownError(f"Redis closed the connection: {exc}"))
 
     def _lose(self, error: Exception) -> None:
         transport, self._transport = self._transport, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -212,11 +212,38 @@ class Publisher:
         )
 
 
+def _joined(deltas: list[Delta]) -> list[Delta]:
+    """What several steps made of a job as one delta, where this fell behind them."""
+    made: dict[str, Delta] = {}
+    whole: list[Delta] = []
+    for delta in deltas:
+        last = made.get(delta.job)
+        if last is None or not _goes_on(last, delta):
+            if last is not None:
+                whole.append(last)
+            made[delta.job] = delta
+        else:
+            made[delta.job] = replace(
+                last,
+                tokens=last.tokens + delta.tokens,
+                logprobs=last.logprobs + delta.logprobs,
+                cache_write_tokens=max(last.cache_write_tokens, delta.cache_write_tokens),
+            )
+    return whole + list(made.values())
+
+
+def _goes_on(last: Delta, delta: Delta) -> bool:
+    """Whether `delta` may stand behind `last` in one: the same attempt, no token between them."""
+    adjoins = last.first + len(last.tokens) == delta.first and last.attempt == delta.attempt
+    alike = bool(last.logprobs) == bool(delta.logprobs) or not (last.tokens and delta.tokens)
+    return adjoins and alike and bool(last.tokens) and not delta.prompt_logprobs
+
+
 def _frames(deltas: list[Delta]) -> list[list[Delta]]:
     """One frame for all, but for those with a prompt's logprobs, which may be megabytes each.
 
     They are the first deltas of their jobs, so they can go first.
     """
     large = [[delta] for delta in deltas if delta.prompt_logprobs]
-    rest = [delta for delta in deltas if not delta.prompt_logprobs]
+    rest = _joined([delta for delta in deltas if not delta.prompt_logprobs])
     return [*large, rest] if rest else large

@@ -66,25 +66,28 @@ def wall_s(turn: Turn) -> int:
 async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
     async with EventStream(request) as stream:
 
-        async def send_lines(lines: list[Line]) -> None:
-            await stream.write("".join([event_of(line.json, line.type) for line in lines]))
-
-        async def send_all(made: list[Json]) -> None:
-            await send_lines(lines_of(made))
-
         async def send(piece: Piece) -> None:
-            await send_lines(events.lines(piece))
+            said = _events_of(events.lines(piece))
+            if piece.finish is None:
+                await stream.write(said)
+            else:
+                stream.hold(said)
 
         async def tell(place: Place | None) -> None:
-            await send_all(events.place(place))
+            await stream.write(_events_of(lines_of(events.place(place))))
 
         try:
-            await send_all(events.opening())
+            await stream.write(_events_of(lines_of(events.opening())))
             await turn.run(send, tell)
-            await send_all(finished(turn, events))
+            last = finished(turn, events)
         except ClientGoneError:
             raise
         except Exception as error:  # headers are out: the stream itself has to say it
             turn.note_error(error)
-            await send_all(events.failed(as_headrace_error(error, request.path), turn.usage()))
+            last = events.failed(as_headrace_error(error, request.path), turn.usage())
+        await stream.end(_events_of(lines_of(last)))
     return stream.response
+
+
+def _events_of(lines: list[Line]) -> str:
+    return "".join([event_of(line.json, line.type) for line in lines])

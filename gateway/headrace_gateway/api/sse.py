@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,10 @@ from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.errors import StreamGoneError
 
 _KEEPALIVE = b": keep-alive\n\n"
-_DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
+"""The marker that ends OpenAI's chat and completion streams."""
+
+Write = Callable[[bytes], Awaitable[None]]
 
 
 # one encoder for all: `json.dumps` with these options would build one a call, a call a token
@@ -85,6 +88,7 @@ class EventStream:
         self._keepalive_s = settings.keepalive_ms / 1000
         self._ticker: asyncio.Task[None] | None = None
         self._quiet = False
+        self._held = b""
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -109,31 +113,36 @@ class EventStream:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._ticker
 
-    async def send(self, value: Mapping[str, Any], event: str | None = None) -> None:
-        """One event. Raises StreamGoneError when the client does not take it."""
-        await self.write(event_of(dump(value), event))
-
     async def write(self, events: str) -> None:
-        """Whole events, made by `event_of`. Raises StreamGoneError like `send`."""
+        """Whole events, made by `event_of`. Raises StreamGoneError if the client takes none."""
         if events:
             await self._write(events.encode())
 
     async def comment(self, text: str) -> None:
-        """One line that clients skip and people see. Raises StreamGoneError like `send`."""
+        """One line that clients skip and people see. Raises StreamGoneError like `write`."""
         await self._write(f": {text}\n\n".encode())
 
-    async def done(self) -> None:
-        """The marker that ends OpenAI's chat and completion streams."""
-        await self._write(_DONE)
+    def hold(self, events: str) -> None:
+        """Whole events that go out with what is written next, which comes at once."""
+        self._held += events.encode()
 
-    async def _write(self, data: bytes) -> None:
+    async def end(self, events: str = "") -> None:
+        """The last events, and the end of the stream, in one write. Raises like `write`."""
+        if self._ticker is not None:
+            self._ticker.cancel()  # behind the end there is no room for its comment
+        await self._write(events.encode(), self.response.write_eof)
+
+    async def _write(self, data: bytes, write: Write | None = None) -> None:
         self._quiet = False
+        write = write or self.response.write
+        if self._held:
+            data, self._held = self._held + data, b""
         try:
             if calm(self._request.transport):
-                await self.response.write(data)
+                await write(data)
                 return
             async with asyncio.timeout(self._write_s):
-                await self.response.write(data)
+                await write(data)
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.schemas import Choices
-from headrace_gateway.api.sse import EventStream, Mould, dump, event_of, mould, quote
+from headrace_gateway.api.sse import DONE, EventStream, Mould, dump, event_of, mould, quote
 from headrace_gateway.api.turn import ClientGoneError, Turn, Usage
 from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
@@ -75,7 +75,7 @@ class TextReply(ABC):
         """`chunks` as server-sent events."""
         said = piece.events
         if len(said) != 1 or piece.finish or self._varied or type(said[0]) is not Text:
-            return "".join([event_of(dump(chunk)) for chunk in self.chunks(piece)])
+            return _events_of(self.chunks(piece))
         found = self._moulds.get(piece.index)
         if found is None:
             found = mould(self.text_chunk(piece.index, HOLE), HOLE)
@@ -133,25 +133,30 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
     async with EventStream(request) as events:
 
         async def send(piece: Piece) -> None:
-            await events.write(reply.events(piece))
+            if piece.finish is not None and turn.ended:
+                events.hold(reply.events(piece))
+            else:
+                await events.write(reply.events(piece))
 
         async def tell(place: Place | None) -> None:
             if place is not None:
                 await events.comment(_queued(place))
 
         try:
-            for chunk in reply.opening():
-                await events.send(chunk)
+            await events.write(_events_of(reply.opening()))
             await turn.run(send, tell)
-            for chunk in reply.closing():
-                await events.send(chunk)
+            last = _events_of(reply.closing())
         except ClientGoneError:
             raise
         except Exception as error:  # headers are out: the stream itself has to say it
             turn.note_error(error)
-            await events.send(as_headrace_error(error, request.path).body())
-        await events.done()
+            last = _events_of([as_headrace_error(error, request.path).body()])
+        await events.end(last + DONE)
     return events.response
+
+
+def _events_of(chunks: list[Json]) -> str:
+    return "".join([event_of(dump(chunk)) for chunk in chunks])
 
 
 def _queued(place: Place) -> str:

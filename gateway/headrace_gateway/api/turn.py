@@ -124,6 +124,11 @@ class Turn:
         return self._sources.cached
 
     @property
+    def ended(self) -> bool:
+        """Whether every choice has come to its end."""
+        return all(choice.finish is not None for choice in self.choices)
+
+    @property
     def service_tier(self) -> str:
         return tier_of(self.band)
 

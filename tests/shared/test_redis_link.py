@@ -1,0 +1,87 @@
+"""One connection that many share, on a real Valkey: whose answer is whose, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.exceptions import ConnectionError as LinkDownError
+from redis.exceptions import NoScriptError, ResponseError
+
+from headrace.redis_link import Link
+from headrace.streams import REDIS_DOWN, connect, link_of
+from support.valkey import Valkey
+
+
+@pytest.fixture
+async def link(valkey: Valkey) -> AsyncIterator[Link]:
+    redis = connect(valkey.url)
+    yield link_of(redis)
+    await redis.aclose()
+
+
+async def test_everybody_gets_their_own_answers_whoever_leaves(link: Link) -> None:
+    """Callers come in any order, with one command or several, and some are cancelled."""
+    dice = random.Random(11)
+    right = 0
+
+    async def ask(number: int) -> None:
+        nonlocal right
+        count = 1 + number % 3
+        words = [f"{number}.{at}" for at in range(count)]
+        answers = await link.many([("ECHO", word) for word in words])
+        assert [answer.decode() for answer in answers] == words
+        right += 1
+
+    tasks = [asyncio.create_task(ask(number)) for number in range(400)]
+    gone = dice.sample(tasks, 100)
+    for task in gone:
+        for _ in range(dice.randrange(4)):
+            await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert not [task for task in tasks if not task.cancelled() and task.exception()]
+    assert right == sum(not task.cancelled() for task in tasks) >= 300
+    link.check_integrity()
+
+
+async def test_a_refused_command_is_its_callers_alone(link: Link) -> None:
+    """Its neighbours in the same call have their answers; alone it raises what it earned."""
+    first, refused, last = await link.many([("SET", "k", "text"), ("INCR", "k"), ("GET", "k")])
+    assert (first, last) == (b"OK", b"text")
+    assert isinstance(refused, ResponseError)
+    with pytest.raises(NoScriptError):
+        await link.one("EVALSHA", "0" * 40, 0)
+
+
+async def test_what_takes_too_long_ends_the_connection_and_the_next_call_opens_another(
+    valkey: Valkey,
+) -> None:
+    """The late answer is nobody's: not that of the call which comes after it."""
+    pool = connect(valkey.url).connection_pool
+    link = Link(pool.make_connection, 0.2)
+    waits = asyncio.create_task(link.one("BLPOP", "empty", 5))
+    await asyncio.sleep(0.1)
+    behind = asyncio.create_task(link.one("ECHO", "behind"))
+    with pytest.raises(TimeoutError):
+        await waits
+    with pytest.raises(LinkDownError):
+        await behind
+    assert await link.one("ECHO", "again") == b"again"
+    link.check_integrity()
+    await link.close()
+
+
+async def test_a_link_survives_redis(valkey: Valkey, link: Link) -> None:
+    assert await link.one("ECHO", "before") == b"before"
+    waits = asyncio.create_task(link.one("BLPOP", "empty", 5))
+    await asyncio.sleep(0.05)
+    valkey.kill()
+    with pytest.raises(LinkDownError):
+        await waits
+    with pytest.raises(REDIS_DOWN):
+        await link.one("ECHO", "nobody")
+    valkey.start()
+    assert await link.one("ECHO", "after") == b"after"
