@@ -148,7 +148,7 @@ class _Library:
             if path_of("copying").exists():
                 self._load()
                 return
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter where there is no home directory
             self.state = str(error)
             return
         self.state = "being compiled"

@@ -1,8 +1,8 @@
 // Copies that carry their CRC-32C, for processors with SSE 4.2.
 //
-// What is written and what is summed is one register, loaded once,
-// so that the checksum is the copy's own even where somebody changes the source meanwhile. Stores go past
-// the caches: a copy that is larger than they are would first have every line of its target read.
+// What is written and what is summed is one register, loaded once, so that the checksum is the
+// copy's own even where somebody changes the source meanwhile. Stores go past the caches: a copy
+// that is larger than they are would first have every line of its target read.
 // Three parts of the input are summed side by side, as one such instruction takes three cycles and
 // one may begin in each; their sums are put together by tables for "followed by STRIDE zero bytes"
 // (M. Adler, "crc32c.c", 2013, has the idea).
