@@ -364,6 +364,37 @@ def test_a_step_is_what_torch_computes(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 4},  # a KV head's columns are half a group
+        {"intermediate_size": 80},  # the last group of the gates is half a group
+    ],
+)
+def test_what_is_rounded_at_once_is_what_layers_round(
+    library: Library, tmp_path: Path, mode: str, changes: dict[str, object]
+) -> None:
+    """A step rounds where numbers are made, layer by layer they are rounded as a whole.
+
+    Norms sum in another order there, so a number on the edge may be rounded the other way: 2 % of
+    the largest logit. Few rows and many give the same, bit for bit.
+    """
+    write_hf_folder(tmp_path, **changes)
+    loaded = load_model(tmp_path, "test", "float32", mode)
+    tokens = random_tokens(90, 3)
+    whole = chunks_of(loaded, tokens, [], "auto")
+    assert torch.equal(chunks_of(loaded, tokens, [1, 3, 6, 50, 89], "auto"), whole)
+    places = torch.arange(len(tokens))
+    pool = KvPool(loaded.config, -(-len(tokens) // BLOCK_TOKENS), loaded.dtype)
+    batch = AttentionBatch([list(range(pool.blocks))], [len(tokens)], [0, len(tokens)], places)
+    with torch.inference_mode():
+        attend = attention_over(pool, loaded.config).prepare(batch)
+        expected = loaded.model(torch.tensor(tokens), places, places, attend)
+    assert float((whole - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
 def test_texts_are_the_same_whatever_the_batch_in_int8(library: Library, tiny_folder: Path) -> None:
     """Quantized too: alone, together, preempted by a small pool, with cached prefixes."""
     loaded = load_model(tiny_folder, "test", "bfloat16", "int8")
