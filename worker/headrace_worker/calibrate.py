@@ -372,7 +372,7 @@ def prepare(settings: WorkerSettings, *, cpu_time: bool = False) -> tuple[Bench,
         kv_dtype=settings.kv_dtype,
     )
     dtype = str(loaded.dtype).removeprefix("torch.")
-    about = f"{name} {dtype} {settings.quantization}, {torch.get_num_threads()} threads"
+    about = f"{name} {dtype} {loaded.quantization}, {torch.get_num_threads()} threads"
     sizes = Sizes(kv_tokens, settings.max_jobs, settings.step_tokens, about)
     return Bench(loaded, config, time.process_time if cpu_time else time.perf_counter), sizes
 
