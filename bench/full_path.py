@@ -31,6 +31,9 @@ from headrace_worker.engine import Engine
 from headrace_worker.engine_config import EngineConfig
 from headrace_worker.settings import WorkerSettings
 
+WARM_UP = 8
+"""Streams, and tokens of each, before anything counts."""
+
 
 class Bare:
     """An engine as a worker of these settings has it, without the worker."""
@@ -116,19 +119,22 @@ def processes(facts: dict[str, Any]) -> dict[str, float]:
 def measure(facts: dict[str, Any], bare: Bare, args: argparse.Namespace) -> None:
     dice = random.Random(args.seed)
     tokens = args.streams * args.out
+
+    def prompts_of(count: int) -> list[list[int]]:
+        return [[dice.randrange(100, 5_000) for _ in range(args.prompt)] for _ in range(count)]
+
+    few = prompts_of(WARM_UP)
+    bare.serve(few, WARM_UP)
+    asyncio.run(through_fleet(facts, few, WARM_UP))
     alone, whole = [], []
-    for round_ in range(args.rounds + 1):  # the first one warms up
-        prompts = [
-            [dice.randrange(100, 5_000) for _ in range(args.prompt)] for _ in range(args.streams)
-        ]
+    for _ in range(args.rounds):
+        prompts = prompts_of(args.streams)
         own = cpu_s(os.getpid())
         engine = tokens / bare.serve(prompts, args.out)
         own = cpu_s(os.getpid()) - own
         before = processes(facts)
         path = tokens / asyncio.run(through_fleet(facts, prompts, args.out))
         spent = {name: cpu - before[name] for name, cpu in processes(facts).items()}
-        if not round_:
-            continue
         alone.append(engine)
         whole.append(path)
         cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent.items() if seconds)
