@@ -246,7 +246,8 @@ async def play(
     """All requests to their ends, in the workload's manner."""
     timeout = aiohttp.ClientTimeout(total=REQUEST_S_MAX)
     headers = {"content-type": "application/json"}
-    connector = aiohttp.TCPConnector(limit=0)
+    # a connection each: one that is kept may be closed by the server as it is used again
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, headers=headers
     ) as session:

@@ -221,7 +221,7 @@ def _bars(axis: Any, shown: Sequence[_Shown]) -> None:
             spread = [[value.median - value.least], [value.most - value.median]]
             axis.errorbar(place, value.median, yerr=spread, color="black", capsize=3, linewidth=1)
         _write(axis, place, value.most, value.median)
-    axis.set_ylim(0, 1.18 * max((value.most for _, _, value, _ in shown), default=1.0))
+    axis.set_ylim(0, 1.18 * max((value.most for _, _, value, _ in shown), default=0.0) or 1.0)
 
 
 def _ranges(axis: Any, shown: Sequence[_Shown]) -> None:

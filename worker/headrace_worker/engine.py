@@ -127,11 +127,7 @@ class Engine:
         return self._kv.payload_bytes
 
     def outlook(self) -> Outlook:
-        ahead = [0] * len(Band)
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            if sequence.lacks_prompt():
-                ahead[sequence.band] += sequence.pending
-        return Outlook(self._pace.token_ms, tuple(ahead))
+        return Outlook(self._pace.token_ms, self._scheduler.prompts_ahead())
 
     def missing_blocks(self, job: Job) -> MissingRun:
         """The job's leading full blocks from the first one that is not in the pool.

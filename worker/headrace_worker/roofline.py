@@ -98,7 +98,8 @@ def read_rate(threads: int, size_bytes: int, limit_s: float) -> float:
 def _best_s(run: Callable[[], object], limit_s: float) -> float:
     """The shortest of runs for about `limit_s`, three at least; the first one does not count."""
     run()
-    took, end_s = [], time.perf_counter() + limit_s
+    took: list[float] = []
+    end_s = time.perf_counter() + limit_s
     while len(took) < VISITS_MIN or time.perf_counter() < end_s:
         began = time.perf_counter()
         run()
@@ -196,7 +197,8 @@ def cell_of(phase: Phase) -> Cell:
 
 def step_s(bench: Bench, phase: Phase, limit_s: float) -> float:
     """The median duration of its steps."""
-    cell, took = cell_of(phase), []
+    cell = cell_of(phase)
+    took: list[float] = []
     bench.visit(cell)
     end_s = time.monotonic() + limit_s
     visits = 0

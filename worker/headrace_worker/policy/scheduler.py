@@ -27,7 +27,7 @@ from collections.abc import Sequence as Sequences
 from dataclasses import replace
 from types import MappingProxyType
 
-from headrace.types import BLOCK_TOKENS, FinishReason
+from headrace.types import BLOCK_TOKENS, Band, FinishReason
 from headrace_worker.policy import turns
 from headrace_worker.policy.blocks import BlockPool
 from headrace_worker.policy.pace import TOKENS_UNKNOWN, Pace
@@ -71,6 +71,14 @@ class Scheduler:
     @property
     def running(self) -> tuple[Sequence, ...]:
         return tuple(self._running.values())
+
+    def prompts_ahead(self) -> tuple[int, ...]:
+        """Tokens of prompts that are here and not computed, by band."""
+        ahead = [0] * len(Band)
+        for sequence in (*self.running, *self.waiting):
+            if sequence.lacks_prompt():
+                ahead[sequence.band] += sequence.pending
+        return tuple(ahead)
 
     def refuse(self, tokens: int) -> str | None:
         """Why a sequence that starts with `tokens` known tokens can never run; None if it can."""
