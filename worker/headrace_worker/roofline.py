@@ -38,8 +38,9 @@ from headrace.policy.model_shape import ModelShape
 from headrace.types import BLOCK_TOKENS
 from headrace_worker import native
 from headrace_worker.allocator import keep_freed_memory
-from headrace_worker.calibrate import Bench, Cell, Sizes, prepare
+from headrace_worker.calibrate import Bench, Cell, prepare
 from headrace_worker.describe import shape_of
+from headrace_worker.fitting import Sizes
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
 from headrace_worker.loading.memory import available_bytes
