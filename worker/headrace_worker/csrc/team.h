@@ -1,6 +1,6 @@
 // A team of threads that goes through phases together: each has a run of a phase's items to itself,
 // takes from the others' runs when it is done with its own, and nobody starts the next phase before
-// all are done with this one. Runs, because memory is read twice as fast from one end to the other.
+// all are done with this one. Runs, because memory is read faster from one end to the other.
 //
 // Invariant: which thread takes an item never changes its result, so a phase's items write to
 // places of their own. Waiting threads spin, since phases last microseconds; they give the core away
