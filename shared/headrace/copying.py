@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import structlog
 
 from headrace.checksum import checksum
-from headrace.compiled import BuildError, build, path_of
+from headrace.compiled import COPYING, BuildError
 from headrace.frames import Buffer
 
 LOCKED_BYTES_MAX = 32 * 1024
@@ -145,7 +145,7 @@ class _Library:
             self.state = "off"
             return
         try:
-            if path_of("copying").exists():
+            if COPYING.path.exists():
                 self._load()
                 return
         except (OSError, RuntimeError) as error:  # the latter where there is no home directory
@@ -156,7 +156,7 @@ class _Library:
 
     def _load(self) -> None:
         try:
-            library = ctypes.CDLL(str(build("copying")))
+            library = ctypes.CDLL(str(COPYING.build()))
             runs_here = bool(library.headrace_copying_runs_here())
         except (BuildError, OSError, AttributeError) as error:
             self.state = str(error)

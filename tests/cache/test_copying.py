@@ -20,7 +20,7 @@ from cache.builders import data_of
 from headrace import cache_threads, copying
 from headrace.cache_threads import COPIERS, copy_all, in_threads
 from headrace.checksum import checksum
-from headrace.compiled import COMPILERS, MACHINES
+from headrace.compiled import MACHINES, C
 from headrace.copying import CHECKED_BYTES, Copies, copy_checked
 
 LARGE = cache_threads.INLINE_BYTES_MAX
@@ -168,7 +168,7 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], st
 
 
 needs_compiler = pytest.mark.skipif(
-    platform.machine() not in MACHINES or not any(map(shutil.which, COMPILERS)),
+    platform.machine() not in MACHINES or not any(map(shutil.which, C.compilers)),
     reason="no C compiler, or not for this processor",
 )
 

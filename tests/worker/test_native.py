@@ -497,7 +497,7 @@ def test_a_source_that_does_not_compile_says_why(
     monkeypatch.setattr(build, "SOURCE", source)
     with pytest.raises(build.BuildError, match=r"compiling failed: .*broken\.cpp"):
         build.built()
-    assert [p.name for p in (tmp_path / "cache" / "kernels").iterdir()] == [".lock"]
+    assert [p.name for p in (tmp_path / "cache" / "kernels").iterdir()] == [".headrace.lock"]
 
 
 def test_two_starts_at_once_compile_once(tmp_path: Path, library: Library) -> None:
