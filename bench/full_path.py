@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 import torch
 
-from bench.serving import cpu_s, fleet
+from bench.serving import completion, cpu_s, fleet
 from headrace.clock import SystemClock
 from headrace.types import Band, Job, Sampling, pack_tokens
 from headrace_worker import startup
@@ -90,14 +90,7 @@ async def through_fleet(facts: dict[str, Any], prompts: list[list[int]], out: in
     """Seconds until all of `prompts`, asked for at once, are answered."""
 
     async def one(session: aiohttp.ClientSession, prompt: list[int]) -> None:
-        body = {
-            "model": facts["model"],
-            "prompt": prompt,
-            "max_tokens": out,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
+        body = completion(facts, prompt, out)
         async with session.post(f"{facts['http_url']}/v1/completions", json=body) as answer:
             answer.raise_for_status()
             last = b""

@@ -21,7 +21,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.serving import fleet
+from bench.serving import completion, fleet
 
 SETTLE_S = 3.0
 LONG_AT_A_TIME = 8
@@ -44,14 +44,7 @@ async def events(
     session: aiohttp.ClientSession, facts: dict[str, Any], prompt: list[int], out: int
 ) -> Any:
     """The instant at which each token of a completion arrives."""
-    body = {
-        "model": facts["model"],
-        "prompt": prompt,
-        "max_tokens": out,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
+    body = completion(facts, prompt, out)
     async with session.post(f"{facts['http_url']}/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.content:

@@ -86,18 +86,23 @@ async def is_ready(url: str) -> bool:
         return False
 
 
-async def one(
-    session: aiohttp.ClientSession, facts: dict[str, Any], prompt: list[int], out: int
-) -> Stream:
-    body = {
+def completion(facts: dict[str, Any], prompt: list[int], out: int) -> dict[str, Any]:
+    """A request for `out` tokens behind `prompt`, greedy and streamed."""
+    return {
         "model": facts["model"],
         "prompt": prompt,
         "max_tokens": out,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "stream_options": {"include_usage": True},
     }
+
+
+async def one(
+    session: aiohttp.ClientSession, facts: dict[str, Any], prompt: list[int], out: int
+) -> Stream:
+    usage = {"stream_options": {"include_usage": True}}
+    body = completion(facts, prompt, out) | usage
     began = time.perf_counter()
     first_s, tokens = 0.0, 0
     async with session.post(f"{facts['http_url']}/v1/completions", json=body) as answer:
