@@ -300,7 +300,7 @@ def test_weights_take_the_bytes_that_are_claimed(
 
 def test_an_unknown_quantization_is_refused(tiny_folder: Path) -> None:
     """Before anything is read, with the ones there are."""
-    with pytest.raises(ModelError, match="'int3' is not one of none, int8, int4"):
+    with pytest.raises(ModelError, match="'int3' is not one of auto, none, int8, int4"):
         load_model(tiny_folder, "m", "float32", "int3")
 
 
