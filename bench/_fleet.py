@@ -53,8 +53,7 @@ def _die_with_parent() -> None:
 class Fleet:
     """Services by name: `valkey`, `cache`, `w0`…, `gw0`…; a context manager.
 
-    `threads`: of each worker. `nice`: how far workers step back for the others, as engines on the
-    same cores as the gateways should. `env`: settings of all services, `own` of some workers.
+    `threads`: of each worker. `env`: settings of all services, `own` of some workers.
     """
 
     def __init__(
@@ -64,7 +63,6 @@ class Fleet:
         *,
         model: str = "smollm2",
         threads: int = 1,
-        nice: int = 0,
         cache: bool = False,
         env: Mapping[str, str] | None = None,
         own: Mapping[str, Mapping[str, str]] | None = None,
@@ -73,7 +71,7 @@ class Fleet:
         self.model = models.served_name(model)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._counts = (workers, gateways)
-        self._threads, self._nice, self._cache = threads, nice, cache
+        self._threads, self._cache = threads, cache
         self._env = dict(env or {})
         self._own = dict(own or {})
         self._temporary = tempfile.TemporaryDirectory(prefix="headrace-bench-")
@@ -150,9 +148,6 @@ class Fleet:
             "OMP_NUM_THREADS": str(self._threads),
         }
         self._service(name, "headrace_worker", settings | dict(own or {}))
-        if self._nice:
-            pid = self.processes[name].pid
-            os.setpriority(os.PRIO_PROCESS, pid, self._nice)  # its threads are not there yet
 
     def wait_serving(self) -> None:
         """Until every gateway has a worker, whoever started that."""

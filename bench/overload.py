@@ -314,7 +314,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
-    parser.add_argument("--nice", type=int, default=0, help="how far workers step back")
     parser.add_argument("--cache", action="store_true", help="with a cache service")
     parser.add_argument("--factor", type=float, default=10.0)
     parser.add_argument("--rate", type=float, default=0.0, help="1x in requests/s; 0: measure it")
@@ -343,7 +342,6 @@ def main() -> None:
         args.workers,
         model=args.model,
         threads=args.threads,
-        nice=args.nice,
         cache=args.cache,
         env=settings_of(args.set),
     ) as fleet:

@@ -98,9 +98,9 @@ class Consumer:
         self._thread = EngineThread(
             self._engine,
             self._clock,
-            asyncio.get_running_loop(),
             self._on_result,
             threads=self._threads,
+            nice=self._settings.nice,
             debug=self._settings.debug,
         )
         self._thread.start()

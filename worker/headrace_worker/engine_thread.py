@@ -13,6 +13,7 @@ measured half the tokens per second.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -28,12 +29,14 @@ log = structlog.get_logger()
 
 RESULTS_MAX = 1_024
 IDLE_CHECK_S = 60.0
+NICEST = 19
 
 
 class EngineThread:
-    """Runs `engine` until `stop()`; `on_result` is called in the event loop after each step.
+    """Runs `engine` until `stop()`; `on_result` is called after each step in the loop that made it.
 
-    `threads`: cores that one step may use. With `debug`, what the engine holds is checked whenever
+    `threads`: cores that one step may use. `nice`: how far computing steps back for what answers,
+    of this process and of others. With `debug`, what the engine holds is checked whenever
     it has nothing to do; a failed check ends the thread, and so the worker.
     """
 
@@ -41,17 +44,18 @@ class EngineThread:
         self,
         engine: Engine,
         clock: Clock,
-        loop: asyncio.AbstractEventLoop,
         on_result: Callable[[StepResult], None],
         *,
         threads: int,
+        nice: int = 0,
         debug: bool = False,
     ) -> None:
         self._engine = engine
         self._clock = clock
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
         self._on_result = on_result
         self._threads = threads
+        self._nice = nice
         self._debug = debug
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._news = threading.Condition()
@@ -90,6 +94,10 @@ class EngineThread:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
+        # those that compute with this thread are made by it, and inherit that
+        own = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, own) + self._nice
+        os.setpriority(os.PRIO_PROCESS, own, min(NICEST, niceness))
         try:
             while self._wait_for_work():
                 self._step()

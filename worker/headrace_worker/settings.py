@@ -41,6 +41,12 @@ class WorkerSettings(ServiceSettings):
     )
     speculation: Literal["ngram", "off"] = "ngram"
     threads: int = Field(default=0, ge=0, le=1024, description="0: as many as torch chooses")
+    nice: int = Field(
+        default=5,
+        ge=0,
+        le=19,
+        description="how far computing steps back for gateways and Redis on the same cores; 0: not",
+    )
     tensor_parallel: int = Field(
         default=1, ge=1, le=64, description="ranks that share each layer of the model"
     )
