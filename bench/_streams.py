@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -46,7 +47,7 @@ class StreamError(Exception):
     """A stream that is not as it should be."""
 
 
-class Client(asyncio.Protocol):
+class Client(asyncio.Protocol, ABC):
     """One connection. `ask` makes the next request; `text` is what each answer has to say."""
 
     marker = b""
@@ -97,9 +98,9 @@ class Client(asyncio.Protocol):
         except StreamError as error:
             self._done.set_exception(error)
 
+    @abstractmethod
     def _ends(self, seen: bytes) -> bool:
         """Whether the stream ends with the last bytes, `seen`. Raises StreamError."""
-        raise NotImplementedError
 
     async def stream(self) -> None:
         """One request to its end. Raises StreamError."""
@@ -131,12 +132,13 @@ class Client(asyncio.Protocol):
             if said != self._text:
                 raise StreamError(f"said {said!r}")
 
+    @abstractmethod
     def wrap(self, request: bytes) -> bytes:
         """`request`, as it is sent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def texts(self, data: bytes) -> list[str]:
-        raise NotImplementedError
+        """What a whole answer says, piece by piece."""
 
     @property
     def answer(self) -> bytes:

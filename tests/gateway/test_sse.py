@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from headrace.types import FinishReason
 from headrace_gateway.api.response_events import ResponseEvents, ResponseFacts, lines_of
 from headrace_gateway.api.response_schemas import parse_response
-from headrace_gateway.api.sse import dump, mould, quote
+from headrace_gateway.api.sse import CALM_BYTES, calm, dump, mould, quote
 from headrace_gateway.choices import Piece
 from headrace_gateway.metrics import ITL_BUCKETS_S, GatewayMetrics
 from headrace_gateway.tokens import ModelTokenizer
@@ -44,6 +45,30 @@ def test_a_response_is_written_as_its_events_say(deliveries: list[list[str]]) ->
     usage = _usage()
     ends = [each.finished(FinishReason.STOP, usage, 2) for each in (written, built)]
     assert ends[0] == ends[1]
+
+
+@given(unsent=st.integers(0, 1 << 17), size=st.integers(0, 1 << 20))
+def test_a_write_that_may_have_to_wait_has_its_time_limit(unsent: int, size: int) -> None:
+    """However little is unsent, what is written now may be more than a client ever reads."""
+    transport = _Transport(unsent)
+    if calm(transport, size):
+        assert unsent < PAUSED_FROM // 4, "it may be waiting already"
+        assert unsent + size < PAUSED_FROM, "it would wait behind this"
+    assert calm(transport, 0) == (unsent < CALM_BYTES)
+    assert not calm(None, size), "nobody is there"
+
+
+PAUSED_FROM = 64 * 1024
+"""asyncio's, and uvloop's: more unsent than that, and who writes waits until a quarter is left."""
+
+
+class _Transport(asyncio.WriteTransport):
+    def __init__(self, unsent: int) -> None:
+        super().__init__()
+        self._unsent = unsent
+
+    def get_write_buffer_size(self) -> int:
+        return self._unsent
 
 
 def _usage() -> object:

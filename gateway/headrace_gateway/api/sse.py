@@ -73,9 +73,9 @@ def event_of(text: str, name: str | None = None) -> str:
     return f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n"
 
 
-def calm(transport: asyncio.WriteTransport | None) -> bool:
-    """Whether a write to `transport` ends at once, as far as can be seen."""
-    return transport is not None and transport.get_write_buffer_size() < CALM_BYTES
+def calm(transport: asyncio.WriteTransport | None, size: int) -> bool:
+    """Whether a write of `size` bytes to `transport` ends at once, whoever reads."""
+    return transport is not None and transport.get_write_buffer_size() + size < CALM_BYTES
 
 
 class EventStream:
@@ -138,7 +138,7 @@ class EventStream:
         if self._held:
             data, self._held = self._held + data, b""
         try:
-            if calm(self._request.transport):
+            if calm(self._request.transport, len(data)):
                 await write(data)
                 return
             async with asyncio.timeout(self._write_s):

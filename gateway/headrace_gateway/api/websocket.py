@@ -210,7 +210,7 @@ class _Connection:
         if lane is not None:
             event = f'{event[:-1]},"stream_id":{quote(lane)}}}'
         try:
-            if calm(self._request.transport):
+            if calm(self._request.transport, len(event)):
                 await self._socket.send_str(event)
                 return
             async with asyncio.timeout(self._write_s):
