@@ -108,12 +108,12 @@ class Copies:
             return None
         jobs: list[int] = []
         for target, source in zip(targets, sources, strict=True):
-            start = _address(source)
-            if not start:
-                return None
             if target is not None:
                 _check_lengths(target, source)
-            jobs += (0 if target is None else _address(target), start, len(source), 0)
+            start, goal = _address(source), 0 if target is None else _address(target)
+            if not start or (target is not None and not goal):
+                return None
+            jobs += (goal, start, len(source), 0)
         return cls(library, array("Q", jobs), (targets, sources))
 
     def run(self) -> None:

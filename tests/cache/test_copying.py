@@ -213,6 +213,14 @@ def native() -> None:
 
 
 @needs_compiler
+def test_a_target_that_c_cannot_write_is_not_passed_over(native: None) -> None:
+    """Python's way says what is wrong with it; in C it would be a checksum without a copy."""
+    source = data_of(1, 1000)
+    for target in (memoryview(bytes(1000)), memoryview(bytearray(2000))[::2]):
+        assert Copies.of([target], [source]) is None
+
+
+@needs_compiler
 def test_copies_are_compiled_once(compiled: Callable[[], str], tmp_path: Path) -> None:
     """The first process compiles; the next one finds the library and has it at once."""
     assert compiled() == "native"
