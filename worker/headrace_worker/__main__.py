@@ -167,6 +167,11 @@ def main() -> None:
         raise SystemExit(2) from error
     finally:
         telemetry.shutdown()
+    if started_by_torchrun():
+        # gloo's threads may be letting go of tensors; the interpreter's end would abort them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
