@@ -8,7 +8,9 @@ the last board it saw and what it accepted since. Prompts are lengths without to
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import cast
@@ -34,6 +36,7 @@ KNOWN_BLOCKS_MAX = 200_000
 PACE_TOKENS_MIN = 8
 _NOTHING_LOGGED = array("I")
 _NO_TRACE: dict[str, str] = {}
+_NUMBER = re.compile(r"\d+")
 
 
 def unwritten(tokens: int) -> array[int]:
@@ -92,6 +95,8 @@ class SimGateway:
         self._last_sampling = Sampling(max_tokens=1)
         self._recent_jobs = [0] * len(Band)
         self._recent_work = [0] * len(Band)
+        self.refusals: Counter[str] = Counter()
+        """How often it refused for which reason, numbers left out."""
 
     def see(self, board: Board) -> None:
         """A new board was read."""
@@ -158,6 +163,8 @@ class SimGateway:
             self.live += 1
             self._recent_jobs[job.band] += 1
             self._recent_work[job.band] += ask.work_tokens
+        else:
+            self.refusals[_NUMBER.sub("N", admission.reason)] += 1
         return admission
 
     def ended(self, job: Job, output_tokens: int, cached_tokens: int, decode_ms: float) -> None:

@@ -274,6 +274,7 @@ class Summary:
     """A run's figures, as they are printed and written as JSON.
 
     `work_max_over_mean`: of the tokens that workers computed; `busy_…`: of the time they did.
+    `refusals`: how often gateways refused for which reason, numbers left out; most frequent first.
     """
 
     name: str
@@ -297,6 +298,7 @@ class Summary:
     bands: dict[str, GroupStats]
     tenants: dict[str, GroupStats]
     itl_ms: dict[str, dict[str, float]] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
 
 
 def group_stats(records: Records, rows: Iterable[int], slo: Slo) -> GroupStats:

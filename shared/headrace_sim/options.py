@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from headrace.cli.common import parse_roles
 from headrace.errors import SettingsError
+from headrace.types import Band
 from headrace_gateway.policy.admission import AdmissionLimits
 from headrace_sim import plots, report, studies
 from headrace_sim.alternatives import OURS, chosen
@@ -37,6 +38,7 @@ from headrace_sim.workload import (
 SYNTHETIC = "synthetic"
 SYNTHETIC_REQUESTS = 10_000
 TENANTS_MAX = 10_000
+GATEWAYS_MIN, GATEWAYS_MAX = 2, 1_000
 _SURGE = re.compile(r"([\d.]+)-([\d.]+)x([\d.]+)")
 
 
@@ -77,6 +79,7 @@ def run(asked: Asked, console: Console) -> None:
     if asked.plot is not None:
         plots.need_matplotlib()
     config, slo = fleet_config(asked), slo_of(asked)
+    asked = replace(asked, gateways=config.gateways)
     limit = asked.requests if asked.study else None
     trace = None if asked.what == SYNTHETIC else read_trace(Path(asked.what), limit)
     if asked.study is not None:
@@ -106,16 +109,23 @@ def fleet_config(asked: Asked) -> FleetConfig:
             queue_work_max=int(limits.queue_work_max * per_job),
             live_jobs_max=max(1, int(limits.live_jobs_max * per_job)),
         )
+    cost = cost_model(asked.cost)
     return FleetConfig(
         asked.workers,
-        cost_model(asked.cost),
-        gateways=asked.gateways,
+        cost,
+        gateways=asked.gateways or enough_gateways(asked.workers * cost.max_jobs, limits),
         gateway=GatewayConfig(limits=limits, sessions=asked.sessions),
         delays=Delays(report_ms=asked.report_ms),
         roles=_roles(asked),
         adapts=asked.adapt_roles,
         seed=asked.seed,
     )
+
+
+def enough_gateways(jobs: int, limits: AdmissionLimits) -> int:
+    """How many it takes until no band is refused while `jobs`, all that run at a time, stream."""
+    each = limits.ceiling(limits.live_jobs_max, Band.BATCH)
+    return min(GATEWAYS_MAX, max(GATEWAYS_MIN, -(-jobs // each)))
 
 
 def _roles(asked: Asked) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace_sim.metrics import GroupStats, Summary
+
+
+REASONS_MAX = 6
+"""For which requests were refused, of each way to dispatch."""
 
 
 def table(title: str, *columns: str) -> Table:
@@ -42,6 +47,8 @@ def show(summaries: Sequence[Summary], console: Console) -> None:
     """A line for each way to dispatch, then its bands, then the tenants of the first."""
     console.print(_overview(summaries))
     console.print(_bands(summaries))
+    if any(summary.refusals for summary in summaries):
+        console.print(_refusals(summaries))
     if len(summaries[0].tenants) > 1:
         console.print(_tenants(summaries[0]))
 
@@ -80,6 +87,15 @@ def _bands(summaries: Sequence[Summary]) -> Table:
     for s in summaries:
         for band, group in s.bands.items():
             made.add_row(s.name, band, *_group(group))
+    return made
+
+
+def _refusals(summaries: Sequence[Summary]) -> Table:
+    made = table("Why requests were refused", "dispatch", "times", "reason")
+    made.columns[-1].justify = "left"
+    for s in summaries:
+        for reason, times in islice(s.refusals.items(), REASONS_MAX):
+            made.add_row(s.name, str(times), reason)
     return made
 
 

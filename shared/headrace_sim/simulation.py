@@ -6,6 +6,7 @@ dispatcher, the order in its workers and admission differ.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -61,6 +62,7 @@ def summarize(fleet: Fleet, slo: Slo, tenants_max: int = 32) -> Summary:
             Band(band).label: {f"p{p}": fleet.gaps.percentile(band, p) for p in PERCENTILES}
             for band in sorted(set(records.band))
         },
+        refusals=dict(sum((g.refusals for g in fleet.gateways), Counter()).most_common()),
     )
 
 

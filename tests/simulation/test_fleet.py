@@ -12,6 +12,7 @@ from headrace_sim.alternatives import ALTERNATIVES
 from headrace_sim.fleet import Fleet, FleetConfig
 from headrace_sim.gateway import GatewayConfig
 from headrace_sim.metrics import Outcome, Slo
+from headrace_sim.options import enough_gateways
 from headrace_sim.simulation import summarize
 from headrace_sim.workload import (
     ClosedLoop,
@@ -98,6 +99,15 @@ def test_no_worker_idles_while_a_job_waits() -> None:
     assert fleet.waited > 50, "the story needs a queue"
 
 
+def test_there_are_gateways_enough_for_the_streams_of_all_workers() -> None:
+    """A fleet that is full refuses nobody for want of streams, whatever the band."""
+    limits = AdmissionLimits(live_jobs_max=100, shares=(100, 80, 50))
+    assert enough_gateways(1, limits) == 2
+    assert enough_gateways(100, limits) == 2
+    assert enough_gateways(101, limits) == 3
+    assert enough_gateways(10**9, limits) == 1_000
+
+
 def test_overload_is_refused_to_batch_first_and_interactive_last() -> None:
     limits = AdmissionLimits(queue_jobs_max=30)
     fleet = simulate(
@@ -106,9 +116,12 @@ def test_overload_is_refused_to_batch_first_and_interactive_last() -> None:
         gateway=GatewayConfig(limits=limits),
         check=False,
     )
-    bands = summarize(fleet, Slo()).bands
+    summary = summarize(fleet, Slo())
+    bands = summary.bands
     refused = [bands[b.label].refused / bands[b.label].requests for b in Band]
     assert 0 < refused[1] < refused[2]
+    assert sum(summary.refusals.values()) == summary.refused
+    assert all("N jobs" in reason or "N tokens" in reason for reason in summary.refusals)
     assert refused[0] < refused[1]
     ttft = [bands[b.label].ttft_ms["p99"] for b in Band]
     assert ttft[0] < ttft[1] < ttft[2]

@@ -20,7 +20,10 @@ What = Annotated[
     ),
 ]
 Workers = Annotated[int, typer.Option("--workers", "-w", min=1, max=10_000)]
-Gateways = Annotated[int, typer.Option(min=1, max=100)]
+Gateways = Annotated[
+    int,
+    typer.Option(min=0, max=1_000, help="0: enough for the streams of all workers, at least 2."),
+]
 Cost = Annotated[
     str,
     typer.Option(help="A worker's cost model: a file of `headrace bench calibrate`, or a preset "
@@ -79,7 +82,7 @@ Study = Annotated[
 def simulate(
     what: What,
     workers: Workers = 16,
-    gateways: Gateways = 2,
+    gateways: Gateways = 0,
     cost: Cost = "gpu-8b",
     rate_scale: RateScale = 1.0,
     rate: Rate = 10.0,
