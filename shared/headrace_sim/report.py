@@ -18,7 +18,6 @@ from rich.table import Table
 
 from headrace_sim.metrics import GroupStats, Summary
 
-
 REASONS_MAX = 6
 """For which requests were refused, of each way to dispatch."""
 
