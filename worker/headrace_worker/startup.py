@@ -72,12 +72,10 @@ def kv_tokens_for(
 def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
     """The model, or with `links` the part of it that their rank holds. Raises ModelError.
 
-    Parts of models compute with torch, and so do GPUs: the native kernels know whole ones on CPUs.
+    The native kernels are for CPUs.
     """
     told, name = 0, name_of(settings)
     device = resolve_device(settings.device)
-    alone = links is None and device.type == "cpu"
-    native.choose(settings.kernels if alone else "off")
     if links is not None and device.type != "cpu":
         if settings.device != "auto":
             raise ModelError(
@@ -85,6 +83,7 @@ def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
                 "memory, so that a model in several parts is computed on CPUs so far"
             )
         device = CPU
+    native.choose(settings.kernels if device.type == "cpu" else "off")
 
     def progress(done: int, total: int) -> None:
         nonlocal told

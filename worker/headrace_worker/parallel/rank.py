@@ -23,7 +23,7 @@ from headrace.config import load_or_exit
 from headrace.errors import ModelError
 from headrace_worker import startup
 from headrace_worker.allocator import keep_freed_memory
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over
 from headrace_worker.executor import Executor
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
@@ -93,7 +93,7 @@ class Follower:
             size *= opening.blocks + 1
             memory = self._memory.map(opening.starts[rank], size)
         self._kv = KvPool(config, opening.blocks, loaded.dtype, opening.kv_dtype, memory=memory)
-        executor = Executor(loaded.model, SdpaBackend(self._kv, config))
+        executor = Executor(loaded.model, attention_over(self._kv, config))
         runs = vocab_runs(parts_of(loaded.part.whole, self._links.shape))
         self._stage = Stage(executor, loaded.part, runs, self._links)
         if self._on_open is not None:

@@ -20,7 +20,7 @@ import torch
 
 from headrace.errors import HeadraceError, ModelError
 from headrace.supervisor import die_with_parent
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over
 from headrace_worker.executor import Executor
 from headrace_worker.kv.parts import PartedKv
 from headrace_worker.kv.pool import KvDtype, KvPool
@@ -152,7 +152,7 @@ class Ranks:
             self.links.command(commands.pack_open(commands.Open(blocks, kv_dtype)))
             own = KvPool(parts[0].config, blocks, dtype, kv_dtype)
             kv = DistantKv(own, whole, dtype, kv_dtype, self.links.command)
-        executor = Executor(loaded.model, SdpaBackend(own, parts[0].config))
+        executor = Executor(loaded.model, attention_over(own, parts[0].config))
         self._stage = Stage(executor, parts[0], vocab_runs(parts), self.links)
         self._vocab = whole.vocab_size
         for rank in range(1, self.shape.ranks):
