@@ -68,7 +68,9 @@ async def test_kill_9_of_any_rank() -> None:
             # one that is stopped gives no sign of life, and is no use to the others
             how = signal.SIGSTOP if which and number % 3 == 2 else signal.SIGKILL
             os.kill(ranks[which], how)
-            assert await reading == expected[prompt], f"seed {SEED}, {how.name} {number} of rank {which}"
+            assert await reading == expected[prompt], (
+                f"seed {SEED}, {how.name} {number} of rank {which}"
+            )
             pauses.append(max(b - a for a, b in pairwise(times)))
             code = await asyncio.to_thread(stack.processes.pop(victim).wait, 20)
             assert code != 0, "a worker without a rank does not end well"

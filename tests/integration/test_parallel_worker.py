@@ -62,12 +62,13 @@ def expected(own_stack: Stack) -> list[str]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("links", ["shared", "torch"])
 @pytest.mark.parametrize("way", ["TENSOR", "PIPELINE"])
 async def test_two_processes_say_the_same(
-    own_stack: Stack, own_client: openai.AsyncOpenAI, expected: list[str], way: str
+    own_stack: Stack, own_client: openai.AsyncOpenAI, expected: list[str], way: str, links: str
 ) -> None:
-    """Two ranks that the worker starts itself."""
-    name = own_stack.start_worker(**{f"HEADRACE_{way}_PARALLEL": "2"})
+    """Two ranks that the worker starts itself, with common memory and without."""
+    name = own_stack.start_worker(**{f"HEADRACE_{way}_PARALLEL": "2", "HEADRACE_RANK_LINKS": links})
     await asyncio.to_thread(own_stack.wait_lease, name)
     only(own_stack, name)
     assert await texts(own_client) == expected

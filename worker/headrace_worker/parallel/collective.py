@@ -259,14 +259,18 @@ class TorchGroup:
     Its all-reduce passes each share's finished sum on, so that here too all get the same bits.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, host: dist.ProcessGroup | None = None) -> None:
+        """`host`: the same ranks, for tensors in the host's memory, where `group` is NCCL's."""
+        self._group, self._host = group, host or group
         self.rank, self.size, self.counts = group.rank(), group.size(), Counts()
+
+    def _for(self, x: Tensor) -> dist.ProcessGroup:
+        return self._host if x.device.type == "cpu" else self._group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         with _told_as_peer_error():
-            dist.all_reduce(x, group=self._group)
+            dist.all_reduce(x, group=self._for(x))
         self.counts.note(int(minimal_bytes(self.size, x.nbytes)))
         return x
 
@@ -274,7 +278,7 @@ class TorchGroup:
         x = x.contiguous()
         found = [torch.empty_like(x) for _ in range(self.size)] if self.rank == to else None
         with _told_as_peer_error():
-            dist.gather(x, found, group=self._group, group_dst=to)
+            dist.gather(x, found, group=self._for(x), group_dst=to)
         if found is not None:
             self.counts.note((self.size - 1) * x.nbytes)
         return found
@@ -282,7 +286,7 @@ class TorchGroup:
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         x = x.contiguous()
         with _told_as_peer_error():
-            dist.broadcast(x, group=self._group, group_src=source)
+            dist.broadcast(x, group=self._for(x), group_src=source)
         if self.rank != source:
             self.counts.note(x.nbytes)
         return x
