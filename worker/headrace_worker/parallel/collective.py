@@ -96,7 +96,11 @@ def minimal_bytes(size: int, size_bytes: int) -> float:
 
 
 class SharedGroup:
-    """Ranks with common memory. Belongs to one thread of each."""
+    """Ranks with common memory. Belongs to one thread of each.
+
+    The native kernels take turns in it too, within a step: see csrc/sums.cpp, which does what
+    `all_reduce` does.
+    """
 
     def __init__(
         self,
@@ -112,11 +116,13 @@ class SharedGroup:
         slot = (len(memory) // LINE_BYTES - size) // (2 * size) * LINE_BYTES
         assert slot >= LINE_BYTES, "too little memory for a group"
         self.rank, self.size, self.counts = rank, size, Counts()
-        self._patience_s = patience_s
-        self._slot_bytes = slot
-        self._turn = 0
+        self.patience_s = patience_s
+        self.slot_bytes = slot
+        self.turn = 0
+        """How many this rank has taken."""
         self._others = [other for other in range(size) if other != rank]
         head = size * LINE_BYTES
+        self.memory = memory
         self._flags = memoryview(memory.data)[:head].cast("Q")
         slots = torch.from_numpy(memory)[head : head + 2 * size * slot].view(2, size, slot)
         self._slots = slots
@@ -186,30 +192,30 @@ class SharedGroup:
     def _runs(self, x: Tensor) -> Iterator[Tensor]:
         """`x` as runs that fit a slot; views."""
         flat = x.view(-1)
-        if flat.nbytes <= self._slot_bytes:
+        if flat.nbytes <= self.slot_bytes:
             return iter((flat,))
-        step = self._slot_bytes // x.itemsize
+        step = self.slot_bytes // x.itemsize
         return (flat[start : start + step] for start in range(0, len(flat), step))
 
     def _publish(self, run: Tensor, count: int | None = None) -> list[Tensor]:
         """Takes the next turn with `run`; the first `count` numbers of all ranks' slots."""
         # who writes a buffer again waits until nobody reads it: all are at the turn between
         self._await()
-        self._turn += 1
+        self.turn += 1
         views = self._views.get(run.dtype)
         if views is None:
             made = self._slots.view(run.dtype)
             views = self._views[run.dtype] = [list(half.unbind(0)) for half in made.unbind(0)]
-        slots = views[self._turn & 1]
+        slots = views[self.turn & 1]
         count = len(run) if count is None else count
         if len(run):
             slots[self.rank][: len(run)].copy_(run)
-        self._flags[self.rank * (LINE_BYTES // 8)] = self._turn
+        self._flags[self.rank * (LINE_BYTES // 8)] = self.turn
         return [slot[:count] for slot in slots]
 
     def _await(self, ranks: list[int] | None = None) -> None:
         """Until `ranks` (None: all others) have come to my turn."""
-        flags, turn = self._flags, self._turn
+        flags, turn = self._flags, self.turn
         for other in self._others if ranks is None else ranks:
             at = other * (LINE_BYTES // 8)
             if flags[at] >= turn:
@@ -226,14 +232,14 @@ class SharedGroup:
                 time.sleep(0)  # or, in a thread, for this interpreter
         started = time.monotonic()
         while flags[at] < turn:
-            if time.monotonic() - started > self._patience_s:
-                raise PeerError(f"rank {other} did not come within {self._patience_s:g} s")
+            if time.monotonic() - started > self.patience_s:
+                raise PeerError(f"rank {other} did not come within {self.patience_s:g} s")
             time.sleep(SLEEP_S)
 
     def check_integrity(self) -> None:
         """Nobody is more than a turn ahead of me, or I of the buffers."""
         for other in self._others:
-            ahead = self._flags[other * (LINE_BYTES // 8)] - self._turn
+            ahead = self._flags[other * (LINE_BYTES // 8)] - self.turn
             assert -1 <= ahead <= 1, f"rank {other} is {ahead} turns ahead"
 
 

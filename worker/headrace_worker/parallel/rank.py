@@ -30,6 +30,7 @@ from headrace_worker.executor import Executor
 from headrace_worker.kv.paged import PagedKvPool
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
+from headrace_worker.native.program import Split
 from headrace_worker.parallel import commands
 from headrace_worker.parallel.commands import Kind, Loaded
 from headrace_worker.parallel.links import Links, SharedLinks
@@ -104,9 +105,10 @@ class Follower:
             memory = self._memory.map(opening.starts[rank], size)
             pool = KvPool(config, wanted.blocks, loaded.dtype, wanted.kv_dtype, memory=memory)
             self._kv, backend = pool, attention_over(pool, config)
-        executor = Executor(loaded.model, backend, loaded.device)
-        runs = vocab_runs(parts_of(loaded.part.whole, self._links.shape))
-        self._stage = Stage(executor, loaded.part, runs, self._links)
+        parts = parts_of(loaded.part.whole, self._links.shape)
+        split = Split(parts, self._links.group)
+        executor = Executor(loaded.model, backend, loaded.device, split=split)
+        self._stage = Stage(executor, loaded.part, vocab_runs(parts), self._links)
         if self._on_open is not None:
             self._on_open()
         self._links.answer(b"")

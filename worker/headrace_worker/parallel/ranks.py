@@ -25,6 +25,7 @@ from headrace_worker.executor import Executor
 from headrace_worker.kv.parts import PartedKv
 from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel
+from headrace_worker.native.program import Split
 from headrace_worker.parallel import commands
 from headrace_worker.parallel.distant import DistantKv
 from headrace_worker.parallel.links import ANSWER_RING_BYTES, Links, SharedLinks
@@ -166,7 +167,8 @@ class Ranks:
             self.links.command(commands.pack_open(commands.Open(wanted)))
             backend = machine.backend
             kv = DistantKv(machine.pool, whole, dtype, kv_dtype, self.links.command)
-        executor = Executor(loaded.model, backend, loaded.device)
+        split = Split(parts, self.links.group)
+        executor = Executor(loaded.model, backend, loaded.device, split=split)
         self._stage = Stage(executor, parts[0], vocab_runs(parts), self.links)
         self._vocab = whole.vocab_size
         for rank in range(1, self.shape.ranks):
