@@ -94,11 +94,18 @@ def opened(args: argparse.Namespace, shape: Shape) -> Iterator[Opened]:
             _count(ranks, passed, told)
         yield Opened(
             engine, shape, loaded.config.layers, loaded.config.hidden_size,
-            loaded.dtype.itemsize, sums, passed, told,
+            _itemsize(engine), sums, passed, told,
         )  # fmt: skip
     finally:
         if ranks is not None:
             ranks.close()
+
+
+def _itemsize(engine: Engine) -> int:
+    """Bytes of a number that ranks add up or pass on: float32 where the native kernels compute."""
+    steps = engine._runner._steps
+    stage = steps._stage if isinstance(steps, Ranks) else None
+    return 4 if stage is None else stage._executor.passed_dtype.itemsize
 
 
 def _count(ranks: Ranks, passed: Counts, told: Counts) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 from redis.asyncio import Redis
@@ -19,15 +21,19 @@ from headrace.types import (
     Job,
     JobProgress,
     Progress,
+    WorkerRole,
     WorkerState,
     WorkerStatus,
+    pack_tokens,
 )
 from headrace_gateway.dispatcher import Dispatcher
+from headrace_gateway.policy.roles import RolePolicy, RolesConfig
 from headrace_gateway.policy.virtual_counters import OUTPUT_WEIGHT
 from headrace_gateway.term import Term
 from support.fleet import MODEL, ScriptedWorker, a_job, eventually
 from support.valkey import Valkey
 
+T = TypeVar("T")
 M = MODEL.name
 COUNTER = f"{int(Band.STANDARD)}:a"
 
@@ -251,6 +257,50 @@ async def test_reports_teach_the_index_and_a_gap_is_closed_by_the_snapshot(
     await report(redis, Progress("w1", 5, (JobProgress("nobody", 1, 2, 3),), removed=two))
     await eventually(lambda: index.match(two) == {})
     await leader.stop()
+
+
+async def test_a_decoding_worker_is_told_to_change_sides_while_prompts_wait(
+    valkey: Valkey, redis: Redis
+) -> None:
+    """Once, behind the jobs that it has; when it says that it has done so, prompts go to it."""
+    prompts = ScriptedWorker(redis, "p", role=WorkerRole.PREFILL)
+    streams = [ScriptedWorker(redis, name, role=WorkerRole.DECODE) for name in ("d1", "d2")]
+    for worker in (prompts, *streams):
+        await worker.join()
+    leader = Leader(valkey, redis, "g1")
+    await leader.leads()
+    policy = leader.term.policy
+    policy.roles = RolePolicy(RolesConfig(hold_ms=300))
+    await eventually(lambda: "p" in policy.workload.workers)
+    for number in range(1, 6):
+        await report(redis, Progress("p", number, busy_ms=1_000, prefill_tokens=100))
+    await eventually(lambda: policy.workload.prefill_per_s > 90)
+
+    async def told() -> list[tuple[str, bytes]]:
+        return [(w.name, role) for w in streams for _, role in await w.entries("role")]
+
+    await asyncio.sleep(0.8)
+    assert await told() == [], "no prompt waits"
+    for number in range(4):
+        job = replace(a_job(f"j{number}", "g1"), prompt=pack_tokens([number % 90] * 200))
+        await accept(redis, job)
+    [(name, role)] = await _once(told)
+    assert WorkerRole(role.decode()) is WorkerRole.PREFILL
+    changed = next(w for w in streams if w.name == name)
+    assert policy.decoding.open_workers == ("d1", "d2"), "it decodes until it says otherwise"
+    await changed.become(WorkerRole.PREFILL)
+    await eventually(lambda: name not in policy.decoding.open_workers)
+    await eventually(changed.jobs)
+    await asyncio.sleep(0.5)
+    assert len(await told()) == 1, "the other side is not emptied"
+    policy.check_integrity()
+    await leader.stop()
+
+
+async def _once(found: Callable[[], Awaitable[list[T]]]) -> list[T]:
+    """What `found` gives as soon as that is something."""
+    await eventually(found)
+    return await found()
 
 
 async def test_the_hand_off_carries_the_tenants_counter(

@@ -12,6 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from headrace import keys
+from headrace.streams import connect, parse_entries
+from headrace.types import JobMoved
+from headrace.wire_reports import decode_event
 from support.namespaces import two_hosts
 from support.stack import Stack
 
@@ -62,12 +66,13 @@ def expected(own_stack: Stack) -> list[str]:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("links", ["shared", "torch"])
 @pytest.mark.parametrize("way", ["TENSOR", "PIPELINE"])
 async def test_two_processes_say_the_same(
-    own_stack: Stack, own_client: openai.AsyncOpenAI, expected: list[str], way: str
+    own_stack: Stack, own_client: openai.AsyncOpenAI, expected: list[str], way: str, links: str
 ) -> None:
-    """Two ranks that the worker starts itself."""
-    name = own_stack.start_worker(**{f"HEADRACE_{way}_PARALLEL": "2"})
+    """Two ranks that the worker starts itself, with common memory and without."""
+    name = own_stack.start_worker(**{f"HEADRACE_{way}_PARALLEL": "2", "HEADRACE_RANK_LINKS": links})
     await asyncio.to_thread(own_stack.wait_lease, name)
     only(own_stack, name)
     assert await texts(own_client) == expected
@@ -103,6 +108,30 @@ async def test_two_hosts_say_the_same(
         assert await texts(own_client) == expected
         for name in names:
             own_stack.stop(name, 40)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("prompts", "streams"), [(2, 1), (1, 2), (2, 2)])
+async def test_prompts_and_streams_apart_whatever_the_ranks_of_either_side(
+    prompts: int, streams: int, expected: list[str]
+) -> None:
+    """Every job moves once with its KV, between workers of other numbers of ranks too."""
+    each = [{"HEADRACE_TENSOR_PARALLEL": str(ranks)} for ranks in (prompts, streams)]
+    env = {"HEADRACE_LEASE_MS": "15000"}
+    with Stack(workers=2, roles=("prefill", "decode"), each=each, env=env) as stack:
+        url = f"{stack.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            assert await texts(client) == expected
+        assert await moved(stack) == len(PROMPTS)
+
+
+async def moved(stack: Stack) -> int:
+    """How many jobs have gone from one worker to another."""
+    redis = connect(stack.valkey.url)
+    rows = parse_entries(await redis.xrange(keys.events("smollm2")))
+    await redis.aclose()
+    events = [decode_event(row.data) for row in rows if row.kind == "e"]
+    return sum(isinstance(event, JobMoved) for event in events)
 
 
 def only(stack: Stack, *names: str) -> None:

@@ -20,6 +20,7 @@ from headrace.types import (
     JobProgress,
     ModelRecord,
     Sampling,
+    WorkerRole,
     WorkerState,
     WorkerStatus,
     pack_tokens,
@@ -68,17 +69,27 @@ class ScriptedWorker:
         lease_ms: int = 60_000,
         model: ModelRecord = MODEL,
         tokens: int = 1_000,
+        role: WorkerRole = WorkerRole.BOTH,
     ) -> None:
         self.redis = redis
         self.name = name
         self.model = model.name
         self.tokens = tokens
-        self.member = Membership(
-            redis, model, name, Capacity(tokens, max_jobs), lease_ms, SystemClock()
-        )
+        self.role = role
+        address = "" if role is WorkerRole.BOTH else f"tcp://{name}:1"
+        capacity = Capacity(tokens, max_jobs, role, kv_address=address)
+        self.member = Membership(redis, model, name, capacity, lease_ms, SystemClock())
+
+    def _status(self) -> WorkerStatus:
+        return WorkerStatus(WorkerState.READY, 0, 0, self.tokens, 0, self.role)
 
     async def join(self) -> None:
-        assert await self.member.join(WorkerStatus(WorkerState.READY, 0, 0, self.tokens, 0))
+        assert await self.member.join(self._status())
+
+    async def become(self, role: WorkerRole) -> None:
+        """What it does when the dispatcher tells it to change sides."""
+        self.role = role
+        assert await self.member.beat(self._status())
 
     async def entries(self, kind: str = "job") -> list[tuple[str, bytes]]:
         rows = await self.redis.xrange(keys.jobs(self.model, self.name))

@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from headrace.clock import ManualClock
 from headrace_worker import startup
 from headrace_worker.engine import Engine
 from headrace_worker.engine_config import EngineConfig
-from headrace_worker.parallel.links import SharedLinks
+from headrace_worker.parallel.links import Links, SharedLinks
 from headrace_worker.parallel.rank import Follower
 from headrace_worker.parallel.ranks import Ranks
 from headrace_worker.parallel.shape import Shape
@@ -48,9 +48,22 @@ def engine_over(
     return Engine(loaded, config, ManualClock(), ranks)
 
 
+class Apart:
+    """Links of ranks that reach each other, and not each other's KV."""
+
+    def __init__(self, inner: SharedLinks) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 @contextlib.contextmanager
-def threaded(settings: WorkerSettings, **limits: Any) -> Iterator[Engine]:
-    """Ranks that are threads, with the same links as processes have."""
+def threaded(settings: WorkerSettings, *, apart: bool = False, **limits: Any) -> Iterator[Engine]:
+    """Ranks that are threads, with the same links as processes have.
+
+    `apart`: each keeps its KV to itself, as on several hosts or GPUs.
+    """
     shape = startup.shape_of(settings)
     ours = SharedLinks.create(shape)
     failures: list[BaseException] = []
@@ -58,7 +71,8 @@ def threaded(settings: WorkerSettings, **limits: Any) -> Iterator[Engine]:
     def follow(rank: int) -> None:
         links = SharedLinks(ours.memory, rank, shape)
         try:
-            Follower(links, startup.load(settings, links), links.memory).run()
+            memory = None if apart else links.memory
+            Follower(links, startup.load(settings, links), memory).run()
         except BaseException as error:
             failures.append(error)
             raise
@@ -68,7 +82,7 @@ def threaded(settings: WorkerSettings, **limits: Any) -> Iterator[Engine]:
     ]
     for thread in threads:
         thread.start()
-    ranks = Ranks(ours)
+    ranks = Ranks(cast(Links, Apart(ours)) if apart else ours)
     try:
         yield engine_over(ranks, settings, **limits)
     finally:

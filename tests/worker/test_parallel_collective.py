@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from headrace_worker import native
+from headrace_worker.native.sums import StepSums
 from headrace_worker.parallel.collective import (
     ONE_TURN_BYTES_MAX,
     PeerError,
@@ -80,6 +82,51 @@ def test_gather_and_broadcast_mix_with_sums() -> None:
         return group.counts.messages
 
     assert len(set(together(3, work, 1 << 10))) <= 3
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_sums_in_the_kernels_and_in_python_follow_each_other(size: int) -> None:
+    """The same bits and the same counts from either, in one turn, by shares, in several runs."""
+    library = native.library()
+    if library is None:
+        pytest.skip(f"no native kernels: {native.state()}")
+    counts = [1, 7, 5_000, 40_000, 70_001]  # a slot holds 65,536 numbers, 16,384 are one turn
+
+    def work(group: SharedGroup) -> tuple[list[torch.Tensor], tuple[int, int, int]]:
+        sums, found = StepSums(group), []
+        for number, count in enumerate(counts * 2):
+            source = torch.Generator().manual_seed(number % len(counts) * 10 + group.rank)
+            x = torch.randn(count, generator=source)
+            if number >= len(counts):
+                found.append(group.all_reduce(x))
+                continue
+            with sums.lent() as lent:
+                library.add_up(lent, x)
+            found.append(x)
+            if number == 1:
+                own = (group.counts.messages, group.counts.bytes, group.turn)
+                assert torch.equal(group.all_reduce(torch.ones(3)), torch.full((3,), float(size)))
+                assert group.turn == own[2] + 1
+        group.check_integrity()
+        return found, (group.counts.messages, group.counts.bytes, group.turn)
+
+    ranks = together(size, work, 1 << 18)
+    for found, told in ranks:
+        assert told[0] == ranks[0][1][0]
+        for mine, first in zip(found, ranks[0][0], strict=True):
+            assert torch.equal(mine, first)
+        for native_sum, python_sum in zip(found[: len(counts)], found[len(counts) :], strict=True):
+            assert torch.equal(native_sum, python_sum)
+
+
+def test_a_rank_that_is_missing_in_a_step_is_named() -> None:
+    library = native.library()
+    if library is None:
+        pytest.skip(f"no native kernels: {native.state()}")
+    memory = np.zeros(SharedGroup.bytes_needed(2, 1024), np.uint8)
+    sums = StepSums(SharedGroup(memory, 0, 2, patience_s=0.05))
+    with pytest.raises(PeerError, match="rank 1 did not come"), sums.lent() as lent:
+        library.add_up(lent, torch.ones(3))
 
 
 def test_who_does_not_come_ends_the_wait() -> None:

@@ -17,10 +17,13 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from headrace.errors import ModelError
+from headrace_worker import native
 from headrace_worker.loading import LoadedModel, gguf_file, load_model
 from headrace_worker.loading.gguf_file import TYPES, GgufSource
+from headrace_worker.native.linear import GROUP, NativeLinear
 from headrace_worker.parallel.collective import Counts, SharedGroup, minimal_bytes
-from headrace_worker.parallel.shape import Shape, part_of
+from headrace_worker.parallel.shape import Shape, part_of, run_of
+from headrace_worker.quantization import Role, make_linear
 from worker.builders import logits_of, random_tokens, write_gguf, write_hf_folder
 from worker.gguf_models import FAMILIES, write_family
 from worker.ranks import together
@@ -87,6 +90,30 @@ def test_logits_are_those_of_one_process(name: str, tmp_path: Path) -> None:
         assert counts.messages in range(2 * layers + 1, 2 * (2 * layers + 1) + 1)
         least = minimal_bytes(ranks, (2 * layers + 1) * len(prompt) * hidden * 4)
         assert least * 0.99 <= counts.bytes <= least * ranks / 2 + 1
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_columns_that_are_cut_between_groups_are_rounded_as_before(mode: str, ranks: int) -> None:
+    """By the native kernels: the parts' products add up to the whole matrix's."""
+    if native.library() is None:
+        pytest.skip(f"no native kernels: {native.state()}")
+    source = torch.Generator().manual_seed(3)
+    weight = torch.randn(96, 384, generator=source)
+    x = torch.randn(7, 384, generator=source) * torch.rand(384, generator=source) * 9
+    role = Role.OTHER
+
+    def product(columns: range) -> torch.Tensor:
+        run = slice(columns.start, columns.stop)
+        made = make_linear(mode, weight[:, run], None, role, torch.float32)  # type: ignore[arg-type]
+        assert isinstance(made, NativeLinear)
+        return made(x[:, run].contiguous())
+
+    parts = [product(run_of(384, ranks, rank, GROUP)) for rank in range(ranks)]
+    torch.testing.assert_close(sum(parts), product(range(384)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(range(384)), x @ weight.T, rtol=0.5, atol=25)
+    apart = [product(range(200)), product(range(200, 384))]
+    assert (sum(apart) - product(range(384))).abs().max() > 1e-3, "a group that is cut is another"
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -15,6 +15,7 @@ from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError, SettingsError
+from headrace.types import WorkerRole
 from headrace_worker import metrics, native, startup, step_log
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.cache_link import CacheLink
@@ -26,8 +27,9 @@ from headrace_worker.parallel import rank
 from headrace_worker.parallel.ranks import Ranks
 from headrace_worker.parallel.shape import Shape
 from headrace_worker.parallel.torch_links import (
-    TorchLinks,
     end_with_starter,
+    join,
+    launch,
     ranks_here,
     started_by_torchrun,
 )
@@ -47,11 +49,12 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
     torch.set_num_threads(1)  # this thread's; the engine's has its own, see engine_thread.py
     ranks = _start_ranks(settings, shape) if shape.ranks > 1 else None
     loaded = startup.load(settings, None if ranks is None else ranks.links)
-    weight_bytes, block_bytes = loaded.weight_bytes, None
+    weight_bytes, block_bytes, others_bytes = loaded.weight_bytes, None, None
     if ranks is not None:
         weight_bytes += ranks.await_loaded(loaded.record.fingerprint)
         block_bytes = ranks.block_bytes(loaded, settings.kv_dtype)
-    kv_tokens = startup.kv_tokens_for(settings, loaded, block_bytes)
+        others_bytes = ranks.free_bytes
+    kv_tokens = startup.kv_tokens_for(settings, loaded, block_bytes, others_bytes)
     config = EngineConfig(
         kv_tokens=kv_tokens,
         max_running=settings.max_jobs,
@@ -59,7 +62,7 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
         lower_prefill_ms=settings.lower_prefill_ms,
         calm_ms=settings.calm_ms,
         step_stretch=settings.step_stretch,
-        offer_blocks=bool(settings.cache_url),
+        offer_blocks=bool(settings.cache_url) and (ranks is None or ranks.share_memory),
         speculation=settings.speculation == "ngram",
         kv_dtype=settings.kv_dtype,
         attention=settings.attention,
@@ -89,22 +92,35 @@ def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
         engine: Engine = step_log.LoggedEngine(loaded, config, clock, ranks, log=steps)
     else:
         engine = Engine(loaded, config, clock, ranks)
-    cache = _link(settings, engine) if settings.cache_url else None
+    cache = None
+    if settings.cache_url and ranks is not None and not ranks.share_memory:
+        log.warning("ranks without common memory keep their KV: the cache service is not used")
+    elif settings.cache_url:
+        cache = _link(settings, engine)
     consumer = Consumer(settings, engine, engine.record, capacity, clock, cache, threads=threads)
     return consumer, ranks
 
 
 def _start_ranks(settings: WorkerSettings, shape: Shape) -> Ranks:
     """The other ranks: processes of this one, or those that torchrun started beside it."""
-    if started_by_torchrun():
-        if settings.cache_url:
+    own = {"OMP_NUM_THREADS": str(threads_of(settings, shape))}
+    if not started_by_torchrun() and startup.shares_memory(settings):
+        ranks = Ranks.spawn(shape, own)
+    else:
+        if settings.role is not WorkerRole.BOTH:
+            raise ModelError(
+                f"HEADRACE_ROLE={settings.role}: ranks without common memory keep their KV, and "
+                "such a worker does both"
+            )
+        if settings.cache_url and started_by_torchrun():
             raise ModelError(
                 "a worker whose ranks torchrun starts keeps its KV to itself: leave "
                 "HEADRACE_CACHE_URL empty"
             )
-        ranks = Ranks(TorchLinks(shape), ranks_here=ranks_here())
-    else:
-        ranks = Ranks.spawn(shape, {"OMP_NUM_THREADS": str(threads_of(settings, shape))})
+        children = [] if started_by_torchrun() else launch(shape, own)
+        links = join(shape, settings.device)
+        in_one_memory = ranks_here() if links.device.type == "cpu" else 1
+        ranks = Ranks(links, children, ranks_here=in_one_memory)
     ranks.watch(_end_at_once, hang_ms=settings.lease_ms * HANG_LEASE_PERCENT // 100)
     return ranks
 

@@ -37,6 +37,24 @@ def resolve_device(name: str) -> torch.device:
     return _capable(torch.device("cuda", index))
 
 
+def rank_device(name: str, local_rank: int, ranks_here: int) -> torch.device:
+    """Where the `local_rank`-th of a host's ranks computes: each on a GPU of its own, or all on the
+    CPU. Raises ModelError, also for fewer GPUs than ranks.
+    """
+    device = resolve_device(name)
+    if device.type == "cpu":
+        return CPU
+    if torch.device("cuda" if name == "auto" else name).index is not None:
+        raise ModelError(f"HEADRACE_DEVICE={name}: ranks take a GPU each, say cuda")
+    count = torch.cuda.device_count()
+    if ranks_here > count:
+        raise ModelError(
+            f"{ranks_here} ranks on this host need a GPU each and there are {count}; "
+            "HEADRACE_DEVICE=cpu computes on CPUs"
+        )
+    return _capable(torch.device("cuda", local_rank))
+
+
 def _capable(device: torch.device) -> torch.device:
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY_MIN:

@@ -17,7 +17,7 @@ from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
 from headrace_worker.decode_graphs import DecodeGraphs
 from headrace_worker.device import CPU
 from headrace_worker.model import Decoder
-from headrace_worker.native.program import program_of
+from headrace_worker.native.program import Split, program_of
 from headrace_worker.parallel.vocabulary import Verdict
 from headrace_worker.step_inputs import StepInputs
 
@@ -62,10 +62,14 @@ class Executor:
         backend: AttentionBackend,
         device: torch.device = CPU,
         graphs: DecodeGraphs | None = None,
+        split: Split | None = None,
     ) -> None:
+        """`split`: for a rank's part of a model."""
         self.model = model
         self._backend, self._device, self._graphs = backend, device, graphs
-        self._program = program_of(model, backend)
+        self._program = program_of(model, backend, split)
+        self.passed_dtype = model.dtype if self._program is None else torch.float32
+        """Of what stages hand each other."""
         self._done: deque[Tensor | None] = deque()
 
     def forward(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor | None:
@@ -78,7 +82,7 @@ class Executor:
         device = self._device
         with torch.inference_mode():
             if self._program is not None:
-                return self._program.run(inputs)
+                return self._program.run(inputs, x)
             recorded = self._graphs.run(inputs) if self._graphs is not None else None
             if recorded is not None:
                 return recorded

@@ -19,14 +19,14 @@ def machine_of(
     loaded: LoadedModel, blocks: int, config: EngineConfig, ranks: Ranks | None
 ) -> tuple[Kv, Steps]:
     """Where KV lies and who computes. Raises SettingsError."""
-    if ranks is not None:
-        if config.attention == "flash":
-            raise SettingsError(
-                "HEADRACE_ATTENTION=flash: ranks share their KV in the host's memory, where "
-                "flash-attn does not read"
-            )
-        return ranks.open(loaded, blocks, config.kv_dtype), ranks
     wanted = Wanted(blocks, config.kv_dtype, config.attention, config.max_running)
+    if ranks is not None:
+        if config.attention == "flash" and ranks.share_memory:
+            raise SettingsError(
+                "HEADRACE_ATTENTION=flash: these ranks share their KV in the host's memory, where "
+                "flash-attn does not read; HEADRACE_RANK_LINKS=torch lets each keep its own"
+            )
+        return ranks.open(loaded, wanted), ranks
     machine = make_attention(loaded.model, loaded.config, loaded.dtype, wanted, loaded.device)
     steps = Executor(loaded.model, machine.backend, loaded.device, machine.graphs)
     return machine.pool, steps

@@ -53,6 +53,11 @@ class WorkerSettings(ServiceSettings):
     pipeline_parallel: int = Field(
         default=1, ge=1, le=64, description="stages that hold the model's layers one after another"
     )
+    rank_links: Literal["auto", "shared", "torch"] = Field(
+        default="auto",
+        description="how ranks of one host reach each other: in shared memory, on x86 CPUs, or "
+        "through torch.distributed, as on several hosts and between GPUs; auto: what fits",
+    )
     kv_tokens: int = Field(
         default=0, ge=0, description="size of the KV pool in tokens; 0: from free memory"
     )

@@ -13,10 +13,11 @@ from headrace.errors import ModelError
 from headrace.models import resolve
 from headrace.types import BLOCK_TOKENS
 from headrace_worker import native
-from headrace_worker.device import CPU, free_bytes, resolve_device
+from headrace_worker.device import free_bytes, resolve_device
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel, load_model, memory
 from headrace_worker.model import ModelConfig
+from headrace_worker.parallel.collective import ORDERED_STORES
 from headrace_worker.parallel.links import Links
 from headrace_worker.parallel.shape import Part, Shape
 from headrace_worker.parallel.stages import parts_of
@@ -48,13 +49,33 @@ def threads_each(settings: WorkerSettings, ranks: int) -> int:
     return max(1, (settings.threads or torch.get_num_threads()) // ranks)
 
 
+def shares_memory(settings: WorkerSettings) -> bool:
+    """Whether ranks of one host reach each other in its memory, or as over several hosts.
+
+    Raises ModelError where they are told to and cannot.
+    """
+    device = resolve_device(settings.device)
+    unfit = ""
+    if device.type != "cpu":
+        unfit = f"HEADRACE_DEVICE={settings.device}: each rank's KV lies on its GPU"
+    elif not ORDERED_STORES:
+        unfit = "this processor may reorder stores"
+    if unfit and settings.rank_links == "shared":
+        raise ModelError(f"HEADRACE_RANK_LINKS=shared: {unfit}")
+    return not unfit and settings.rank_links != "torch"
+
+
 def kv_tokens_for(
-    settings: WorkerSettings, loaded: LoadedModel, block_bytes: int | None = None
+    settings: WorkerSettings,
+    loaded: LoadedModel,
+    block_bytes: int | None = None,
+    others_bytes: int | None = None,
 ) -> int:
     """Size of the KV pool: as told, or a share of the memory that is free now.
 
     A context that does not fit into that share is served as far as it does. `block_bytes`: what a
-    block takes on this host, where that is not this process's alone.
+    block takes on this host, where that is not this process's alone. `others_bytes`: the least that
+    is free on other ranks' GPUs.
     """
     if settings.kv_tokens:
         return settings.kv_tokens
@@ -62,6 +83,7 @@ def kv_tokens_for(
         block_bytes = KvPool.block_bytes(loaded.config, loaded.dtype, settings.kv_dtype)
     gpu_bytes = free_bytes(loaded.device)
     if gpu_bytes is not None:
+        gpu_bytes = min(gpu_bytes, others_bytes or gpu_bytes)
         return max(KV_TOKENS_MIN, int(gpu_bytes * KV_SHARE_OF_GPU) // block_bytes * BLOCK_TOKENS)
     host_bytes = memory.available_bytes() or KV_BYTES_MAX
     budget_bytes = min(KV_BYTES_MAX, int(host_bytes * KV_SHARE_OF_FREE_MEMORY))
@@ -72,19 +94,11 @@ def kv_tokens_for(
 def load(settings: WorkerSettings, links: Links | None = None) -> LoadedModel:
     """The model, or with `links` the part of it that their rank holds. Raises ModelError.
 
-    Parts of models compute with torch, and so do GPUs: the native kernels know whole ones on CPUs.
+    The native kernels are for CPUs.
     """
     told, name = 0, name_of(settings)
-    device = resolve_device(settings.device)
-    alone = links is None and device.type == "cpu"
-    native.choose(settings.kernels if alone else "off")
-    if links is not None and device.type != "cpu":
-        if settings.device != "auto":
-            raise ModelError(
-                f"HEADRACE_DEVICE={settings.device}: ranks share their KV and add up in the host's "
-                "memory, so that a model in several parts is computed on CPUs so far"
-            )
-        device = CPU
+    device = resolve_device(settings.device) if links is None else links.device
+    native.choose(settings.kernels if device.type == "cpu" else "off")
 
     def progress(done: int, total: int) -> None:
         nonlocal told

@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-constexpr int32_t ABI_VERSION = 1;
+constexpr int32_t ABI_VERSION = 2;
 
 // Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
 constexpr int PANEL = 16;
@@ -68,15 +68,31 @@ struct Layer {
   int32_t window;  // tokens that a row sees, 0 for all
 };
 
+// A decoder, or a rank's part of one. The first stage has an embedding, the last one norm and head.
 struct Model {
   int32_t hidden, inner, heads, kv_heads, head_dim, vocab, layers, ropes;
   float eps, attention_scale, embedding_scale;
   int32_t embedding_bf16;
-  const void* embedding;  // [vocab, hidden]
+  int32_t first_token, unused;  // the embedding's rows are of tokens from this one on
+  const void* embedding;        // [vocab, hidden]
   const Layer* layer;
   const float* norm;
   const int32_t* rotated;  // [ropes], how many dimensions each table turns
   Matrix head;
+};
+
+// Ranks that add up what each has of x: see sums.h.
+struct Sums {
+  uint8_t* flags;  // [size] turns that each rank has taken, 64 bytes apart
+  uint8_t* slots;  // [2][size][slot_bytes]
+  int64_t slot_bytes;
+  int64_t one_turn_bytes;  // sums of more, over more than two ranks, take two turns
+  int64_t patience_us;
+  uint64_t turn;            // in and out
+  int64_t bytes, messages;  // out: what was received from others
+  int32_t rank, size;
+  int32_t late;  // out: a rank that did not come in time; -1 for none
+  int32_t unused;
 };
 
 struct Step {
@@ -86,7 +102,10 @@ struct Step {
   const int64_t* sampled;    // rows that go through the head; null for all
   int32_t sampled_rows;
   int32_t unused;
-  float* logits;  // [sampled_rows, vocab]
+  float* logits;      // [sampled_rows, vocab]
+  const float* given; // [rows, hidden] what the stage before made; null for the first stage
+  float* passed;      // [rows, hidden] for the stage after; null for the last one
+  Sums* sums;         // null for a rank that has its layers alone
 };
 
 // One instruction set's kernels.

@@ -1,5 +1,6 @@
 // What the library exports: C functions over the kernels of the best instruction set that is here.
 #include "abi.h"
+#include "sums.h"
 #include "team.h"
 #include "times.h"
 
@@ -56,6 +57,9 @@ void headrace_step(const headrace::Model* model, const headrace::Pool* pool, con
                    const headrace::Step* step) {
   headrace::kernels().step(*model, *pool, *batch, *step);
 }
+
+// What steps do within: for tests.
+void headrace_add_up(headrace::Sums* sums, float* x, int64_t count) { headrace::add_up(*sums, x, count); }
 
 #ifdef HEADRACE_TIMES
 void headrace_times(int32_t print) {

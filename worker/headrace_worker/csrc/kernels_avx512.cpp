@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "sums.h"
 #include "team.h"
 #include "times.h"
 

@@ -1,6 +1,9 @@
 // A whole step of a decoder in one call: embedding, layers, norm, head. Included once per instruction
 // set.
 //
+// A stage of a pipeline begins with what the one before made, and tensor ranks add up x where their
+// parts of it meet, both without leaving the call.
+//
 // Invariant: it computes what model/decoder.py and model/layers.py say, with activations in float32
 // from the embedding to the logits, whatever the model's dtype: only weights and the KV pool are
 // rounded. Every thread goes through the same phases; see team.h.
@@ -16,7 +19,10 @@ struct StepRoom {
 };
 
 HR_INLINE void embed(const Model& m, int64_t token, float* x) {
-  if (m.embedding_bf16 != 0) {
+  token -= m.first_token;
+  if (token < 0 || token >= m.vocab) {  // another rank's
+    std::memset(x, 0, m.hidden * sizeof(float));
+  } else if (m.embedding_bf16 != 0) {
     const uint16_t* from = static_cast<const uint16_t*>(m.embedding) + token * m.hidden;
     for (int i = 0; i < m.hidden; ++i) x[i] = from_bf16(from[i]) * m.embedding_scale;
   } else {
@@ -161,11 +167,26 @@ static void attend_layer(Running& s, int thread, const Layer& l, int layer, cons
   });
 }
 
+static void meet(Running& s) {
+  if (s.step.sums != nullptr) add_up(*s.step.sums, s.room.x.data(), static_cast<int64_t>(s.rows) * s.m.hidden);
+}
+
+// x += rows W^T + bias, on all ranks together; `finish()` is called once x is there.
+template <typename F>
+static void add_product(Running& s, const Matrix& w, const Rows& a, const F& finish) {
+  float* x = s.room.x.data();
+  const bool other = s.step.sums != nullptr && s.step.sums->rank > 0;  // the first rank brings x in
+  multiply(s.team, w, a, s.rows, other ? nullptr : x, x, [&] {
+    meet(s);
+    finish();
+  });
+}
+
 // x += rows W^T + bias, and with it, for few rows, the norm that follows.
 static void add_rows(Running& s, const Matrix& w, const Rows& a, const float* weight, const Rows& next) {
-  float* x = s.room.x.data();
+  const float* x = s.room.x.data();
   const bool few = s.rows <= ROWS_NORMED_BY_ONE;
-  multiply(s.team, w, a, s.rows, x, x, [&] {
+  add_product(s, w, a, [&] {
     for (int r = 0; few && r < s.rows; ++r) norm_row(s.m, next, x, weight, r, r, s.room.normed.data());
   });
   if (!few) norm_rows(s, next, weight, s.rows, nullptr);
@@ -190,8 +211,7 @@ static void run_layer(Running& s, int thread, int number) {
     const Layer& above = s.m.layer[number + 1];
     add_rows(s, l.down, inner, above.attention_norm, room.normed_rows.rows_for(above.qkv, s.rows, room.normed.data()));
   } else {
-    float* x = room.x.data();
-    multiply(s.team, l.down, inner, s.rows, x, x, [] {});
+    add_product(s, l.down, inner, [] {});
   }
   HR_END(thread, PART_DOWN);
 }
@@ -211,35 +231,67 @@ static void make_room(StepRoom& room, const Model& m, int rows) {
       room.normed_rows.rows_for(*w, rows, nullptr);
     }
   }
-  room.normed_rows.rows_for(m.head, rows, nullptr);
+  if (m.head.outs > 0) room.normed_rows.rows_for(m.head, rows, nullptr);
+}
+
+// x, from the tokens or from the stage before, normed for the first layer.
+static void begin(Running& s) {
+  const Model& m = s.m;
+  float *x = s.room.x.data(), *normed = s.room.normed.data();
+  const Rows first = s.room.normed_rows.rows_for(m.layer[0].qkv, s.rows, normed);
+  const bool alone = s.step.sums == nullptr || s.step.given != nullptr;
+  s.team.phase(
+      s.rows, s.team.grain(s.rows),
+      [&](int from, int to) {
+        for (int r = from; r < to; ++r) {
+          float* row = x + static_cast<int64_t>(r) * m.hidden;
+          if (s.step.given != nullptr) {
+            std::memcpy(row, s.step.given + static_cast<int64_t>(r) * m.hidden, m.hidden * sizeof(float));
+          } else {
+            embed(m, s.step.tokens[r], row);
+          }
+          if (alone) norm_row(m, first, x, m.layer[0].attention_norm, r, r, normed);
+        }
+      },
+      [&] {
+        if (!alone) meet(s);
+      });
+  if (!alone) norm_rows(s, first, m.layer[0].attention_norm, s.rows, nullptr);
+}
+
+// What comes behind the layers: x for the next stage, or logits.
+static void end(Running& s) {
+  const Model& m = s.m;
+  if (s.step.passed != nullptr) {
+    s.team.phase(s.rows, s.team.grain(s.rows), [&](int from, int to) {
+      const int64_t at = static_cast<int64_t>(from) * m.hidden, count = static_cast<int64_t>(to - from) * m.hidden;
+      std::memcpy(s.step.passed + at, s.room.x.data() + at, count * sizeof(float));
+    });
+  } else if (s.step.sampled_rows > 0) {
+    const Rows a = s.room.normed_rows.rows_for(m.head, s.step.sampled_rows, s.room.normed.data());
+    norm_rows(s, a, m.norm, s.step.sampled_rows, s.step.sampled);
+    multiply(s.team, m.head, a, s.step.sampled_rows, nullptr, s.step.logits, [] {});
+  }
 }
 
 static void run_step(const Model& m, const Pool& p, const Batch& batch, const Step& step) {
   if (batch.rows == 0) return;
-  static StepRoom room;
-  Turn turn;
+  static StepRoom common;
+  static thread_local StepRoom own;
+  const bool waits = step.sums != nullptr;
+  Turn turn(waits);
+  StepRoom& room = waits ? own : common;
   Team& team = turn.team();
   Tiles tiles(batch, m.kv_heads, m.heads / m.kv_heads);
   ready(room.attention, team, tiles, m.head_dim);
   make_room(room, m, batch.rows);
   Running s{team, m, p, batch, step, room, tiles, batch.rows};
-  float *x = room.x.data(), *normed = room.normed.data();
   team.run([&](int thread) {
     HR_BEGIN(thread);
-    const Rows first = room.normed_rows.rows_for(m.layer[0].qkv, s.rows, normed);
-    team.phase(s.rows, team.grain(s.rows), [&](int from, int to) {
-      for (int r = from; r < to; ++r) {
-        embed(m, step.tokens[r], x + static_cast<int64_t>(r) * m.hidden);
-        norm_row(m, first, x, m.layer[0].attention_norm, r, r, normed);
-      }
-    });
+    begin(s);
     HR_END(thread, PART_REST);
     for (int i = 0; i < m.layers; ++i) run_layer(s, thread, i);
-    if (step.sampled_rows > 0) {
-      const Rows a = room.normed_rows.rows_for(m.head, step.sampled_rows, normed);
-      norm_rows(s, a, m.norm, step.sampled_rows, step.sampled);
-      multiply(team, m.head, a, step.sampled_rows, nullptr, step.logits, [] {});
-    }
+    end(s);
     HR_END(thread, PART_HEAD);
   });
 }

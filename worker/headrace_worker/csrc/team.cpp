@@ -2,6 +2,8 @@
 
 #include <sched.h>
 
+#include <memory>
+
 namespace headrace {
 
 namespace {
@@ -105,14 +107,23 @@ void Team::wait(uint32_t number) {
   }
 }
 
-Turn::Turn() : held_(turns) {
-  int count = wanted.load();
-  if (the_team != nullptr && the_team->size() == count) return;
-  delete the_team;
-  the_team = new Team(count);
+Turn::Turn(bool own) : held_(turns, std::defer_lock) {
+  const int count = wanted.load();
+  if (own) {
+    static thread_local std::unique_ptr<Team> mine;
+    if (mine == nullptr || mine->size() != count) mine = std::make_unique<Team>(count);
+    team_ = mine.get();
+    return;
+  }
+  held_.lock();
+  if (the_team == nullptr || the_team->size() != count) {
+    delete the_team;
+    the_team = new Team(count);
+  }
+  team_ = the_team;
 }
 
-Team& Turn::team() { return *the_team; }
+Team& Turn::team() { return *team_; }
 
 void set_threads(int count) { wanted.store(count < 1 ? 1 : count); }
 

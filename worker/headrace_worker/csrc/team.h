@@ -96,14 +96,16 @@ class Team {
   static thread_local int thread_;
 };
 
-// The team of this process, of as many threads as were asked for last; calls take turns.
+// The team of this process, of as many threads as were asked for last; calls take turns. Or a team of
+// the calling thread's own, for calls that wait for each other: ranks that are threads of one process.
 class Turn {
  public:
-  Turn();
+  explicit Turn(bool own = false);
   Team& team();
 
  private:
   std::unique_lock<std::mutex> held_;
+  Team* team_;
 };
 
 void set_threads(int count);

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISAS = ("none", "avx2", "avx512")
 
 FORMAT_F32, FORMAT_Q8, FORMAT_Q4 = 0, 1, 2
@@ -87,12 +87,23 @@ class Model(Structure):
         *((name, c_int32) for name in ("hidden", "inner", "heads", "kv_heads", "head_dim")),
         *((name, c_int32) for name in ("vocab", "layers", "ropes")),
         *((name, c_float) for name in ("eps", "attention_scale", "embedding_scale")),
-        ("embedding_bf16", c_int32),
+        *((name, c_int32) for name in ("embedding_bf16", "first_token", "unused")),
         ("embedding", c_void_p),
         ("layer", POINTER(Layer)),
         ("norm", c_void_p),
         ("rotated", c_void_p),
         ("head", Matrix),
+    )
+
+
+class Sums(Structure):
+    """Ranks that add up within a step: a SharedGroup's memory and its turn."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("flags", "slots")),
+        *((name, c_int64) for name in ("slot_bytes", "one_turn_bytes", "patience_us")),
+        *((name, c_int64) for name in ("turn", "bytes", "messages")),
+        *((name, c_int32) for name in ("rank", "size", "late", "unused")),
     )
 
 
@@ -107,6 +118,9 @@ class Step(Structure):
         ("sampled_rows", c_int32),
         ("unused", c_int32),
         ("logits", c_void_p),
+        ("given", c_void_p),
+        ("passed", c_void_p),
+        ("sums", POINTER(Sums)),
     )
 
 
@@ -131,7 +145,8 @@ class Library:
         self._c.headrace_step.argtypes = (
             POINTER(Model), POINTER(Pool), POINTER(Batch), POINTER(Step),
         )  # fmt: skip
-        for name in ("linear", "attend", "step", "set_threads"):
+        self._c.headrace_add_up.argtypes = (POINTER(Sums), address, c_int64)
+        for name in ("linear", "attend", "step", "add_up", "set_threads"):
             getattr(self._c, f"headrace_{name}").restype = None
 
     def use(self, isa: str) -> str:
@@ -176,6 +191,10 @@ class Library:
         """A whole step."""
         self._threads()
         self._c.headrace_step(model, pool, batch, step)
+
+    def add_up(self, sums: ctypes._Pointer[Sums], x: Tensor) -> None:
+        """x, float32, contiguous, becomes the sum of all ranks' x: what steps do within."""
+        self._c.headrace_add_up(sums, x.data_ptr(), x.numel())
 
 
 def address_of(array: NDArray[Any]) -> int:

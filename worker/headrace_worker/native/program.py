@@ -1,13 +1,18 @@
 """A decoder's whole step as one native call, so that Python's cost does not grow with layers.
 
+A rank's part of a model is one call too: a stage begins with what the one before made, and tensor
+ranks of one host add up within the call (see sums.py).
+
 Invariant: a program computes what its Decoder computes, with activations in float32 throughout, and
 is made only of decoders whose every part the kernels know: `program_of` gives None for all others,
 which then run layer by layer through the same Linears and attention. So a new family needs no
-native code to work.
+native code to work. Ranks that compute together all have one or none, as what they say to each
+other differs: what decides are facts of the whole model and of all its parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,8 +30,31 @@ from headrace_worker.model.rope import Angles
 from headrace_worker.native import abi
 from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.linear import PANEL, NativeLinear
+from headrace_worker.native.sums import StepSums
+from headrace_worker.parallel.collective import Group, SharedGroup
+from headrace_worker.parallel.shape import Part
+from headrace_worker.parallel.sharded import SummedEmbedding, SummedLinear
 from headrace_worker.probing import one_thread
 from headrace_worker.step_inputs import StepInputs
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a rank computes: one of `parts`, with the others of its stage in `group`."""
+
+    parts: Sequence[Part]
+    group: Group
+
+    @property
+    def adds_up(self) -> bool:
+        return self.group.size > 1
+
+    def suits(self) -> bool:
+        """Whether every rank can have a program, if its layers are of a kind that can."""
+        if self.adds_up and not isinstance(self.group, SharedGroup):
+            return False
+        whole = self.parts[0].whole
+        return whole.experts is None and not any(len(p.inner) % PANEL for p in self.parts)
 
 
 @dataclass(frozen=True)
@@ -39,37 +67,64 @@ class _Parts:
     down: NativeLinear
 
 
-def _parts_of(layer: object) -> _Parts | None:
-    """None for a layer that is more, or other, than the kernels' own."""
+def _parts_of(layer: object, adds_up: bool) -> _Parts | None:
+    """None for a layer that is more, or other, than the kernels' own.
+
+    `adds_up`: its ranks do, behind the matrices that narrow.
+    """
     if type(layer) is not Layer or type(layer.mlp) is not Mlp:
         return None
     if layer.mlp.activation is not functional.silu:
         return None
-    found = (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
+    narrow = [layer.attention.out, layer.mlp.down]
+    if any(isinstance(linear, SummedLinear) is not adds_up for linear in narrow):
+        return None
+    out, down = (w.inner if isinstance(w, SummedLinear) else w for w in narrow)
+    found = (layer.attention.qkv, out, layer.mlp.gate_up, down)
     if not all(isinstance(linear, NativeLinear) for linear in found):
         return None
     return _Parts(*(cast(NativeLinear, linear) for linear in found))
 
 
-def program_of(model: Decoder, backend: AttentionBackend) -> Program | None:
-    """The model's step as one call over `backend`; None where it has to go layer by layer."""
-    if not isinstance(backend, NativeBackend) or not (model.first and model.last):
+def program_of(
+    model: Decoder, backend: AttentionBackend, split: Split | None = None
+) -> Program | None:
+    """The model's step as one call over `backend`; None where it has to go layer by layer.
+
+    `split`: for a rank's part.
+    """
+    if not isinstance(backend, NativeBackend):
         return None
-    parts = [_parts_of(layer) for layer in model.layers]
-    if any(part is None for part in parts) or not isinstance(model.head, NativeLinear):
+    if model.config.intermediate_size % PANEL or (split is not None and not split.suits()):
         return None
-    if model.config.intermediate_size % PANEL or not isinstance(model.embedding, DenseEmbedding):
+    adds_up = split is not None and split.adds_up
+    parts = [_parts_of(layer, adds_up) for layer in model.layers]
+    if any(part is None for part in parts):
         return None
-    return Program(model, backend, [part for part in parts if part is not None], model.head)
+    embedding = SummedEmbedding if adds_up else DenseEmbedding
+    if model.first and not isinstance(model.embedding, embedding):
+        return None
+    if model.last and not isinstance(model.head, NativeLinear):
+        return None
+    return Program(model, backend, [part for part in parts if part is not None], split)
 
 
 class Program:
-    """One model over one pool."""
+    """One model, or a rank's part of one, over one pool."""
 
     def __init__(
-        self, model: Decoder, backend: NativeBackend, parts: list[_Parts], head: NativeLinear
+        self,
+        model: Decoder,
+        backend: NativeBackend,
+        parts: list[_Parts],
+        split: Split | None = None,
     ) -> None:
         c = model.config
+        self._last = model.last
+        self._sums = None
+        if split is not None and split.adds_up:
+            assert isinstance(split.group, SharedGroup), "asked before"
+            self._sums = StepSums(split.group)
         self._backend = backend
         self._vocab = c.vocab_size
         self._alive: list[object] = [model]
@@ -78,9 +133,8 @@ class Program:
             self._layer(cast(Layer, layer), part, c.window_of(i), c.heads)
             for i, (layer, part) in enumerate(zip(model.layers, parts, strict=True))
         ]
-        assert model.embedding is not None, "asked before"
-        embedding = model.embedding.table
-        scale = model.embedding_scale
+        embedding, scale = model.embedding if model.first else None, model.embedding_scale
+        first_token = embedding.first if isinstance(embedding, SummedEmbedding) else 0
         self._model = abi.Model(
             hidden=c.hidden_size,
             inner=c.intermediate_size,
@@ -93,12 +147,13 @@ class Program:
             eps=c.norm_eps,
             attention_scale=c.scale,
             embedding_scale=1.0 if scale is None else float(scale),
-            embedding_bf16=int(embedding.dtype is torch.bfloat16),
-            embedding=embedding.data_ptr(),
+            embedding_bf16=int(embedding is not None and embedding.table.dtype is torch.bfloat16),
+            first_token=first_token,
+            embedding=None if embedding is None else embedding.table.data_ptr(),
             layer=(abi.Layer * len(layers))(*layers),
-            norm=self._keep(weights_of(model.norm)),
+            norm=self._keep(weights_of(model.norm)) if model.last else None,
             rotated=self._keep(torch.tensor([r.rotated for r in c.ropes], dtype=torch.int32)),
-            head=head.matrix,
+            head=cast(NativeLinear, model.head).matrix if model.last else abi.Matrix(),
         )
 
     def _keep(self, tensor: Tensor) -> int:
@@ -126,8 +181,12 @@ class Program:
             window=window,
         )
 
-    def run(self, inputs: StepInputs) -> Tensor | None:
-        """Float32 logits of the wanted rows [M, vocab]; None where there are none."""
+    def run(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor | None:
+        """Float32 logits of the wanted rows [M, vocab]; None where there are none.
+
+        `x`, float32 [N, hidden], is what the stage before made; stages before the last one give
+        what they make of it. Raises PeerError.
+        """
         slots, positions = torch.from_numpy(inputs.slots), torch.from_numpy(inputs.positions)
         attend = self._backend.prepare(
             AttentionBatch(inputs.block_tables, inputs.lengths, inputs.query_starts, slots)
@@ -139,8 +198,10 @@ class Program:
         tables = np.array(
             [cos.data_ptr() for cos, _ in turns] + [sin.data_ptr() for _, sin in turns], np.int64
         )
-        wanted = inputs.wanted_rows
+        wanted = inputs.wanted_rows if self._last else 0
         logits = torch.empty(wanted, self._vocab)
+        passed = None if self._last else torch.empty(len(inputs.tokens), self._model.hidden)
+        given = None if x is None else x.contiguous()
         at = abi.address_of(tables)
         step = abi.Step(
             tokens=abi.address_of(inputs.tokens),
@@ -149,6 +210,15 @@ class Program:
             sampled=None if inputs.rows is None else abi.address_of(inputs.rows),
             sampled_rows=wanted,
             logits=logits.data_ptr(),
+            given=None if given is None else given.data_ptr(),
+            passed=None if passed is None else passed.data_ptr(),
         )
-        self._backend.library.step(self._model, self._backend.pool, attend.batch, step)
+        library, pool = self._backend.library, self._backend.pool
+        if self._sums is None:
+            library.step(self._model, pool, attend.batch, step)
+        else:
+            with self._sums.lent() as step.sums:
+                library.step(self._model, pool, attend.batch, step)
+        if passed is not None:
+            return passed
         return logits if wanted else None

@@ -96,7 +96,11 @@ def minimal_bytes(size: int, size_bytes: int) -> float:
 
 
 class SharedGroup:
-    """Ranks with common memory. Belongs to one thread of each."""
+    """Ranks with common memory. Belongs to one thread of each.
+
+    The native kernels take turns in it too, within a step: see csrc/sums.cpp, which does what
+    `all_reduce` does.
+    """
 
     def __init__(
         self,
@@ -112,11 +116,13 @@ class SharedGroup:
         slot = (len(memory) // LINE_BYTES - size) // (2 * size) * LINE_BYTES
         assert slot >= LINE_BYTES, "too little memory for a group"
         self.rank, self.size, self.counts = rank, size, Counts()
-        self._patience_s = patience_s
-        self._slot_bytes = slot
-        self._turn = 0
+        self.patience_s = patience_s
+        self.slot_bytes = slot
+        self.turn = 0
+        """How many this rank has taken."""
         self._others = [other for other in range(size) if other != rank]
         head = size * LINE_BYTES
+        self.memory = memory
         self._flags = memoryview(memory.data)[:head].cast("Q")
         slots = torch.from_numpy(memory)[head : head + 2 * size * slot].view(2, size, slot)
         self._slots = slots
@@ -186,30 +192,30 @@ class SharedGroup:
     def _runs(self, x: Tensor) -> Iterator[Tensor]:
         """`x` as runs that fit a slot; views."""
         flat = x.view(-1)
-        if flat.nbytes <= self._slot_bytes:
+        if flat.nbytes <= self.slot_bytes:
             return iter((flat,))
-        step = self._slot_bytes // x.itemsize
+        step = self.slot_bytes // x.itemsize
         return (flat[start : start + step] for start in range(0, len(flat), step))
 
     def _publish(self, run: Tensor, count: int | None = None) -> list[Tensor]:
         """Takes the next turn with `run`; the first `count` numbers of all ranks' slots."""
         # who writes a buffer again waits until nobody reads it: all are at the turn between
         self._await()
-        self._turn += 1
+        self.turn += 1
         views = self._views.get(run.dtype)
         if views is None:
             made = self._slots.view(run.dtype)
             views = self._views[run.dtype] = [list(half.unbind(0)) for half in made.unbind(0)]
-        slots = views[self._turn & 1]
+        slots = views[self.turn & 1]
         count = len(run) if count is None else count
         if len(run):
             slots[self.rank][: len(run)].copy_(run)
-        self._flags[self.rank * (LINE_BYTES // 8)] = self._turn
+        self._flags[self.rank * (LINE_BYTES // 8)] = self.turn
         return [slot[:count] for slot in slots]
 
     def _await(self, ranks: list[int] | None = None) -> None:
         """Until `ranks` (None: all others) have come to my turn."""
-        flags, turn = self._flags, self._turn
+        flags, turn = self._flags, self.turn
         for other in self._others if ranks is None else ranks:
             at = other * (LINE_BYTES // 8)
             if flags[at] >= turn:
@@ -226,14 +232,14 @@ class SharedGroup:
                 time.sleep(0)  # or, in a thread, for this interpreter
         started = time.monotonic()
         while flags[at] < turn:
-            if time.monotonic() - started > self._patience_s:
-                raise PeerError(f"rank {other} did not come within {self._patience_s:g} s")
+            if time.monotonic() - started > self.patience_s:
+                raise PeerError(f"rank {other} did not come within {self.patience_s:g} s")
             time.sleep(SLEEP_S)
 
     def check_integrity(self) -> None:
         """Nobody is more than a turn ahead of me, or I of the buffers."""
         for other in self._others:
-            ahead = self._flags[other * (LINE_BYTES // 8)] - self._turn
+            ahead = self._flags[other * (LINE_BYTES // 8)] - self.turn
             assert -1 <= ahead <= 1, f"rank {other} is {ahead} turns ahead"
 
 
@@ -259,14 +265,18 @@ class TorchGroup:
     Its all-reduce passes each share's finished sum on, so that here too all get the same bits.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup, host: dist.ProcessGroup | None = None) -> None:
+        """`host`: the same ranks, for tensors in the host's memory, where `group` is NCCL's."""
+        self._group, self._host = group, host or group
         self.rank, self.size, self.counts = group.rank(), group.size(), Counts()
+
+    def _for(self, x: Tensor) -> dist.ProcessGroup:
+        return self._host if x.device.type == "cpu" else self._group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         with _told_as_peer_error():
-            dist.all_reduce(x, group=self._group)
+            dist.all_reduce(x, group=self._for(x))
         self.counts.note(int(minimal_bytes(self.size, x.nbytes)))
         return x
 
@@ -274,7 +284,7 @@ class TorchGroup:
         x = x.contiguous()
         found = [torch.empty_like(x) for _ in range(self.size)] if self.rank == to else None
         with _told_as_peer_error():
-            dist.gather(x, found, group=self._group, group_dst=to)
+            dist.gather(x, found, group=self._for(x), group_dst=to)
         if found is not None:
             self.counts.note((self.size - 1) * x.nbytes)
         return found
@@ -282,7 +292,7 @@ class TorchGroup:
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         x = x.contiguous()
         with _told_as_peer_error():
-            dist.broadcast(x, group=self._group, group_src=source)
+            dist.broadcast(x, group=self._for(x), group_src=source)
         if self.rank != source:
             self.counts.note(x.nbytes)
         return x

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from headrace.frames import Buffer
-from headrace_worker.kv.pool import KvDtype
+from headrace_worker.attention.choice import Wanted
 from headrace_worker.parallel.vocabulary import Verdict
 
 MESSAGE_BYTES_MAX = 2**31 - 1
@@ -34,23 +34,27 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A KV pool of `blocks` blocks. `starts`: where in shared memory each rank's lies, if it does.
+    """The KV pool that a rank makes, and what reads it. `starts`: where in shared memory each
+    rank's lies, if it does.
 
     A rank answers when it can compute steps.
     """
 
-    blocks: int
-    kv_dtype: KvDtype
+    wanted: Wanted
     starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A rank of `host` has its weights, which take `weight_bytes`; `fingerprint` is its model's."""
+    """A rank of `host` has its weights, which take `weight_bytes`; `fingerprint` is its model's.
+
+    `free_bytes`: what they leave of its GPU; None on CPUs.
+    """
 
     weight_bytes: int
     fingerprint: str
     host: str = ""
+    free_bytes: int | None = None
 
 
 def pack(kind: Kind, body: object = None) -> bytes:
@@ -69,7 +73,7 @@ def pack_open(opening: Open) -> bytes:
 
 def unpack_open(body: Buffer) -> Open:
     said = msgpack.unpackb(body)
-    return Open(said["blocks"], said["kv_dtype"], tuple(said["starts"]))
+    return Open(Wanted(**said["wanted"]), tuple(said["starts"]))
 
 
 def unpack_blocks(body: Buffer) -> list[int]:

@@ -1,4 +1,4 @@
-"""The KV of ranks that share no memory: rank 0 has its part alone.
+"""The KV of ranks that share no memory, on several hosts or GPUs: rank 0 has its part alone.
 
 Invariant: no block leaves or enters such a worker, as nobody could put it together but in a round
 trip between two steps; its prefix cache is its own. What has to be zeroed is, on every rank, before
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.frames import Buffer
+from headrace_worker.kv.paged import PagedKvPool
 from headrace_worker.kv.payload import Payloads
 from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.model.config import ModelConfig
@@ -25,7 +26,7 @@ class DistantKv:
 
     def __init__(
         self,
-        own: KvPool,
+        own: KvPool | PagedKvPool,
         whole: ModelConfig,
         dtype: torch.dtype,
         kv_dtype: KvDtype,
@@ -46,7 +47,7 @@ class DistantKv:
         return False
 
     def copy_block(self, block: int, target: NDArray[np.uint8]) -> None:  # noqa: ARG002
-        raise AssertionError("no block leaves a worker over several hosts")
+        raise AssertionError("no block leaves ranks that share no memory")
 
     def import_block(self, block: int, data: Buffer) -> None:  # noqa: ARG002
-        raise ValueError("no block enters a worker over several hosts")
+        raise ValueError("no block enters ranks that share no memory")

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace_worker.device import CPU
 from headrace_worker.parallel.collective import Counts, Group, SharedGroup
 from headrace_worker.parallel.ring import Reader, Writer, ring_bytes
 from headrace_worker.parallel.shape import Shape
@@ -60,6 +61,7 @@ class Links(Protocol):
     rank: int
     shape: Shape
     group: Group
+    device: torch.device
 
     def command(self, data: bytes) -> None:
         """To all other ranks; for rank 0."""
@@ -128,6 +130,8 @@ class _Map:
 
 class SharedLinks:
     """Links of ranks on one host. Rank 0 makes the memory, see `create`."""
+
+    device = CPU
 
     def __init__(self, memory: SharedMemory, rank: int, shape: Shape) -> None:
         """`memory` is rank 0's, with what `create` has put there at its beginning."""

@@ -23,17 +23,21 @@ from headrace.config import load_or_exit
 from headrace.errors import ModelError
 from headrace_worker import startup
 from headrace_worker.allocator import keep_freed_memory
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import attention_over, make_attention
+from headrace_worker.attention.interface import AttentionBackend
+from headrace_worker.device import free_bytes
 from headrace_worker.executor import Executor
+from headrace_worker.kv.paged import PagedKvPool
 from headrace_worker.kv.pool import KvPool
 from headrace_worker.loading import LoadedModel
+from headrace_worker.native.program import Split
 from headrace_worker.parallel import commands
 from headrace_worker.parallel.commands import Kind, Loaded
 from headrace_worker.parallel.links import Links, SharedLinks
 from headrace_worker.parallel.shared import SharedMemory
 from headrace_worker.parallel.stage import Stage
 from headrace_worker.parallel.stages import parts_of, vocab_runs
-from headrace_worker.parallel.torch_links import TorchLinks, ranks_here
+from headrace_worker.parallel.torch_links import join, ranks_here
 from headrace_worker.parallel.watch import (
     BAD_SETTING_EXIT,
     HANG_LEASE_PERCENT,
@@ -61,14 +65,16 @@ class Follower:
         """`memory`: what this host's ranks share, if they do. `on_open`: called when it serves."""
         self._links, self._loaded, self._memory = links, loaded, memory
         self._on_open = on_open
-        self._kv: KvPool | None = None
+        self._kv: KvPool | PagedKvPool | None = None
         self._stage: Stage | None = None
 
     def run(self) -> None:
         """Until told to leave. Raises what a step raises."""
         loaded = self._loaded
         fingerprint = loaded.record.fingerprint
-        told = Loaded(loaded.weight_bytes, fingerprint, socket.gethostname())
+        told = Loaded(
+            loaded.weight_bytes, fingerprint, socket.gethostname(), free_bytes(loaded.device)
+        )
         self._links.answer(commands.pack_loaded(told))
         while True:
             message = self._links.next_command()
@@ -85,17 +91,24 @@ class Follower:
                     return
 
     def _open(self, opening: commands.Open) -> None:
-        loaded, rank = self._loaded, self._links.rank
+        loaded, rank, wanted = self._loaded, self._links.rank, opening.wanted
         assert loaded.part is not None, "a rank has loaded a part"
-        config, memory = loaded.part.config, None
-        if self._memory is not None:
-            size = KvPool.block_bytes(config, loaded.dtype, opening.kv_dtype)
-            size *= opening.blocks + 1
+        backend: AttentionBackend
+        if self._memory is None:
+            machine = make_attention(
+                loaded.model, loaded.part.config, loaded.dtype, wanted, loaded.device
+            )
+            self._kv, backend = machine.pool, machine.backend
+        else:
+            config = loaded.part.config
+            size = KvPool.block_bytes(config, loaded.dtype, wanted.kv_dtype) * (wanted.blocks + 1)
             memory = self._memory.map(opening.starts[rank], size)
-        self._kv = KvPool(config, opening.blocks, loaded.dtype, opening.kv_dtype, memory=memory)
-        executor = Executor(loaded.model, SdpaBackend(self._kv, config))
-        runs = vocab_runs(parts_of(loaded.part.whole, self._links.shape))
-        self._stage = Stage(executor, loaded.part, runs, self._links)
+            pool = KvPool(config, wanted.blocks, loaded.dtype, wanted.kv_dtype, memory=memory)
+            self._kv, backend = pool, attention_over(pool, config)
+        parts = parts_of(loaded.part.whole, self._links.shape)
+        split = Split(parts, self._links.group)
+        executor = Executor(loaded.model, backend, loaded.device, split=split)
+        self._stage = Stage(executor, loaded.part, vocab_runs(parts), self._links)
         if self._on_open is not None:
             self._on_open()
         self._links.answer(b"")
@@ -135,7 +148,11 @@ def serve(
 
 def follow_over_torch(settings: WorkerSettings) -> NoReturn:
     """What a process that torchrun started as another rank than 0 does to its end."""
-    links = TorchLinks(startup.shape_of(settings))
+    try:
+        links = join(startup.shape_of(settings), settings.device)
+    except ModelError as error:
+        print(f"headrace worker: {error.message}", file=sys.stderr)
+        raise SystemExit(BAD_SETTING_EXIT) from error
     hang_ms = settings.lease_ms * HANG_LEASE_PERCENT // 100
     # no kernel ends it when rank 0's host is gone
     watch = Watch(

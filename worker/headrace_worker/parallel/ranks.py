@@ -20,11 +20,12 @@ import torch
 
 from headrace.errors import HeadraceError, ModelError
 from headrace.supervisor import die_with_parent
-from headrace_worker.attention.sdpa import SdpaBackend
+from headrace_worker.attention.choice import Wanted, attention_over, make_attention
 from headrace_worker.executor import Executor
 from headrace_worker.kv.parts import PartedKv
 from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel
+from headrace_worker.native.program import Split
 from headrace_worker.parallel import commands
 from headrace_worker.parallel.distant import DistantKv
 from headrace_worker.parallel.links import ANSWER_RING_BYTES, Links, SharedLinks
@@ -77,9 +78,11 @@ class Ranks:
         *,
         ranks_here: int | None = None,
     ) -> None:
-        """`ranks_here`: how many run on one host; None for all of them."""
+        """`ranks_here`: how many have their KV in one memory; None for all of them."""
         self.links, self.shape = links, links.shape
         self.ranks_here = ranks_here or links.shape.ranks
+        self.free_bytes: int | None = None
+        """What the fullest of the other ranks' GPUs has left; None on CPUs."""
         self._children = list(children)
         self._pulse = Pulse(links.beat)
         self._pulse.start()
@@ -119,6 +122,8 @@ class Ranks:
             if loaded.fingerprint != fingerprint:
                 raise ModelError(f"rank {rank} has loaded another model than rank 0")
             size += loaded.weight_bytes
+            if loaded.free_bytes is not None:
+                self.free_bytes = min(loaded.free_bytes, self.free_bytes or loaded.free_bytes)
         return size
 
     def _answer_of(self, rank: int, limit_s: float) -> bytes:
@@ -139,20 +144,31 @@ class Ranks:
         assert loaded.part is not None, "rank 0 has loaded a part"
         return parts_of(loaded.part.whole, self.shape)
 
-    def open(self, loaded: LoadedModel, blocks: int, kv_dtype: KvDtype) -> PartedKv | DistantKv:
-        """Makes the KV pools of all ranks; afterwards steps can be computed. Raises ModelError."""
-        parts, dtype = self._parts(loaded), loaded.dtype
-        whole = parts[0].whole
+    @property
+    def share_memory(self) -> bool:
+        """Whether rank 0 reaches the others' KV."""
+        return isinstance(self.links, SharedLinks)
+
+    def open(self, loaded: LoadedModel, wanted: Wanted) -> PartedKv | DistantKv:
+        """Makes the KV pools of all ranks; afterwards steps can be computed.
+
+        Raises ModelError, SettingsError.
+        """
+        parts, dtype, kv_dtype = self._parts(loaded), loaded.dtype, wanted.kv_dtype
+        whole, config = parts[0].whole, parts[0].config
         kv: PartedKv | DistantKv
         if isinstance(self.links, SharedLinks):
-            pools = self._shared_pools(self.links, parts, blocks, dtype, kv_dtype)
-            own = pools[0]
+            pools = self._shared_pools(self.links, parts, dtype, wanted)
+            backend = attention_over(pools[0], config)
             kv = PartedKv(list(zip(parts, pools, strict=True)), whole, dtype, kv_dtype)
         else:
-            self.links.command(commands.pack_open(commands.Open(blocks, kv_dtype)))
-            own = KvPool(parts[0].config, blocks, dtype, kv_dtype)
-            kv = DistantKv(own, whole, dtype, kv_dtype, self.links.command)
-        executor = Executor(loaded.model, SdpaBackend(own, parts[0].config))
+            # before the others are told, who would meet the same refusal
+            machine = make_attention(loaded.model, config, dtype, wanted, loaded.device)
+            self.links.command(commands.pack_open(commands.Open(wanted)))
+            backend = machine.backend
+            kv = DistantKv(machine.pool, whole, dtype, kv_dtype, self.links.command)
+        split = Split(parts, self.links.group)
+        executor = Executor(loaded.model, backend, loaded.device, split=split)
         self._stage = Stage(executor, parts[0], vocab_runs(parts), self.links)
         self._vocab = whole.vocab_size
         for rank in range(1, self.shape.ranks):
@@ -165,14 +181,14 @@ class Ranks:
     def _shared_pools(
         links: SharedLinks,
         parts: Sequence[Part],
-        blocks: int,
         dtype: torch.dtype,
-        kv_dtype: KvDtype,
+        wanted: Wanted,
     ) -> list[KvPool]:
         """Everybody's pool, in memory that everybody has."""
+        blocks, kv_dtype = wanted.blocks, wanted.kv_dtype
         sizes = [(blocks + 1) * KvPool.block_bytes(part.config, dtype, kv_dtype) for part in parts]
         starts = [links.memory.grow(size) for size in sizes]
-        links.command(commands.pack_open(commands.Open(blocks, kv_dtype, tuple(starts))))
+        links.command(commands.pack_open(commands.Open(wanted, tuple(starts))))
         return [
             KvPool(part.config, blocks, dtype, kv_dtype, memory=links.memory.map(start, size))
             for part, start, size in zip(parts, starts, sizes, strict=True)

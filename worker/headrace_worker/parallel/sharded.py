@@ -185,15 +185,15 @@ class SummedLinear:
     """A Linear over some columns of its matrix, whose ranks add up what they have."""
 
     def __init__(self, inner: Linear, group: Group) -> None:
-        self._inner, self._group = inner, group
+        self.inner, self._group = inner, group
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._group.all_reduce(self._inner(x))
+        return self._group.all_reduce(self.inner(x))
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
         # one rank brings the residual in: no operation more, and one rounding as ever
         first = self._group.rank == 0
-        mine = self._inner.added(x, residual) if first else self._inner(x)
+        mine = self.inner.added(x, residual) if first else self.inner(x)
         return self._group.all_reduce(mine)
 
 
@@ -201,11 +201,11 @@ class SummedEmbedding:
     """An Embedding over a run of the vocabulary: others' tokens are zeros until they are summed."""
 
     def __init__(self, table: Tensor, vocab: range, group: Group) -> None:
-        self.table = table
-        self._first, self._group = vocab.start, group
+        self.table, self.first = table, vocab.start
+        self._group = group
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        places = tokens - self._first
+        places = tokens - self.first
         others = (places < 0) | (places >= len(self.table))
         x = functional.embedding(places.masked_fill(others, 0), self.table)
         return self._group.all_reduce(x.masked_fill_(others[:, None], 0))

@@ -44,7 +44,7 @@ class Stage:
 
     def _take(self, inputs: StepInputs) -> Tensor:
         hidden = self._part.whole.hidden_size
-        return self._links.take((len(inputs.tokens), hidden), self._executor.model.dtype)
+        return self._links.take((len(inputs.tokens), hidden), self._executor.passed_dtype)
 
     def _choose(
         self, vocabulary: Vocabulary, logits: Tensor | None, inputs: StepInputs

@@ -1,4 +1,5 @@
-"""Links of ranks on several hosts: torch.distributed, as torchrun sets it up.
+"""Links of ranks that share no memory, on several hosts or GPUs: torch.distributed, as torchrun
+sets it up, or `launch` in its place.
 
 Invariant: the same order as on one host. Followers take commands off their way in a thread of their
 own, as gloo's broadcast ends only when its receivers have called it, and rank 0 must not wait for a
@@ -13,9 +14,12 @@ import ctypes
 import os
 import queue
 import signal
+import socket
+import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from datetime import timedelta
 
 import numpy as np
@@ -27,7 +31,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from headrace.errors import ModelError
-from headrace_worker.device import CPU, collectives_for
+from headrace.supervisor import die_with_parent
+from headrace_worker.device import CPU, collectives_for, rank_device
 from headrace_worker.parallel.collective import Group, TorchGroup
 from headrace_worker.parallel.links import PATIENCE_S, Alone, LinkError
 from headrace_worker.parallel.shape import Shape
@@ -52,6 +57,38 @@ def ranks_here() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def join(shape: Shape, device: str) -> TorchLinks:
+    """This process's links; `device`: the setting. Raises ModelError."""
+    return TorchLinks(shape, rank_device(device, int(os.environ["LOCAL_RANK"]), ranks_here()))
+
+
+def launch(shape: Shape, env: Mapping[str, str]) -> list[subprocess.Popen[bytes]]:
+    """Does what torchrun would on one host: makes this process rank 0, and starts the others.
+
+    `env`: their settings. Belongs into the main thread. They never outlive this process.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = str(shape.ranks)
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+    }
+    os.environ.update(common, RANK="0", LOCAL_RANK="0")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "headrace_worker"],
+            env={**os.environ, **env, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent(),
+        )
+        for rank in range(1, shape.ranks)
+    ]
+
+
 def end_with_starter() -> None:
     """If torchrun dies without a word, rank 0 drains, and so all end; another rank ends at once."""
     if sys.platform.startswith("linux"):
@@ -60,7 +97,10 @@ def end_with_starter() -> None:
 
 
 class TorchLinks:
-    """One rank's ways over gloo. All ranks build one at the same time."""
+    """One rank's ways over gloo; between GPUs activations and sums go over NCCL.
+
+    All ranks build one at the same time.
+    """
 
     def __init__(self, shape: Shape, device: torch.device = CPU) -> None:
         """`device`: where the rank computes, which decides what its sums go over.
@@ -72,21 +112,25 @@ class TorchLinks:
                 f"torchrun started {world} processes; {shape.tensor} tensor ranks in each of "
                 f"{shape.pipeline} stages are {shape.ranks}"
             )
-        self.shape = shape
+        self.shape, self.device = shape, device
         dist.init_process_group(
             "gloo", store=PrefixStore("headrace", store), rank=self.rank, world_size=world
         )
-        everybody = list(range(world))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL takes the thread's
+        everybody, backend = list(range(world)), collectives_for(device)
         self._orders = dist.new_group(everybody, timeout=IDLE, backend="gloo")
         self._answers = dist.new_group(everybody, timeout=IDLE, backend="gloo")
         patience = timedelta(seconds=PATIENCE_S)
-        self._lanes = dist.new_group(everybody, timeout=patience, backend="gloo")
+        self._lanes = dist.new_group(everybody, timeout=patience, backend=backend)
         self.group: Group = Alone()
         for stage in range(shape.pipeline):
             ranks = list(shape.stage_ranks(stage))
-            made = dist.new_group(ranks, timeout=patience, backend=collectives_for(device))
+            host = made = dist.new_group(ranks, timeout=patience, backend="gloo")
+            if backend != "gloo":
+                made = dist.new_group(ranks, timeout=patience, backend=backend)
             if self.rank in ranks and shape.tensor > 1:
-                self.group = TorchGroup(made)
+                self.group = TorchGroup(made, host)
         self._beats = PrefixStore("beats", store.clone())
         self._sent: deque[tuple[dist.Work | None, Tensor]] = deque()
         self._commands: queue.Queue[NDArray[np.uint8] | Exception] = queue.Queue(COMMANDS_MAX)
@@ -138,7 +182,7 @@ class TorchLinks:
         self._sent.append((work, x))
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        x = torch.empty(shape, dtype=dtype)
+        x = torch.empty(shape, dtype=dtype, device=self.device)
         dist.recv(x, self.rank - self.shape.tensor, group=self._lanes)
         return x
 

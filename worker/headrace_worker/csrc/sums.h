@@ -1,0 +1,19 @@
+// What the ranks of a host add up within a step, in memory that all of them have mapped: turns, slots
+// and flags are those of parallel/collective.py, whose other sums the same ranks go through before and
+// after.
+//
+// Invariant: sums are taken in the order of the ranks, so all of them leave with the same bits. A rank
+// that does not come in time is named, and from then on nobody is waited for: what the step gives is
+// worth nothing.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+
+namespace headrace {
+
+// x [count] becomes the sum of all ranks' x.
+void add_up(Sums& s, float* x, int64_t count);
+
+}  // namespace headrace
