@@ -63,6 +63,21 @@ def wall_s(turn: Turn) -> int:
     return turn.gateway.clock.wall_ms() // 1000
 
 
+class TextOutlet:
+    """Writes a response's text as it comes, where it goes on."""
+
+    def __init__(self, events: ResponseEvents, stream: EventStream) -> None:
+        self._events = events
+        self._stream = stream
+
+    def ready(self) -> bool:
+        return self._events.text_goes_on and self._stream.ready()
+
+    def tell(self, _: int, text: str) -> None:
+        line = self._events.text_line(text)
+        self._stream.write_now(event_of(line.json, line.type))
+
+
 async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
     async with EventStream(request) as stream:
 
@@ -78,7 +93,7 @@ async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> w
 
         try:
             await stream.write(_events_of(lines_of(events.opening())))
-            await turn.run(send, tell)
+            await turn.run(send, tell, TextOutlet(events, stream))
             last = finished(turn, events)
         except ClientGoneError:
             raise

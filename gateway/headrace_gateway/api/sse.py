@@ -2,10 +2,11 @@
 is quiet.
 
 Invariant: each write is whole events, so that those of several choices never mix; a write that
-takes longer than `write_ms` means the client is gone. Events that differ in nothing but a text are
-written from a mould, which is JSON but for that text. Rejected: buffering for a slow client here,
-since what it has not read yet waits in the fleet's bounded log; and a JSON encoder's walk through
-the same dictionary for each token.
+takes longer than `write_ms` means the client is gone. What is written without waiting goes
+straight to the transport, in the framing that was settled when the headers went out. Events that
+differ in nothing but a text are written from a mould, which is JSON but for that text. Rejected:
+buffering for a slow client here, since what it has not read yet waits in the fleet's bounded log;
+and a JSON encoder's walk through the same dictionary for each token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.errors import StreamGoneError
@@ -88,6 +89,7 @@ class EventStream:
         self._keepalive_s = settings.keepalive_ms / 1000
         self._ticker: asyncio.Task[None] | None = None
         self._quiet = False
+        self._begun = False
         self._held = b""
         self.response = web.StreamResponse(
             headers={
@@ -96,6 +98,8 @@ class EventStream:
                 "X-Accel-Buffering": "no",
             }
         )
+        if request.version == HttpVersion11:
+            self.response.enable_chunked_encoding()
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
@@ -117,6 +121,25 @@ class EventStream:
         """Whole events, made by `event_of`. Raises StreamGoneError if the client takes none."""
         if events:
             await self._write(events.encode())
+
+    def ready(self) -> bool:
+        """Whether `write_now` may be called: what it writes leaves at once, behind all before."""
+        transport = self._request.transport
+        return (
+            self._begun
+            and not self._held
+            and transport is not None
+            and not transport.is_closing()
+            and transport.get_write_buffer_size() < CALM_BYTES
+        )
+
+    def write_now(self, events: str) -> None:
+        """As `write`, when `ready`, without a coroutine: most of what is written is one token."""
+        transport = self._request.transport
+        assert transport is not None, "ready() comes first"
+        self._quiet = False
+        data = events.encode()
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.response.chunked else data)
 
     async def comment(self, text: str) -> None:
         """One line that clients skip and people see. Raises StreamGoneError like `write`."""
@@ -140,9 +163,10 @@ class EventStream:
         try:
             if calm(self._request.transport, len(data)):
                 await write(data)
-                return
-            async with asyncio.timeout(self._write_s):
-                await write(data)
+            else:
+                async with asyncio.timeout(self._write_s):
+                    await write(data)
+            self._begun = True  # the headers have gone with it
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()
