@@ -79,7 +79,8 @@ class TextOutlet:
 
 
 async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
-    async with EventStream(request) as stream:
+    opening = _events_of(lines_of(events.opening()))
+    async with EventStream(request, opening) as stream:
 
         async def send(piece: Piece) -> None:
             said = _events_of(events.lines(piece))
@@ -92,7 +93,6 @@ async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> w
             await stream.write(_events_of(lines_of(events.place(place))))
 
         try:
-            await stream.write(_events_of(lines_of(events.opening())))
             await turn.run(send, tell, TextOutlet(events, stream))
             last = finished(turn, events)
         except ClientGoneError:

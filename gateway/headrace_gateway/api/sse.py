@@ -79,19 +79,28 @@ def calm(transport: asyncio.WriteTransport | None, size: int) -> bool:
     return transport is not None and transport.get_write_buffer_size() + size < CALM_BYTES
 
 
-class EventStream:
-    """`async with EventStream(request) as events:`; its `response` is what the handler returns."""
+class _Held(web.StreamResponse):
+    """One whose headers go out with what is written first, in one piece."""
 
-    def __init__(self, request: web.Request) -> None:
+    _send_headers_immediately = False
+
+
+class EventStream:
+    """`async with EventStream(request) as events:`; its `response` is what the handler returns.
+
+    `opening`: whole events that go out with the headers, at once.
+    """
+
+    def __init__(self, request: web.Request, opening: str = "") -> None:
+        self._opening = opening
         settings = request.app[GATEWAY].settings
         self._request = request
         self._write_s = settings.write_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
         self._ticker: asyncio.Task[None] | None = None
         self._quiet = False
-        self._begun = False
         self._held = b""
-        self.response = web.StreamResponse(
+        self.response = _Held(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
@@ -103,6 +112,7 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
+        await self._write(self._opening.encode())
         self._ticker = asyncio.create_task(self._keep_alive())
         return self
 
@@ -126,8 +136,7 @@ class EventStream:
         """Whether `write_now` may be called: what it writes leaves at once, behind all before."""
         transport = self._request.transport
         return (
-            self._begun
-            and not self._held
+            not self._held
             and transport is not None
             and not transport.is_closing()
             and transport.get_write_buffer_size() < CALM_BYTES
@@ -166,7 +175,6 @@ class EventStream:
             else:
                 async with asyncio.timeout(self._write_s):
                     await write(data)
-            self._begun = True  # the headers have gone with it
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()

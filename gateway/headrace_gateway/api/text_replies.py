@@ -150,7 +150,7 @@ class TextOutlet:
 
 
 async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.StreamResponse:
-    async with EventStream(request) as events:
+    async with EventStream(request, _events_of(reply.opening())) as events:
 
         async def send(piece: Piece) -> None:
             if piece.finish is not None and turn.ended:
@@ -163,7 +163,6 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
                 await events.comment(_queued(place))
 
         try:
-            await events.write(_events_of(reply.opening()))
             await turn.run(send, tell, None if reply.varied else TextOutlet(reply, events))
             last = _events_of(reply.closing())
         except ClientGoneError:
