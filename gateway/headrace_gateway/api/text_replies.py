@@ -85,10 +85,13 @@ class TextReply(ABC):
 
     def text_event(self, index: int, text: str) -> str:
         """The event of `text_chunk`, from its mould."""
+        return event_of(self.mould_of(index).fill(quote(text)))
+
+    def mould_of(self, index: int) -> Mould:
         found = self._moulds.get(index)
         if found is None:
             found = self._moulds[index] = mould(self.text_chunk(index, HOLE), HOLE)
-        return event_of(found.fill(quote(text)))
+        return found
 
     def whole(self, pieces: list[Piece]) -> Json:
         """The body of an answer that is not streamed; `pieces` are its choices."""
@@ -140,7 +143,9 @@ async def reply_to(
 class TextOutlet:
     """Writes a reply's texts as they come."""
 
-    def __init__(self, reply: TextReply, events: EventStream) -> None:
+    def __init__(self, reply: TextReply, events: EventStream, choices: int) -> None:
+        for index in range(choices):
+            reply.mould_of(index)  # now, while everybody waits for the first token
         self._text_event = reply.text_event
         self._write = events.write_now
         self.ready = events.ready
@@ -163,7 +168,8 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
                 await events.comment(_queued(place))
 
         try:
-            await turn.run(send, tell, None if reply.varied else TextOutlet(reply, events))
+            outlet = None if reply.varied else TextOutlet(reply, events, len(turn.choices))
+            await turn.run(send, tell, outlet)
             last = _events_of(reply.closing())
         except ClientGoneError:
             raise
