@@ -97,7 +97,8 @@ class EventStream:
         self._request = request
         self._write_s = settings.write_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
-        self._ticker: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
         self._quiet = False
         self._held = b""
         self.response = _Held(
@@ -113,7 +114,7 @@ class EventStream:
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
         await self._write(self._opening.encode())
-        self._ticker = asyncio.create_task(self._keep_alive())
+        self._tick()
         return self
 
     async def __aexit__(
@@ -122,10 +123,10 @@ class EventStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._ticker is not None:
-            self._ticker.cancel()
+        self._stop_ticking()
+        if self._comment is not None:
             with contextlib.suppress(asyncio.CancelledError):
-                await self._ticker
+                await self._comment
 
     async def write(self, events: str) -> None:
         """Whole events, made by `event_of`. Raises StreamGoneError if the client takes none."""
@@ -160,8 +161,7 @@ class EventStream:
 
     async def end(self, events: str = "") -> None:
         """The last events, and the end of the stream, in one write. Raises like `write`."""
-        if self._ticker is not None:
-            self._ticker.cancel()  # behind the end there is no room for its comment
+        self._stop_ticking()  # behind the end there is no room for its comment
         await self._write(events.encode(), self.response.write_eof)
 
     async def _write(self, data: bytes, write: Write | None = None) -> None:
@@ -182,13 +182,23 @@ class EventStream:
         except ConnectionError as error:
             raise StreamGoneError(self.response) from error
 
+    def _tick(self) -> None:
+        """Proxies and clients drop a connection on which nothing moves while a job is queued.
+
+        A timer and not a task: nearly all streams end before it has anything to do.
+        """
+        if self._quiet and (self._comment is None or self._comment.done()):
+            self._comment = asyncio.create_task(self._keep_alive())
+        self._quiet = True
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._keepalive_s, self._tick)
+
     async def _keep_alive(self) -> None:
-        """Proxies and clients drop a connection on which nothing moves while a job is queued."""
-        while True:
+        with contextlib.suppress(StreamGoneError):  # whoever writes next finds out as well
+            await self._write(_KEEPALIVE)
             self._quiet = True
-            await asyncio.sleep(self._keepalive_s)
-            if self._quiet:
-                try:
-                    await self._write(_KEEPALIVE)
-                except StreamGoneError:
-                    return
+
+    def _stop_ticking(self) -> None:
+        for each in (self._timer, self._comment):
+            if each is not None:
+                each.cancel()
