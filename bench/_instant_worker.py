@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from headrace import logs, telemetry
+from headrace import logs, loops, telemetry
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.types import Delta, Finish, FinishReason, Job, JobProgress, ModelRecord
@@ -210,7 +210,7 @@ def main() -> None:
     settings = load_or_exit(WorkerSettings)
     logs.setup("worker", level=settings.log_level, json=settings.log_json)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
-    asyncio.run(serve(settings, args.step_ms / 1000))
+    loops.run(serve(settings, args.step_ms / 1000))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ async def where(kind: str, server: Server, socket: Path) -> None:
 
 
 def _marks(lines: list[bytes]) -> Iterator[tuple[float, int]]:
-    """(instant, stage that it ends) of the commands that move a job on."""
+    """(instant, stage that it ends) of the commands that move a job on; PLACE ends two."""
+    place = hashlib.sha1(scripts.PLACE.encode()).hexdigest().encode()
     kinds = {
         hashlib.sha1(source.encode()).hexdigest().encode(): stage
         for stage, source in enumerate((scripts.ACCEPT, scripts.HANDOFF, scripts.FINISH))
@@ -194,7 +195,9 @@ def _marks(lines: list[bytes]) -> Iterator[tuple[float, int]]:
             continue
         words = match[2][:400].split(b'" "')
         name = words[0].strip(b'"').upper()
-        if name == b"EVALSHA" and words[1] in kinds:
+        if name == b"EVALSHA" and words[1] == place:
+            yield from ((float(match[1]), 0), (float(match[1]), 1))
+        elif name == b"EVALSHA" and words[1] in kinds:
             yield float(match[1]), kinds[words[1]]
         elif name == b"XADD" and b":replies:" in words[1] and b"lua]" not in line[:60]:
             yield float(match[1]), 2

@@ -6,12 +6,11 @@ import asyncio
 import gc
 import signal
 import sys
-from collections.abc import Callable
 
 import structlog
 from aiohttp import web
 
-from headrace import config, logs, telemetry
+from headrace import config, logs, loops, telemetry
 from headrace.clock import SystemClock
 from headrace.errors import SettingsError
 from headrace_gateway.api.context import GATEWAY
@@ -70,15 +69,6 @@ def _settle_memory() -> None:
     gc.set_threshold(GC_YOUNG, GC_MIDDLE, GC_OLD)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
-
-
 def main() -> None:
     settings = config.load_or_exit(GatewaySettings)
     try:
@@ -89,8 +79,7 @@ def main() -> None:
     logs.setup("gateway", level=settings.log_level, json=settings.log_json)
     telemetry.setup("gateway", settings.otlp_endpoint, settings.gateway_id)
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve(settings, tenants))
+        loops.run(serve(settings, tenants))
     except OSError as error:
         print(
             f"headrace: cannot listen on {settings.host}:{settings.port}: {error.strerror}",

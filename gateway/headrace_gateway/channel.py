@@ -146,9 +146,8 @@ class Channel:
     async def _accept(self, job: Job) -> Generation:
         generation = Generation(job, self._drop)
         self.replies.live[job.id] = generation
-        payload = wire.encode_job(job)
         try:
-            generation.accepted_id = await self._accept_durably(job, payload)
+            generation.accepted_id = await self._place(job) or await self._accept_durably(job)
         except BaseException:
             # the outcome may be unknown (time-out, client gone): whatever was stored is cancelled
             self.replies.live.pop(job.id, None)
@@ -156,7 +155,17 @@ class Channel:
             raise
         return generation
 
-    async def _accept_durably(self, job: Job, payload: bytes) -> str:
+    async def _place(self, job: Job) -> str:
+        """Straight to a worker, where this gateway leads and nobody waits.
+
+        '' where that is not so, or where it is not known what came of it.
+        """
+        with contextlib.suppress(*REDIS_DOWN):
+            return await self.dispatcher.place(job)
+        return ""
+
+    async def _accept_durably(self, job: Job) -> str:
+        payload = wire.encode_job(job)
         names = [keys.job(job.model, job.id), keys.intake(job.model)]
         for tried in range(ACCEPT_TRIES):
             try:
@@ -234,8 +243,7 @@ class Channel:
             if generation.job.id in missing & missing_before and not generation.ended:
                 job = generation.next_attempt()
                 log.warning("redis lost a job, accepting it again", job=job.id)
-                payload = wire.encode_job(job)
-                generation.accepted_id = await self._accept_durably(job, payload)
+                generation.accepted_id = await self._accept_durably(job)
                 missing.discard(job.id)
                 if job.id not in self.replies.live:  # its client left meanwhile
                     self._start_chore(self._cancel_durably(job))

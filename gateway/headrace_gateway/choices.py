@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from headrace.errors import JobFailedError
 from headrace.types import Finish, FinishReason, TokenLogprobs
-from headrace_gateway.generation import Chunk, Standing
+from headrace_gateway.generation import Chunk, News, Standing, Taker
 from headrace_gateway.tokens import Detokenizer, StopChecker
 from headrace_gateway.tools.events import Event, Text
 from headrace_gateway.tools.events import joined as joined_events
@@ -30,6 +30,25 @@ class TokenSource(Protocol):
     async def next(self) -> Chunk: ...
 
     async def cancel(self) -> None: ...
+
+
+@runtime_checkable
+class GivingSource(TokenSource, Protocol):
+    """One that gives plain tokens away as they come, as Generation does."""
+
+    def give_to(self, taker: Taker) -> None: ...
+
+
+class Outlet(Protocol):
+    """Where text can be told at once."""
+
+    def ready(self) -> bool:
+        """Whether what is told now is written without waiting, behind all that was told before."""
+        ...
+
+    def tell(self, index: int, text: str) -> None:
+        """`text` of choice `index`, never empty."""
+        ...
 
 
 class Speller(Protocol):
@@ -190,6 +209,29 @@ class Choice:
         said, tokens = tuple(joined_events(events)), self.completion_tokens - before
         return Piece(self.index, said, tokens, self.finish, tuple(scores))
 
+    def flow_to(self, outlet: Outlet, told: Callable[[int, int], None]) -> None:
+        """Let plain text go to `outlet` as it comes while `next` waits, and then say so to `told`.
+
+        That hears the index and of how many tokens the text was. What needs more than a look at a
+        text (stop strings, calls, logprobs, ends) comes by `next` alone.
+        """
+        source, index = self._source, self.index
+        if not self._plain or not isinstance(source, GivingSource):
+            return
+
+        def take(news: News) -> bool:
+            if not outlet.ready():
+                return False
+            text = self._text_of(news.tokens)
+            self.cached_tokens = news.cached_tokens
+            self.cache_write_tokens = max(self.cache_write_tokens, news.cache_write_tokens)
+            if text:
+                outlet.tell(index, text)
+            told(index, len(news.tokens))
+            return True
+
+        source.give_to(take)
+
     async def cancel(self) -> None:
         """Give up what still runs; harmless after the end."""
         if self.finish is None:
@@ -220,11 +262,14 @@ class Choice:
 
     def _take_plain(self, tokens: tuple[int, ...]) -> list[Event]:
         """As `_take`, where nothing in the text can end it and nobody asks for logprobs."""
+        shown = self._text_of(tokens)
+        return [Text(shown)] if shown else []
+
+    def _text_of(self, tokens: tuple[int, ...]) -> str:
         push, silent = self._detokenizer.push, self._rules.silent
         text = "".join([push(token) for token in tokens if token not in silent])
         self.completion_tokens += len(tokens)
-        shown = self._text.push(text, self.completion_tokens)
-        return [Text(shown)] if shown else []
+        return self._text.push(text, self.completion_tokens)
 
     def _end(self, finish: Finish) -> list[Event]:
         self.reason = finish.error

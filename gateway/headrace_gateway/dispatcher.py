@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from headrace.clock import Clock
 from headrace.keys import LEADER_LEASE_MS
 from headrace.streams import REDIS_DOWN, Scripts
+from headrace.types import Job
 from headrace_gateway.leadership import Deposed, Lease
 from headrace_gateway.term import Term
 
@@ -51,6 +52,11 @@ class Dispatcher:
         finally:
             with contextlib.suppress(*REDIS_DOWN):
                 await self._lease.release()
+
+    async def place(self, job: Job) -> str:
+        """As Term.place, where this gateway leads; '' where another one does."""
+        term = self.term
+        return "" if term is None else await term.place(job)
 
     async def _lead(self) -> None:
         log.info("dispatcher leads", model=self._model)

@@ -4,6 +4,9 @@ Invariant: the reader task only appends, the one consumer only moves its own cur
 client leaves unread is bounded by the job's `max_tokens` token ids, so the reader never waits for
 anybody. News of the queue is one value that newer news replaces, and tokens go before it: telling
 places costs a token nothing.
+A consumer that waits may have left a taker, to whom the reader gives plain tokens as they come:
+where a client can take its next event at once, no task has to be woken to write it. The taker says
+no where it cannot, and the consumer is woken as ever; what it takes counts as read.
 """
 
 from __future__ import annotations
@@ -11,10 +14,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import structlog
 
 from headrace.errors import DependencyError, HeadraceError, JobFailedError
 from headrace.policy.reply_log import ReplyLog
 from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs, pack_tokens
+
+logger = structlog.get_logger()
+
+Taker = Callable[["News"], bool]
+"""Takes what has come, or says that it does not now; it never waits."""
 
 PLACE_EVERY_MS = 500
 """No client is told its place more often."""
@@ -59,6 +70,14 @@ class Chunk:
     cache_write_tokens: int = 0
 
 
+class News(NamedTuple):
+    """New tokens and nothing else, as in Chunk."""
+
+    tokens: tuple[int, ...]
+    cached_tokens: int
+    cache_write_tokens: int
+
+
 class Generation:
     """What a request handler holds of a job. `accepted_id` is its entry in the intake stream.
 
@@ -74,6 +93,7 @@ class Generation:
         self._failure: HeadraceError | None = None
         self._news: asyncio.Future[None] | None = None
         """What the one consumer waits for while it does."""
+        self._taker: Taker | None = None
         self._told: Standing | None = None
         self._untold: Standing | None = None
 
@@ -119,8 +139,29 @@ class Generation:
             )
             return
         fresh = self._log.accept(delta)
-        if fresh or self._log.finish is not None:
+        if self._log.finish is not None or (fresh and not self._give(fresh)):
             self._ring()
+
+    def give_to(self, taker: Taker) -> None:
+        """Let `taker` have plain tokens that come while the consumer waits in `next`."""
+        self._taker = taker
+
+    def _give(self, fresh: tuple[int, ...]) -> bool:
+        """Whether the taker has taken what has just come, which is all that is unread."""
+        log, news = self._log, self._news
+        if self._taker is None or news is None or news.done() or log.logprobs:
+            return False
+        if log.prompt_logprobs and not self._cursor:
+            return False
+        try:
+            taken = self._taker(News(fresh, log.cached_tokens, log.cache_write_tokens))
+        except Exception as error:  # one client's trouble must not end the reader of all streams
+            logger.error("tokens could not be told", job=self.job.id, exc_info=error)
+            self.fail(HeadraceError("an unexpected error of this gateway", code="internal_error"))
+            return True
+        if taken:
+            self._cursor = len(log.tokens)
+        return taken
 
     def next_attempt(self) -> Job:
         """The job as it has to be accepted again when Redis has lost it.

@@ -36,6 +36,7 @@ from headrace_gateway.fleet_watch import FleetWatch
 from headrace_gateway.hops import Hop
 from headrace_gateway.leadership import Deposed
 from headrace_gateway.places import LISTED_MAX
+from headrace_gateway.placing import Placing
 from headrace_gateway.policy.dispatch import Decision, DispatchPolicy, reason_of_lateness
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.rescue import Rescuer
@@ -74,6 +75,11 @@ class Term:
         self._rescuer = Rescuer(redis, lua, model, token)
         self._intake = Tail(url, keys.intake(model))
         self._events = Tail(url, keys.events(model), after="$")
+        self._placing = Placing(
+            self.policy, lua, self._intake.stream, self._call, self._missed, clock
+        )
+        self._opened = False
+        self._handing_off = False
         self._wake = asyncio.Event()
         self._refresh_now = asyncio.Event()
         self._places_ms = 0
@@ -85,6 +91,7 @@ class Term:
         await self._watch.restore_counters()
         await self.roster.refresh()
         await self._watch.take_in()
+        self._opened = True
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         """The loops of a term; all end when one fails."""
@@ -98,6 +105,7 @@ class Term:
 
     async def close(self) -> None:
         """Let the readers' connections go, also when a stop arrives meanwhile."""
+        self._opened = False
         closing = asyncio.gather(self._intake.close(), self._events.close())
         try:
             await asyncio.shield(closing)
@@ -125,7 +133,25 @@ class Term:
             log.error("intake entry unreadable, dropped", entry=entry.id, error=error.message)
             await self._redis.xdel(stream, entry.id)
             return
-        self.policy.push(Queued(job, stream, entry.id, self._clock.wall_ns()))
+        item = Queued(job, stream, entry.id, self._clock.wall_ns())
+        if not self._placing.meets(item):
+            self.policy.push(item)
+
+    async def place(self, job: Job) -> str:
+        """Accept a new job of this gateway's and hand it off in one step; the id of its entry.
+
+        '' where it has to wait for its turn: nothing was done then. Raises what redis-py raises.
+        """
+        if not self._opened or self._handing_off:
+            return ""
+        return await self._placing.place(job)
+
+    def _missed(self, decision: Decision, answer: bytes) -> None:
+        """A placement that came to nothing: look again where Redis knew better."""
+        self.roster.adjust(decision.route.worker, -decision.item.job.cost_tokens, -1)
+        if answer != b"behind":
+            self._refresh_now.set()
+        self._wake.set()
 
     async def _read_events(self) -> None:
         async for entries in self._events:
@@ -243,8 +269,10 @@ class Term:
             await self._wake.wait()
             self._wake.clear()
             await self._end_late()
+            self._handing_off = True
             while batch := self._decide():
                 await self._hand_off(batch)
+            self._handing_off = False
 
     def _decide(self) -> list[Decision]:
         """The next hand-offs, booked already."""
@@ -257,7 +285,10 @@ class Term:
 
     async def _hand_off(self, batch: list[Decision]) -> None:
         hops = [Hop(decision, self._clock.wall_ns()) for decision in batch]
-        calls = [self._call(decision, hop) for decision, hop in zip(batch, hops, strict=True)]
+        calls = [
+            self._call(decision, hop, decision.item.entry)
+            for decision, hop in zip(batch, hops, strict=True)
+        ]
         sha = self._lua.sha(scripts.HANDOFF)
         answers = await link_of(self._redis).many(
             [("EVALSHA", sha, len(names), *names, *values) for names, values in calls]
@@ -270,8 +301,8 @@ class Term:
             hop.end(answer.decode())
             await self._conclude(answer, decision)
 
-    def _call(self, decision: Decision, hop: Hop) -> tuple[list[str], list[Any]]:
-        """Keys and arguments of the hand-off script.
+    def _call(self, decision: Decision, hop: Hop, second: Any) -> tuple[list[str], list[Any]]:
+        """Keys and arguments of the scripts that hand off; `second` of them is a script's own.
 
         The limits are what we believe to be reserved, with this job on top: where Redis knows of
         more, somebody else has led, and we look again.
@@ -293,7 +324,7 @@ class Term:
         jobs_max = max(known.reserved_jobs, record.max_jobs) if known and record else 1
         values = [
             self._token,
-            item.entry,
+            second,
             wire.encode_job(self._sent(decision), decision.virtual, hop.carrier or None),
             item.job.attempt,
             cost,

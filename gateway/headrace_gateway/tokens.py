@@ -136,17 +136,15 @@ class ModelTokenizer:
         if len(text) <= INLINE_CHARS_MAX:
             tokens = self._encode(text)
         else:
-            tokens = await asyncio.to_thread(self._encode_long, text)
+            tokens = await asyncio.to_thread(self._encode, text)
         if add_bos and self._bos is not None and tokens[:1] != array("I", [self._bos]):
             tokens.insert(0, self._bos)
         return tokens
 
     def _encode(self, text: str) -> array[int]:
-        return pack_tokens(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _encode_long(self, text: str) -> array[int]:
-        # the library lets other threads run only while it encodes a batch
-        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        # the library lets other threads run only while it encodes a batch; "fast" is without the
+        # tokens' places in the text
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return pack_tokens(encoding.ids)
 
     def decode(self, tokens: list[int]) -> str:

@@ -50,6 +50,39 @@ redis.call('HSET', KEYS[2], 'stream', KEYS[4])
 return 'ok'
 """
 
+PLACE = """
+-- KEYS leader, job, intake, target stream, target load, target lease
+-- ARGV leader token, ttl_ms, payload, attempt, cost, tokens_max, jobs_max
+-- ACCEPT and HANDOFF of a new job in one step, where nobody that was accepted before it waits; else
+-- ACCEPT alone. Answers the id of its entry, and 'ok' or why it stands in the intake stream.
+-- Idempotent as ACCEPT is: of a job that was accepted before it changes nothing.
+local seen = redis.call('HGET', KEYS[2], 'intake')
+if seen then return {seen, 'seen'} end
+local why = 'ok'
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  why = 'deposed'
+elseif redis.call('XLEN', KEYS[3]) > 0 then
+  why = 'behind'
+elseif redis.call('EXISTS', KEYS[6]) == 0 then
+  why = 'gone'
+else
+  local held = redis.call('HMGET', KEYS[5], 'tokens', 'jobs')
+  local tokens, jobs = tonumber(held[1] or 0), tonumber(held[2] or 0)
+  if jobs > 0 and (tokens + ARGV[5] > tonumber(ARGV[6]) or jobs + 1 > tonumber(ARGV[7])) then
+    why = 'full'
+  end
+end
+local id = redis.call('XADD', why == 'ok' and KEYS[4] or KEYS[3], '*', 'job', ARGV[3])
+redis.call('HSET', KEYS[2], 'attempt', ARGV[4], 'intake', id)
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+if why == 'ok' then
+  redis.call('HSET', KEYS[2], 'stream', KEYS[4])
+  redis.call('HINCRBY', KEYS[5], 'tokens', ARGV[5])
+  redis.call('HINCRBY', KEYS[5], 'jobs', 1)
+end
+return {id, why}
+"""
+
 FENCE = """
 -- KEYS leader, job, replies, source stream
 -- ARGV leader token, attempt seen, fence payload, replies ttl, source entry

@@ -10,7 +10,7 @@ import sys
 import structlog
 import torch
 
-from headrace import logs, telemetry
+from headrace import logs, loops, telemetry
 from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
@@ -177,7 +177,7 @@ def main() -> None:
             rank.follow_over_torch(settings)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
     try:
-        asyncio.run(serve(settings))
+        loops.run(serve(settings))
     except (ModelError, SettingsError) as error:
         print(f"headrace worker: {error.message}", file=sys.stderr)
         raise SystemExit(2) from error

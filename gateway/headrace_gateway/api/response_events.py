@@ -116,20 +116,31 @@ class ResponseEvents:
             made += self._text("")
         return self._number(*made)
 
+    @property
+    def text_goes_on(self) -> bool:
+        """Whether text that comes now is one event, which differs from the last in little else."""
+        return self._in_progress and isinstance(self._item, MessageItem) and not self._logprobs
+
     def lines(self, piece: Piece) -> list[Line]:
         """As `piece`, written already; text that goes on is written around nothing but itself."""
-        said, item = piece.events, self._item
-        goes_on = self._in_progress and isinstance(item, MessageItem) and not self._logprobs
-        if not goes_on or len(said) != 1 or type(said[0]) is not Text or piece.logprobs:
+        said = piece.events
+        plain = len(said) == 1 and type(said[0]) is Text and not piece.logprobs
+        if not plain or not self.text_goes_on:
             return lines_of(self.piece(piece))
+        assert isinstance(said[0], Text), "plain text"
+        return [self.text_line(said[0].text)]
+
+    def text_line(self, text: str) -> Line:
+        """The event of a text where it `text_goes_on`."""
+        item = self._item
         assert isinstance(item, MessageItem), "text goes on in a message"
         if self._moulded is None or self._moulded[0] is not item:
             event = {**item.delta_event(HOLE, []), "sequence_number": NUMBER_HOLE}
             self._moulded = item, event["type"], mould(event, HOLE, NUMBER_HOLE)
-        text, (_, kind, around) = said[0].text, self._moulded
+        _, kind, around = self._moulded
         item.add(text)
         self._sequence += 1
-        return [Line(kind, around.fill(quote(text), str(self._sequence - 1)))]
+        return Line(kind, around.fill(quote(text), str(self._sequence - 1)))
 
     def _event(self, event: Event) -> list[Json]:
         match event:

@@ -63,8 +63,24 @@ def wall_s(turn: Turn) -> int:
     return turn.gateway.clock.wall_ms() // 1000
 
 
+class TextOutlet:
+    """Writes a response's text as it comes, where it goes on."""
+
+    def __init__(self, events: ResponseEvents, stream: EventStream) -> None:
+        self._events = events
+        self._stream = stream
+
+    def ready(self) -> bool:
+        return self._events.text_goes_on and self._stream.ready()
+
+    def tell(self, _: int, text: str) -> None:
+        line = self._events.text_line(text)
+        self._stream.write_now(event_of(line.json, line.type))
+
+
 async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
-    async with EventStream(request) as stream:
+    opening = _events_of(lines_of(events.opening()))
+    async with EventStream(request, opening) as stream:
 
         async def send(piece: Piece) -> None:
             said = _events_of(events.lines(piece))
@@ -77,8 +93,7 @@ async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> w
             await stream.write(_events_of(lines_of(events.place(place))))
 
         try:
-            await stream.write(_events_of(lines_of(events.opening())))
-            await turn.run(send, tell)
+            await turn.run(send, tell, TextOutlet(events, stream))
             last = finished(turn, events)
         except ClientGoneError:
             raise

@@ -2,10 +2,11 @@
 is quiet.
 
 Invariant: each write is whole events, so that those of several choices never mix; a write that
-takes longer than `write_ms` means the client is gone. Events that differ in nothing but a text are
-written from a mould, which is JSON but for that text. Rejected: buffering for a slow client here,
-since what it has not read yet waits in the fleet's bounded log; and a JSON encoder's walk through
-the same dictionary for each token.
+takes longer than `write_ms` means the client is gone. What is written without waiting goes
+straight to the transport, in the framing that was settled when the headers went out. Events that
+differ in nothing but a text are written from a mould, which is JSON but for that text. Rejected:
+buffering for a slow client here, since what it has not read yet waits in the fleet's bounded log;
+and a JSON encoder's walk through the same dictionary for each token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.errors import StreamGoneError
@@ -78,28 +79,42 @@ def calm(transport: asyncio.WriteTransport | None, size: int) -> bool:
     return transport is not None and transport.get_write_buffer_size() + size < CALM_BYTES
 
 
-class EventStream:
-    """`async with EventStream(request) as events:`; its `response` is what the handler returns."""
+class _Held(web.StreamResponse):
+    """One whose headers go out with what is written first, in one piece."""
 
-    def __init__(self, request: web.Request) -> None:
+    _send_headers_immediately = False
+
+
+class EventStream:
+    """`async with EventStream(request) as events:`; its `response` is what the handler returns.
+
+    `opening`: whole events that go out with the headers, at once.
+    """
+
+    def __init__(self, request: web.Request, opening: str = "") -> None:
+        self._opening = opening
         settings = request.app[GATEWAY].settings
         self._request = request
         self._write_s = settings.write_ms / 1000
         self._keepalive_s = settings.keepalive_ms / 1000
-        self._ticker: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
         self._quiet = False
         self._held = b""
-        self.response = web.StreamResponse(
+        self.response = _Held(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no",
             }
         )
+        if request.version == HttpVersion11:
+            self.response.enable_chunked_encoding()
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
-        self._ticker = asyncio.create_task(self._keep_alive())
+        await self._write(self._opening.encode())
+        self._tick()
         return self
 
     async def __aexit__(
@@ -108,15 +123,33 @@ class EventStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._ticker is not None:
-            self._ticker.cancel()
+        self._stop_ticking()
+        if self._comment is not None:
             with contextlib.suppress(asyncio.CancelledError):
-                await self._ticker
+                await self._comment
 
     async def write(self, events: str) -> None:
         """Whole events, made by `event_of`. Raises StreamGoneError if the client takes none."""
         if events:
             await self._write(events.encode())
+
+    def ready(self) -> bool:
+        """Whether `write_now` may be called: what it writes leaves at once, behind all before."""
+        transport = self._request.transport
+        return (
+            not self._held
+            and transport is not None
+            and not transport.is_closing()
+            and transport.get_write_buffer_size() < CALM_BYTES
+        )
+
+    def write_now(self, events: str) -> None:
+        """As `write`, when `ready`, without a coroutine: most of what is written is one token."""
+        transport = self._request.transport
+        assert transport is not None, "ready() comes first"
+        self._quiet = False
+        data = events.encode()
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.response.chunked else data)
 
     async def comment(self, text: str) -> None:
         """One line that clients skip and people see. Raises StreamGoneError like `write`."""
@@ -128,8 +161,7 @@ class EventStream:
 
     async def end(self, events: str = "") -> None:
         """The last events, and the end of the stream, in one write. Raises like `write`."""
-        if self._ticker is not None:
-            self._ticker.cancel()  # behind the end there is no room for its comment
+        self._stop_ticking()  # behind the end there is no room for its comment
         await self._write(events.encode(), self.response.write_eof)
 
     async def _write(self, data: bytes, write: Write | None = None) -> None:
@@ -140,9 +172,9 @@ class EventStream:
         try:
             if calm(self._request.transport, len(data)):
                 await write(data)
-                return
-            async with asyncio.timeout(self._write_s):
-                await write(data)
+            else:
+                async with asyncio.timeout(self._write_s):
+                    await write(data)
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()
@@ -150,13 +182,23 @@ class EventStream:
         except ConnectionError as error:
             raise StreamGoneError(self.response) from error
 
+    def _tick(self) -> None:
+        """Proxies and clients drop a connection on which nothing moves while a job is queued.
+
+        A timer and not a task: nearly all streams end before it has anything to do.
+        """
+        if self._quiet and (self._comment is None or self._comment.done()):
+            self._comment = asyncio.create_task(self._keep_alive())
+        self._quiet = True
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._keepalive_s, self._tick)
+
     async def _keep_alive(self) -> None:
-        """Proxies and clients drop a connection on which nothing moves while a job is queued."""
-        while True:
+        with contextlib.suppress(StreamGoneError):  # whoever writes next finds out as well
+            await self._write(_KEEPALIVE)
             self._quiet = True
-            await asyncio.sleep(self._keepalive_s)
-            if self._quiet:
-                try:
-                    await self._write(_KEEPALIVE)
-                except StreamGoneError:
-                    return
+
+    def _stop_ticking(self) -> None:
+        for each in (self._timer, self._comment):
+            if each is not None:
+                each.cancel()

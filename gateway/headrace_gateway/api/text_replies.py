@@ -76,11 +76,22 @@ class TextReply(ABC):
         said = piece.events
         if len(said) != 1 or piece.finish or self._varied or type(said[0]) is not Text:
             return _events_of(self.chunks(piece))
-        found = self._moulds.get(piece.index)
+        return self.text_event(piece.index, said[0].text)
+
+    @property
+    def varied(self) -> bool:
+        """Whether a text alone does not make an event."""
+        return self._varied
+
+    def text_event(self, index: int, text: str) -> str:
+        """The event of `text_chunk`, from its mould."""
+        return event_of(self.mould_of(index).fill(quote(text)))
+
+    def mould_of(self, index: int) -> Mould:
+        found = self._moulds.get(index)
         if found is None:
-            found = mould(self.text_chunk(piece.index, HOLE), HOLE)
-            self._moulds[piece.index] = found
-        return event_of(found.fill(quote(said[0].text)))
+            found = self._moulds[index] = mould(self.text_chunk(index, HOLE), HOLE)
+        return found
 
     def whole(self, pieces: list[Piece]) -> Json:
         """The body of an answer that is not streamed; `pieces` are its choices."""
@@ -129,8 +140,22 @@ async def reply_to(
     return web.json_response(reply.whole(await turn.collect()))
 
 
+class TextOutlet:
+    """Writes a reply's texts as they come."""
+
+    def __init__(self, reply: TextReply, events: EventStream, choices: int) -> None:
+        for index in range(choices):
+            reply.mould_of(index)  # now, while everybody waits for the first token
+        self._text_event = reply.text_event
+        self._write = events.write_now
+        self.ready = events.ready
+
+    def tell(self, index: int, text: str) -> None:
+        self._write(self._text_event(index, text))
+
+
 async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.StreamResponse:
-    async with EventStream(request) as events:
+    async with EventStream(request, _events_of(reply.opening())) as events:
 
         async def send(piece: Piece) -> None:
             if piece.finish is not None and turn.ended:
@@ -143,8 +168,8 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
                 await events.comment(_queued(place))
 
         try:
-            await events.write(_events_of(reply.opening()))
-            await turn.run(send, tell)
+            outlet = None if reply.varied else TextOutlet(reply, events, len(turn.choices))
+            await turn.run(send, tell, outlet)
             last = _events_of(reply.closing())
         except ClientGoneError:
             raise

@@ -30,7 +30,7 @@ from headrace_gateway.api.sourcing import Sources
 from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.waiting import Place, Waiting
 from headrace_gateway.api.wishes import Wish, job_sampling
-from headrace_gateway.choices import Choice, Piece, joined
+from headrace_gateway.choices import Choice, Outlet, Piece, joined
 from headrace_gateway.policy.admission import Ask, ask_of
 from headrace_gateway.tokens import ModelTokenizer
 from headrace_gateway.tools.conversation import has_calls, prepared
@@ -249,15 +249,19 @@ class Turn:
     def _labels(self) -> tuple[str, str]:
         return self.record.name, self.band.label
 
-    async def run(self, sink: Sink, tell: Tell | None = None) -> None:
+    async def run(self, sink: Sink, tell: Tell | None = None, outlet: Outlet | None = None) -> None:
         """Feed `sink` until every choice has finished; several choices do not wait for each other.
 
-        `tell` hears of the queue until the first token. Raises what the generations raise, or
-        `sink`, or `tell`; and HeadraceError (504) when the deadline left no choice a token.
+        `tell` hears of the queue until the first token. Text that `outlet` can tell at once goes
+        there instead. Raises what the generations raise, or `sink`, or `tell`; and HeadraceError
+        (504) when the deadline left no choice a token.
         """
         self._itl = self.gateway.metrics.itl.labels(*self._labels)
         observe = self.gateway.metrics.queue_wait.labels(*self._labels).observe
         self._waiting = Waiting(self._span, self.gateway.clock, observe)
+        if outlet is not None:
+            for choice in self.choices:
+                choice.flow_to(outlet, self._time)
         if len(self.choices) == 1:
             await self._pump(self.choices[0], sink, tell)
         else:
@@ -344,7 +348,7 @@ class Turn:
         while choice.finish is None:
             piece = await choice.next()
             if piece.tokens:
-                self._time(piece)
+                self._time(piece.index, piece.tokens)
             elif piece.standing is not None:
                 place = self._waiting.note(piece.index, piece.standing)
                 if tell is not None and (place is not None or self._waiting.over):
@@ -371,19 +375,20 @@ class Turn:
         for piece in self._expired:
             await sink(piece)
 
-    def _time(self, piece: Piece) -> None:
+    def _time(self, index: int, tokens: int) -> None:
+        """A delivery of `tokens` to choice `index` is there."""
         now_ms = self.gateway.clock.now_ms()
-        last_ms = self._last_ms.get(piece.index)
+        last_ms = self._last_ms.get(index)
         if last_ms is not None:
-            self._itl.observe((now_ms - last_ms) / 1000 / piece.tokens)
+            self._itl.observe((now_ms - last_ms) / 1000 / tokens)
         else:
-            self._waiting.leave(piece.index, now_ms)
-            self._account.time(piece.index, piece.tokens, now_ms)
+            self._waiting.leave(index, now_ms)
+            self._account.time(index, tokens, now_ms)
             if not self._last_ms:
                 waited_s = (now_ms - self._call.arrived_ms) / 1000
                 self.gateway.metrics.ttft.labels(*self._labels).observe(waited_s)
                 self._span.set_attribute("gen_ai.response.time_to_first_chunk", waited_s)
-        self._last_ms[piece.index] = now_ms
+        self._last_ms[index] = now_ms
 
     def _tell_deadline(self) -> None:
         """Count what the deadline ended, and say on the span how far the turn had come."""
