@@ -53,6 +53,7 @@ from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
 from headrace_gateway.policy.fetching import Fetching, Spared
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
+from headrace_gateway.policy.speeds import slowness
 from headrace_gateway.policy.workload import Workload
 
 LOAD_BOUND = 1.25
@@ -349,14 +350,14 @@ class _Choice:
     def consider(self, workers: Iterable[str]) -> None:
         """Score `workers`, each once; those that drain are left out."""
         scores, holds, get_bit = self._scores, self._holds, self._bits.get
-        tokens, band = self._demand.held - self._spared.tokens, self._demand.band
-        saved, mean, new = self._most.saves, self._share, self._new
+        tokens, saved = self._demand.held - self._spared.tokens, self._most.saves
+        given, mean, new = self.workload.given, self._share, self._new
         comfort, most, block = self._config.comfort, SHARE_MAX, BLOCK_TOKENS
-        fresh = dict.fromkeys(workers)
-        if scores:
-            fresh = {worker: None for worker in fresh if worker not in scores}
-        number = len(scores)
-        for worker, work, given, jobs, slowness, full in self.workload.standings(fresh, band):
+        mean_per_s = self.workload.prefill_per_s
+        for standing in self.workload.standings(workers, self._demand.band):
+            worker, work, jobs, per_s, full = standing
+            if worker in scores:
+                continue
             if full:
                 self._answers[worker] = _FULL
             hold = _NOTHING
@@ -370,15 +371,16 @@ class _Choice:
             uncached = tokens - blocks * block
             if uncached < 1:
                 uncached = 1
-            cost = (work + uncached + saved - saves) * slowness
-            share = given * slowness / mean
+            slow = slowness(per_s, mean_per_s) if per_s else 1.0
+            cost = (work + uncached + saved - saves) * slow
+            share = given[worker] * slow / mean
             # what is new there pushes older blocks out: that is to happen everywhere alike
             price = cost + new * ((share if share < most else most) - 1)
             if blocks and share > comfort:
-                price += slowness * self._excess(worker, share, work, hold)
+                price += slow * self._excess(worker, share, work, hold)
+            number = len(scores)
             facts = (price, number, worker, blocks, uncached, work, cost, share, jobs, COSTS_MORE)
             scores[worker] = _tuple(Score, facts)
-            number += 1
 
     def _excess(self, worker: str, share: float, work: float, hold: _Hold) -> float:
         """What being given more than others adds to the price: at most what holding saves."""

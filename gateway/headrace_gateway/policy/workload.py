@@ -17,8 +17,7 @@ jobs, of which one may be a thousand times another.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,6 +41,7 @@ from headrace_gateway.policy.bookings import (
     booking_of,
 )
 from headrace_gateway.policy.given import HALF_LIFE_MS, Given
+from headrace_gateway.policy.load_order import LoadOrder
 from headrace_gateway.policy.refusals import Refusals
 
 __all__ = ["Charge", "Demand", "Room", "Verdict", "WorkerFacts", "Workload", "WorkloadConfig"]
@@ -66,6 +66,8 @@ class WorkloadConfig:
 
 _tuple = tuple.__new__
 """Makes a NamedTuple in a third of the time; for those that each decision makes several of."""
+_NOBODY = Bookings(WorkerFacts("", 0, 0))
+"""In the place of a worker that is not known: it takes no jobs."""
 
 
 class Workload:
@@ -76,7 +78,10 @@ class Workload:
         self._config = config or WorkloadConfig()
         self._decode_weight = self._config.decode_weight
         self._workers: dict[str, Bookings] = {}
-        self._order: list[tuple[int, str]] = []
+        self._order = LoadOrder()
+        """Who takes jobs."""
+        self._roomy = LoadOrder()
+        """Of these all that may have room: who is known to be full leaves when it is come across."""
         self._open: tuple[str, ...] = ()
         self._refusals = Refusals(LEVELS)
         self._given = Given(self._config.half_life_ms)
@@ -137,7 +142,7 @@ class Workload:
 
         `found`: it was there already, so its first report only says what has been charged before.
         """
-        known = self._at(worker)
+        known = self._workers.get(worker) or self._at(worker)
         if job.id in known.jobs:
             self.cancel(worker, job.id)
             known = self._at(worker)
@@ -215,10 +220,11 @@ class Workload:
         """
         maybe = self._refusals.maybe(level, demand.held, demand.remaining)
         if maybe is None:
-            all_ = self.by_load(len(self._order))
-            found = self._ask(demand, level, (0, 0), all_, len(self._order), allows)
+            count = len(self._open)
+            found = self._ask(demand, level, (0, 0), self.by_load(count), count, allows)
         elif maybe.workers is None:
-            found = self._ask(demand, level, maybe[:2], self._full_last(), len(self._order), allows)
+            count = len(self._open)
+            found = self._ask(demand, level, maybe[:2], self._full_last(), count, allows)
         else:
             named = maybe.workers
             if len(named) > 1:
@@ -237,13 +243,18 @@ class Workload:
 
     def _full_last(self) -> Iterator[str]:
         """All that take jobs, least load first; those that are known to be full come last."""
-        full = []
-        for _, worker in self._order:
-            if self._workers[worker].shut[ALL] is NO_SLOT:
-                full.append(worker)
+        known, roomy = self._workers, self._roomy
+        places, at = roomy.places(), 0
+        while at < len(places):
+            worker = places[at][1]
+            if known[worker].shut[ALL] is NO_SLOT:
+                roomy.drop(worker)
+                known[worker].roomy = False
             else:
+                at += 1
                 yield worker
-        yield from full
+        # those that were found to be full on the way stood among the others
+        yield from [worker for _, worker in self._order.places() if not known[worker].roomy]
 
     def _ask(
         self,
@@ -335,22 +346,25 @@ class Workload:
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
-        return [worker for _, worker in self._order[:limit]]
+        return [worker for _, worker in self._order.places()[:limit]]
 
     def by_load(self, limit: int) -> Iterator[str]:
         """As `least_loaded`, for who may not want them all; valid until something changes."""
-        return (worker for _, worker in islice(self._order, limit))
+        return (worker for _, worker in islice(self._order.places(), limit))
 
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
         """The first `limit` of `workers` that take jobs, least load first, then by name; those that
         are known to be full come last."""
         free: list[tuple[int, str]] = []
         full: list[tuple[int, str]] = []
-        get = self._workers.get
+        get, nobody = self._workers.get, _NOBODY
         for worker in workers:
-            known = get(worker)
-            if known is not None and known.is_open:
-                (full if known.shut[ALL] is NO_SLOT else free).append(known.place)
+            known = get(worker, nobody)
+            if known.is_open:
+                if known.shut[ALL] is NO_SLOT:
+                    full.append(known.place)
+                else:
+                    free.append(known.place)
         free.sort()
         if full and (limit is None or len(free) < limit):
             free += sorted(full)
@@ -363,28 +377,25 @@ class Workload:
 
     def share(self, demand: Demand, now_ms: int) -> float:
         """What each worker would have been given lately if all work, with that of `demand`, had
-        been dealt out evenly. In units that only `Standing.given` has too."""
+        been dealt out evenly. In units that only `given` has too."""
         own = self._given.unit(now_ms) * self._cost(demand.held, demand.remaining)
         return (self._given.total + own) / len(self._open)
 
+    @property
+    def given(self) -> Mapping[str, float]:
+        """What each worker was given lately, in the units of `share`."""
+        return self._given.sums
+
     def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
         """How `workers` stand for a job of `band`, without those that take no jobs."""
-        get, given, mean = self._workers.get, self._given.sums, self.prefill_per_s
-        found = []
+        get, nobody, found = self._workers.get, _NOBODY, []
         for worker in workers:
-            known = get(worker)
-            if known is None or not known.is_open:
-                continue
-            work = known.load
-            if band < ALL:  # written out: a loop over two bands takes as long as all the rest
-                waiting = known.waiting
-                work -= waiting[ALL] if band else waiting[1] + waiting[ALL]
-            speeds, slowness = known.speeds, 1.0
-            if speeds.prefill_per_s:
-                slowness = speeds.slowness(mean)
-            full = known.shut[ALL] is NO_SLOT
-            facts = (worker, work, given.get(worker, 0.0), len(known.jobs), slowness, full)
-            found.append(_tuple(Standing, facts))
+            known = get(worker, nobody)
+            if known.is_open:
+                standing = known.standings[band]
+                if standing is None:
+                    standing = known.standings[band] = known.standing(band)
+                found.append(standing)
         return found
 
     def sharers(self, worker: str, key: int) -> int:
@@ -400,8 +411,14 @@ class Workload:
     def check_integrity(self) -> None:
         """Order, loads and bookings say the same. Raises AssertionError."""
         opened = {name: each for name, each in self._workers.items() if each.is_open}
-        assert sorted(self._order) == self._order
-        assert {w: load for load, w in self._order} == {w: e.load for w, e in opened.items()}
+        assert self._order.places() == sorted((e.load, w) for w, e in opened.items())
+        for load, worker in self._roomy.places():
+            assert opened[worker].roomy and load == opened[worker].load, "it stands in both alike"
+        assert len(self._roomy) == sum(each.roomy for each in opened.values())
+        for each in opened.values():
+            assert each.roomy or each.shut[ALL] is NO_SLOT, "who may have room is listed"
+        self._order.check_integrity()
+        self._roomy.check_integrity()
         assert tuple(sorted(opened)) == self._open
         self._refusals.check_integrity()
         for level in Band:
@@ -449,19 +466,22 @@ class Workload:
         if not known.is_open:
             known.is_open = True
             known.place = (known.load, worker)
-            insort(self._order, known.place)
+            self._order.put(known.place)
 
     def _close(self, worker: str, known: Bookings) -> None:
         if known.is_open:
-            known.is_open = False
+            known.is_open = known.roomy = False
             self._refusals.forget(worker)
-            del self._order[bisect_left(self._order, known.place)]
+            self._order.drop(worker)
+            self._roomy.drop(worker)
 
     def _changed(self, worker: str, known: Bookings) -> None:
         """What did not fit on `worker` may fit now."""
         known.changed()
         if known.is_open:
             self._refusals.changed(worker)
+            self._roomy.put(known.place)
+            known.roomy = True
 
     def _settle(self, worker: str, known: Bookings) -> None:
         """A job has left."""
@@ -472,12 +492,13 @@ class Workload:
 
     def _reorder(self, worker: str, known: Bookings) -> None:
         """Bring a worker's load and place in the order up to its sums."""
-        load = self._load_of(known)
+        interactive, standard, batch = known.waiting
+        load = interactive + standard + batch + round(self._decode_weight * known.held)
         if load != known.load and known.is_open:
-            order = self._order
-            del order[bisect_left(order, known.place)]
             known.place = (load, worker)
-            insort(order, known.place)
+            self._order.put(known.place)
+            if known.roomy:
+                self._roomy.put(known.place)
         known.load = load
 
     def _note_speed(self, before: float, after: float) -> None:
