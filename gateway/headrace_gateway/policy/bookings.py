@@ -223,6 +223,7 @@ class Bookings:
         "is_open",
         "jobs",
         "load",
+        "number",
         "place",
         "profiles",
         "refusals",
@@ -245,8 +246,10 @@ class Bookings:
         self.reserved = [0] * LEVELS
         self.held = 0
         self.load = 0
-        self.place = (0, facts.worker)
-        """Load and name: where an open worker stands among the others."""
+        self.number = 0
+        """An open worker's own, in the order of names."""
+        self.place = 0
+        """Where an open worker stands among the others (load_order.py)."""
         self.roomy = False
         """Whether it is listed as one that may have room."""
         self.shares: dict[int, int] = {}

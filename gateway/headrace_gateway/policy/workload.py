@@ -41,7 +41,7 @@ from headrace_gateway.policy.bookings import (
     booking_of,
 )
 from headrace_gateway.policy.given import HALF_LIFE_MS, Given
-from headrace_gateway.policy.load_order import LoadOrder
+from headrace_gateway.policy.load_order import NUMBER, LoadOrder, place_of
 from headrace_gateway.policy.refusals import Refusals
 
 __all__ = ["Charge", "Demand", "Room", "Verdict", "WorkerFacts", "Workload", "WorkloadConfig"]
@@ -101,13 +101,11 @@ class Workload:
         for each in facts:
             known = self._at(each.worker)
             if known.facts != each or not known.is_open:
-                known.facts = each
-                self._reopen(each.worker, known)
+                known.facts, known.is_open = each, True
                 self._changed(each.worker, known)
         names = tuple(sorted(named))
         if names != self._open:
-            self._open = names
-            self._given.set_workers(names)
+            self._set_open(names)
 
     def forget(self, worker: str) -> None:
         """`worker` is gone, with all that was booked on it."""
@@ -116,8 +114,7 @@ class Workload:
             self._close(worker, known)
             self._note_speed(known.speeds.prefill_per_s, 0.0)
             if worker in self._open:
-                self._open = tuple(each for each in self._open if each != worker)
-                self._given.set_workers(self._open)
+                self._set_open(tuple(each for each in self._open if each != worker))
 
     @property
     def workers(self) -> Collection[str]:
@@ -243,18 +240,20 @@ class Workload:
 
     def _full_last(self) -> Iterator[str]:
         """All that take jobs, least load first; those that are known to be full come last."""
-        known, roomy = self._workers, self._roomy
+        known, names, roomy = self._workers, self._open, self._roomy
         places, at = roomy.places(), 0
         while at < len(places):
-            worker = places[at][1]
-            if known[worker].shut[ALL] is NO_SLOT:
-                roomy.drop(worker)
-                known[worker].roomy = False
+            number = places[at] & NUMBER
+            each = known[names[number]]
+            if each.shut[ALL] is NO_SLOT:
+                roomy.drop(number)
+                each.roomy = False
             else:
                 at += 1
-                yield worker
+                yield names[number]
         # those that were found to be full on the way stood among the others
-        yield from [worker for _, worker in self._order.places() if not known[worker].roomy]
+        all_ = self.by_load(len(names))
+        yield from [worker for worker in all_ if not known[worker].roomy]
 
     def _ask(
         self,
@@ -346,17 +345,18 @@ class Workload:
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
-        return [worker for _, worker in self._order.places()[:limit]]
+        return [self._open[place & NUMBER] for place in self._order.places()[:limit]]
 
     def by_load(self, limit: int) -> Iterator[str]:
         """As `least_loaded`, for who may not want them all; valid until something changes."""
-        return (worker for _, worker in islice(self._order.places(), limit))
+        names = self._open
+        return (names[place & NUMBER] for place in islice(self._order.places(), limit))
 
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
         """The first `limit` of `workers` that take jobs, least load first, then by name; those that
         are known to be full come last."""
-        free: list[tuple[int, str]] = []
-        full: list[tuple[int, str]] = []
+        free: list[int] = []
+        full: list[int] = []
         get, nobody = self._workers.get, _NOBODY
         for worker in workers:
             known = get(worker, nobody)
@@ -368,7 +368,8 @@ class Workload:
         free.sort()
         if full and (limit is None or len(free) < limit):
             free += sorted(full)
-        return [worker for _, worker in free[:limit]]
+        names = self._open
+        return [names[place & NUMBER] for place in free[:limit]]
 
     @property
     def least_given(self) -> str:
@@ -411,10 +412,9 @@ class Workload:
     def check_integrity(self) -> None:
         """Order, loads and bookings say the same. Raises AssertionError."""
         opened = {name: each for name, each in self._workers.items() if each.is_open}
-        assert self._order.places() == sorted((e.load, w) for w, e in opened.items())
-        for load, worker in self._roomy.places():
-            assert opened[worker].roomy and load == opened[worker].load, "it stands in both alike"
-        assert len(self._roomy) == sum(each.roomy for each in opened.values())
+        assert self._order.places() == sorted(each.place for each in opened.values())
+        roomy = sorted(each.place for each in opened.values() if each.roomy)
+        assert self._roomy.places() == roomy, "it stands in both alike"
         for each in opened.values():
             assert each.roomy or each.shut[ALL] is NO_SLOT, "who may have room is listed"
         self._order.check_integrity()
@@ -430,7 +430,9 @@ class Workload:
                     assert name in maybe or not fits, "it was refused everywhere else"
         for each in self._workers.values():
             assert each.load == self._load_of(each), "a load is that of the bookings"
-            assert not each.is_open or each.place == (each.load, each.facts.worker)
+            if each.is_open:
+                assert each.place == place_of(each.load, each.number)
+                assert self._open[each.number] == each.facts.worker
             assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
             each.check_integrity()
         self._given.check_integrity()
@@ -462,18 +464,21 @@ class Workload:
     def _load_of(self, known: Bookings) -> int:
         return sum(known.waiting) + round(self._decode_weight * known.held)
 
-    def _reopen(self, worker: str, known: Bookings) -> None:
-        if not known.is_open:
-            known.is_open = True
-            known.place = (known.load, worker)
-            self._order.put(known.place)
+    def _set_open(self, names: tuple[str, ...]) -> None:
+        """These take jobs, by name: who is open stands among the others by load, then by that."""
+        self._open = names
+        self._given.set_workers(names)
+        opened = [self._workers[name] for name in names]
+        for number, each in enumerate(opened):
+            each.number, each.place = number, place_of(each.load, number)
+        self._order.set_places(each.place for each in opened)
+        self._roomy.set_places(each.place for each in opened if each.roomy)
 
     def _close(self, worker: str, known: Bookings) -> None:
+        """`worker` takes no jobs any more; `_set_open` follows."""
         if known.is_open:
             known.is_open = known.roomy = False
             self._refusals.forget(worker)
-            self._order.drop(worker)
-            self._roomy.drop(worker)
 
     def _changed(self, worker: str, known: Bookings) -> None:
         """What did not fit on `worker` may fit now."""
@@ -495,7 +500,7 @@ class Workload:
         interactive, standard, batch = known.waiting
         load = interactive + standard + batch + round(self._decode_weight * known.held)
         if load != known.load and known.is_open:
-            known.place = (load, worker)
+            known.place = place_of(load, known.number)
             self._order.put(known.place)
             if known.roomy:
                 self._roomy.put(known.place)
