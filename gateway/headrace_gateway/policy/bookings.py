@@ -29,6 +29,8 @@ SHARED_BLOCKS = 32
 """Shared prefixes are looked for in steps of so many blocks."""
 SHARED_STEPS_MAX = 64
 LEVELS = len(Band)
+FULL_LAST = 1 << 60
+"""Puts a worker behind all others, wherever it stands by load."""
 ALL = int(Band.BATCH)
 """The level at which jobs of all bands count."""
 _UNLIMITED = (1 << 60, 1 << 60)
@@ -90,19 +92,12 @@ class Demand(NamedTuple):
     level: int
 
 
-class Standing(NamedTuple):
-    """How a worker stands for a job of one band.
-
-    `work` goes on before and beside it: the load without the prefill of lower bands.
-    `prefill_per_s` is how fast it computes prompts, 0 while unknown. `full`: it is known that it
-    takes no more jobs beside those of all bands.
-    """
-
-    worker: str
-    work: int
-    jobs: int
-    prefill_per_s: float
-    full: bool
+Standing = tuple[str, int, int, float, bool]
+"""How a worker stands for a job of one band: its name; the work that goes on before and beside the
+job, which is the load without the prefill of lower bands; its jobs; the prompt tokens that it
+computes in a second, 0 while unknown; whether it is known to take no more jobs beside those of all
+bands. A plain tuple: each decision takes several apart, which takes a NamedTuple ten times as long.
+"""
 
 
 class Charge(NamedTuple):
@@ -219,6 +214,7 @@ class Bookings:
     __slots__ = (
         "counts",
         "facts",
+        "full",
         "held",
         "is_open",
         "jobs",
@@ -250,6 +246,8 @@ class Bookings:
         """An open worker's own, in the order of names."""
         self.place = 0
         """Where an open worker stands among the others (load_order.py)."""
+        self.full = 0
+        """FULL_LAST when it is known to be full beside those of all bands, else 0."""
         self.roomy = False
         """Whether it is listed as one that may have room."""
         self.shares: dict[int, int] = {}
@@ -345,14 +343,14 @@ class Bookings:
         self.profiles = [None] * LEVELS
         self.refusals = [_UNLIMITED] * LEVELS
         self.shut = [None] * LEVELS
+        self.full = 0
         self.standings = [None] * LEVELS
 
     def standing(self, band: int) -> Standing:
         """How it stands for a job of `band`, as long as the load is that of its sums."""
         work = self.load - sum(self.waiting[band + 1 :])
-        full = self.shut[ALL] is NO_SLOT
         speed = self.speeds.prefill_per_s
-        return _tuple(Standing, (self.facts.worker, work, len(self.jobs), speed, full))
+        return (self.facts.worker, work, len(self.jobs), speed, self.full > 0)
 
     def room(self, demand: Demand, kv_share: float, *, patient: bool = False) -> Verdict:
         """Whether `demand` may come; who is `patient` waits for its turn."""
@@ -381,7 +379,9 @@ class Bookings:
         jobs_max = self.facts.max_jobs
         if (count and count >= jobs_max) or (jobs and jobs >= JOBS_FACTOR * jobs_max):
             self.shut[level] = NO_SLOT
-            self.standings = [None] * LEVELS
+            if level == ALL:
+                self.full = FULL_LAST
+                self.standings = [None] * LEVELS
             return NO_SLOT
         if not count:
             return IDLE
@@ -421,6 +421,7 @@ class Bookings:
         assert self.held == sum(b.held for b in bookings), "held tokens add up"
         assert sum(self.shares.values()) == sum(len(b.shares) for b in bookings)
         assert self.shared == sum(count > 1 for count in self.shares.values())
+        assert self.full == FULL_LAST * (self.shut[ALL] is NO_SLOT), "both say that it is full"
         for band in Band:
             assert self.standings[band] in (None, self.standing(band)), "nothing outdated is kept"
 

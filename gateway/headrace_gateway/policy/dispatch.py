@@ -90,7 +90,8 @@ class DispatchPolicy:
     `workload` is of those that compute prompts, `decoding` of those that only decode.
     """
 
-    def __init__(self, config: DispatchConfig | None = None) -> None:
+    def __init__(self, config: DispatchConfig | None = None, *, explains: bool = True) -> None:
+        """`explains`: routes are read for their scores, those of who cannot win as well."""
         config = config or DispatchConfig()
         self.lengths = Lengths()
         self.queue = FairQueue(config.shares)
@@ -101,7 +102,7 @@ class DispatchPolicy:
         self.index = PrefixIndex()
         self.breakers = Breakers(self._running)
         self.throughput = Throughput(config.shares)
-        self._router = Router(config.routing)
+        self._router = Router(config.routing, explains=explains)
         self.shared = Fetching()
         self._prefilling: frozenset[str] = frozenset()
         self._single: frozenset[str] = frozenset()

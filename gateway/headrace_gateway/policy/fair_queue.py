@@ -126,8 +126,9 @@ class _Queue:
         self.lines: dict[str, _Line] = {}
         self._heap: list[tuple[float, int, int, int, int, _Line]] = []
         self._entries = 0
-        self._head: _Line | None = None
-        """Whose turn it is, as long as its counter is `_head_value` and nobody came or went."""
+        self._head: _Slot | None = None
+        """Whose turn it is, as long as its counter is at `_head_value` and nobody came or went."""
+        self._head_counter = Counter(0.0, 0.0)
         self._head_value = 0.0
 
     def push(self, slot: _Slot, lift: bool) -> None:
@@ -165,11 +166,19 @@ class _Queue:
             self._head = None
             self._clean()
 
+    def head(self) -> _Slot:
+        """Whose turn it is; there is one."""
+        slot, counter = self._head, self._head_counter
+        if slot is None or counter.value != self._head_value:
+            line = self.first()
+            assert line is not None, "somebody waits"
+            counter, slot = line.counter, line.jobs[0][3]
+            self._head, self._head_counter, self._head_value = slot, counter, counter.value
+        return slot
+
     def first(self) -> _Line | None:
-        """Whose turn it is; the first of its jobs waits."""
-        head, heap = self._head, self._heap
-        if head is not None and head.counter.value == self._head_value:
-            return head
+        """Whose tenant's turn it is; the first of its jobs waits."""
+        heap = self._heap
         while heap:
             virtual, _, _, sequence, number, line = heap[0]
             if number != line.number:
@@ -178,7 +187,6 @@ class _Queue:
             _, _, first, slot = line.jobs[0]
             if first == sequence and slot.live and line.counter.value == virtual:
                 self._counters.advance(self._band, virtual)
-                self._head, self._head_value = line, virtual
                 return line
             # written out, as it is done for each job that goes: its tenant has had more by now
             due, arrived, first, _ = line.first()
@@ -230,8 +238,9 @@ class _Queue:
             assert line.key <= self._key(line), "keys are never too high"
             value = self._counters.value(tenant, self._band)
             assert value == line.counter.value, "a line's counter is its tenant's"
-        head, self._head = self.first(), None
-        assert head is self.first(), "whose turn it is was not forgotten to be looked at again"
+        if self.lines:
+            head, self._head = self.head(), None
+            assert head is self.head(), "whose turn it is was looked at again when it had to be"
 
     def _key(self, line: _Line) -> tuple[float, int, int, int]:
         due, arrived, number, _ = line.first()
@@ -322,12 +331,11 @@ class FairQueue:
         ahead: list[Queued] = []
         ranked: list[Queued] = []
         for band, queue in enumerate(self._queues):
-            line = queue.first()
-            if line is not None:
-                slot = line.jobs[0][3]
-                due = bool(ranked) and self._shares.is_due(band, slot.work)
+            if self._counts[band]:
+                slot = queue.head()
+                due = ranked and self._shares.is_due(band, slot.work)
                 (ahead if due else ranked).append(slot.item)
-        return ahead + ranked
+        return ahead + ranked if ahead else ranked
 
     def take(self, job_id: str, input_tokens: int) -> Queued | None:
         """`job_id` was handed off; its tenant is charged `input_tokens`, at least one, of prompt.

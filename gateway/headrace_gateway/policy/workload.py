@@ -28,7 +28,6 @@ from headrace_gateway.policy.bookings import (
     CLOSED,
     FREE,
     LEVELS,
-    NO_SLOT,
     NO_TOKENS,
     Bookings,
     Charge,
@@ -81,7 +80,7 @@ class Workload:
         self._order = LoadOrder()
         """Who takes jobs."""
         self._roomy = LoadOrder()
-        """Of these all that may have room: who is known to be full leaves when it is come across."""
+        """All of these that may have room: who is known to be full goes when come across."""
         self._open: tuple[str, ...] = ()
         self._refusals = Refusals(LEVELS)
         self._given = Given(self._config.half_life_ms)
@@ -145,7 +144,7 @@ class Workload:
             known = self._at(worker)
         remaining = self._remaining(job)
         known.put(booking_of(job, remaining, uncached_tokens, found=found))
-        self._reorder(worker, known)
+        self._reorder(known)
         self._given.add(worker, self._cost(uncached_tokens, remaining), now_ms)
 
     def cancel(self, worker: str, job_id: str) -> bool:
@@ -169,7 +168,7 @@ class Workload:
         known.speeds.note(report.busy_ms, report.prefill_tokens, report.output_tokens)
         self._note_speed(before, known.speeds.prefill_per_s)
         charges = known.follow(report.jobs, self._expect)
-        self._reorder(report.worker, known)
+        self._reorder(known)
         self._changed(report.worker, known)
         return charges
 
@@ -195,12 +194,17 @@ class Workload:
         """Whether `job` may go to `worker` now."""
         return self.room_for(worker, self.demand(job, now_ms))
 
-    def room_for(self, worker: str, demand: Demand, *, patient: bool = False) -> Verdict:
-        """As `room`, for who asks of many workers; who is `patient` waits for its turn there."""
+    def room_for(
+        self, worker: str, demand: Demand, *, level: int | None = None, patient: bool = False
+    ) -> Verdict:
+        """As `room`, for who asks of many workers; who is `patient` waits for its turn there.
+
+        At `level` ALL nobody gives way, whatever `demand` says; by default its own counts.
+        """
         known = self._workers.get(worker)
         if known is None or not known.is_open:
             return CLOSED
-        if demand[3] == ALL:
+        if (demand.level if level is None else level) == ALL:
             return known.fits(ALL, demand, self._config.kv_share, patient=patient)
         return known.room(demand, self._config.kv_share, patient=patient)
 
@@ -245,7 +249,7 @@ class Workload:
         while at < len(places):
             number = places[at] & NUMBER
             each = known[names[number]]
-            if each.shut[ALL] is NO_SLOT:
+            if each.full:
                 roomy.drop(number)
                 each.roomy = False
             else:
@@ -345,7 +349,9 @@ class Workload:
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
-        return [self._open[place & NUMBER] for place in self._order.places()[:limit]]
+        if limit == 1 and self._open:
+            return [self._open[self._order.least() & NUMBER]]
+        return list(self.by_load(limit))
 
     def by_load(self, limit: int) -> Iterator[str]:
         """As `least_loaded`, for who may not want them all; valid until something changes."""
@@ -355,21 +361,14 @@ class Workload:
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
         """The first `limit` of `workers` that take jobs, least load first, then by name; those that
         are known to be full come last."""
-        free: list[int] = []
-        full: list[int] = []
-        get, nobody = self._workers.get, _NOBODY
+        get, nobody, names = self._workers.get, _NOBODY, self._open
+        found = []
         for worker in workers:
             known = get(worker, nobody)
             if known.is_open:
-                if known.shut[ALL] is NO_SLOT:
-                    full.append(known.place)
-                else:
-                    free.append(known.place)
-        free.sort()
-        if full and (limit is None or len(free) < limit):
-            free += sorted(full)
-        names = self._open
-        return [names[place & NUMBER] for place in free[:limit]]
+                found.append(known.place + known.full)
+        found.sort()
+        return [names[place & NUMBER] for place in found[:limit]]
 
     @property
     def least_given(self) -> str:
@@ -416,7 +415,7 @@ class Workload:
         roomy = sorted(each.place for each in opened.values() if each.roomy)
         assert self._roomy.places() == roomy, "it stands in both alike"
         for each in opened.values():
-            assert each.roomy or each.shut[ALL] is NO_SLOT, "who may have room is listed"
+            assert each.roomy or each.full, "who may have room is listed"
         self._order.check_integrity()
         self._roomy.check_integrity()
         assert tuple(sorted(opened)) == self._open
@@ -490,12 +489,12 @@ class Workload:
 
     def _settle(self, worker: str, known: Bookings) -> None:
         """A job has left."""
-        self._reorder(worker, known)
+        self._reorder(known)
         self._changed(worker, known)
         if not known.jobs and not known.is_open:
             self.forget(worker)
 
-    def _reorder(self, worker: str, known: Bookings) -> None:
+    def _reorder(self, known: Bookings) -> None:
         """Bring a worker's load and place in the order up to its sums."""
         interactive, standard, batch = known.waiting
         load = interactive + standard + batch + round(self._decode_weight * known.held)
