@@ -38,8 +38,8 @@ class LoadOrder:
         """Where each number stands in `_sorted`."""
         self._moved: dict[int, int] = {}
         self._heap: list[int] = []
-        self._fresh: list[int] = []
-        """Places that are not in the heap yet; it is built anew where they are many."""
+        self._fresh: dict[int, int] = {}
+        """Places by number that are not in the heap yet; it is built anew where they are many."""
 
     def set_places(self, places: Iterable[int]) -> None:
         """Replace all of them: numbers may mean others now."""
@@ -47,17 +47,17 @@ class LoadOrder:
         self._sorted = sorted(places)
         self._stands = {place & NUMBER: place for place in self._sorted}
         self._heap = self._sorted.copy()
-        self._fresh = []
+        self._fresh.clear()
 
     def put(self, place: int) -> None:
         """A worker stands at `place` from now on."""
-        self._moved[place & NUMBER] = place
-        if len(self._fresh) <= len(self._stands):
-            self._fresh.append(place)
+        number = place & NUMBER
+        self._moved[number] = self._fresh[number] = place
 
     def drop(self, number: int) -> None:
         """The worker `number` does not stand here any more, if it did."""
         self._moved.pop(number, None)
+        self._fresh.pop(number, None)
         stood = self._stands.pop(number, None)
         if stood is not None:
             del self._sorted[bisect_left(self._sorted, stood)]
@@ -75,7 +75,7 @@ class LoadOrder:
         if len(fresh) > len(stands) // SORTED_PART or len(heap) > 2 * len(stands) + DEAD_MIN:
             self._heap = heap = self.places().copy()
         else:
-            for place in fresh:
+            for place in fresh.values():
                 heapq.heappush(heap, place)
         fresh.clear()
         while True:
@@ -90,8 +90,8 @@ class LoadOrder:
         assert self._sorted == sorted(self._stands.values()), "in order, and each stands once"
         for places in (self._stands, self._moved):
             assert all(number == place & NUMBER for number, place in places.items())
-        places = self.places()
-        assert not places or self.least() == places[0], "the heap knows the first one"
+        order = self.places()
+        assert not order or self.least() == order[0], "the heap knows the first one"
 
     def _settle(self) -> None:
         moved, stands, order = self._moved, self._stands, self._sorted

@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import (
@@ -131,7 +131,9 @@ class Score(NamedTuple):
 
 _Facts = tuple[float, int, str, int, int, float, float, float, int]
 """A Score before it is read, without its verdict: plain tuples are made and taken apart faster."""
-_WORKER, _BLOCKS, _SHARE = 2, 3, 7
+_WORKER: Final = 2
+_BLOCKS: Final = 3
+_SHARE: Final = 7
 
 
 class Answer(NamedTuple):
@@ -422,8 +424,7 @@ class _Choice:
         """The first of `preferred` that costs about the same as `best`."""
         price, _, chosen, blocks, _, _, _, share, _ = best
         uncached = self._demand.held - blocks * BLOCK_TOKENS - self._spared.tokens
-        most = price + self._config.neighbour_part * uncached
-        bound = self._config.load_bound
+        most, bound = price + self._config.neighbour_part * uncached, self._config.load_bound
         for worker in preferred:
             if worker == chosen:
                 break
@@ -443,8 +444,8 @@ class _Choice:
         if answer is None:
             # nobody's room is asked for before it is known that there is no free one
             workload, demand = self.workload, self._demand
-            room, words = verdict = workload.room_for(worker, demand, level=ALL)
-            patient = False
+            verdict = workload.room_for(worker, demand, level=ALL)
+            (room, words), patient = verdict, False
             if verdict is NO_TURN:
                 room, words = verdict = workload.room_for(worker, demand)
                 patient = verdict is NO_TURN and score[_BLOCKS] > 0
@@ -495,6 +496,5 @@ class _Choice:
 
     def _route(self, chosen: _Facts, reason: str) -> Route:
         answer, worker = self._ask(chosen), chosen[_WORKER]
-        scores, answers, blocks = self._scores, self._answers, chosen[_BLOCKS]
-        facts = (worker, reason, blocks, answer.room, scores, answers, self._spared)
-        return _tuple(Route, facts)
+        asked, held = (self._scores, self._answers), chosen[_BLOCKS]
+        return _tuple(Route, (worker, reason, held, answer.room, *asked, self._spared))

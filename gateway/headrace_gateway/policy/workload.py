@@ -126,8 +126,7 @@ class Workload:
         return self._open
 
     def takes_jobs(self, worker: str) -> bool:
-        known = self._workers.get(worker)
-        return known is not None and known.is_open
+        return self._workers.get(worker, _NOBODY).is_open
 
     # what is on them
 
@@ -156,8 +155,7 @@ class Workload:
         return True
 
     def booked(self, worker: str, job_id: str) -> bool:
-        known = self._workers.get(worker)
-        return known is not None and job_id in known.jobs
+        return job_id in self._workers.get(worker, _NOBODY).jobs
 
     def progress(self, report: Progress) -> list[Charge]:
         """Take in what `report.worker` says; what has to be charged for it."""
@@ -168,8 +166,8 @@ class Workload:
         known.speeds.note(report.busy_ms, report.prefill_tokens, report.output_tokens)
         self._note_speed(before, known.speeds.prefill_per_s)
         charges = known.follow(report.jobs, self._expect)
-        self._reorder(known)
         self._changed(report.worker, known)
+        self._reorder(known)
         return charges
 
     def done(self, done: JobDone) -> Charge | None:
@@ -219,12 +217,10 @@ class Workload:
         Whoever refuses is not asked again for as much until something there changes, so that a
         fleet that is full is looked through in the time of what has changed.
         """
-        maybe = self._refusals.maybe(level, demand.held, demand.remaining)
+        maybe, count = self._refusals.maybe(level, demand.held, demand.remaining), len(self._open)
         if maybe is None:
-            count = len(self._open)
             found = self._ask(demand, level, (0, 0), self.by_load(count), count, allows)
         elif maybe.workers is None:
-            count = len(self._open)
             found = self._ask(demand, level, maybe[:2], self._full_last(), count, allows)
         else:
             named = maybe.workers
@@ -299,29 +295,23 @@ class Workload:
 
     def jobs_on(self, worker: str) -> Collection[str]:
         """Ids of the jobs on `worker`."""
-        known = self._workers.get(worker)
-        return () if known is None else known.jobs.keys()
+        return self._workers.get(worker, _NOBODY).jobs.keys()
 
     def count_on(self, worker: str) -> int:
-        known = self._workers.get(worker)
-        return 0 if known is None else len(known.jobs)
+        return len(self._workers.get(worker, _NOBODY).jobs)
 
     def has_slot(self, worker: str) -> bool:
         """Whether `worker` could begin one more job, if its KV allows."""
-        known = self._workers.get(worker)
-        if known is None or not known.is_open:
-            return False
-        return len(known.jobs) < known.facts.max_jobs
+        known = self._workers.get(worker, _NOBODY)
+        return known.is_open and len(known.jobs) < known.facts.max_jobs
 
     def reserved_tokens(self, worker: str) -> int:
         """KV tokens that the jobs on `worker` hold and are expected to add."""
-        known = self._workers.get(worker)
-        return 0 if known is None else sum(known.reserved)
+        return sum(self._workers.get(worker, _NOBODY).reserved)
 
     def waiting_tokens(self, worker: str) -> int:
         """Prompt tokens on `worker` that are still to be computed."""
-        known = self._workers.get(worker)
-        return 0 if known is None else sum(known.waiting)
+        return sum(self._workers.get(worker, _NOBODY).waiting)
 
     def used(self, worker: str) -> float:
         """The larger part of its slots and its KV that the jobs on `worker` take."""
@@ -344,8 +334,7 @@ class Workload:
 
     def load(self, worker: str) -> int:
         """Work that waits or runs on `worker`, in prefill-equivalent tokens."""
-        known = self._workers.get(worker)
-        return 0 if known is None else known.load
+        return self._workers.get(worker, _NOBODY).load
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
@@ -400,8 +389,7 @@ class Workload:
 
     def sharers(self, worker: str, key: int) -> int:
         """Jobs on `worker` whose prompts begin alike, up to the block of `key` (shared_key)."""
-        known = self._workers.get(worker)
-        return 0 if known is None else known.shares.get(key, 0)
+        return self._workers.get(worker, _NOBODY).shares.get(key, 0)
 
     @property
     def prefill_per_s(self) -> float:
@@ -428,7 +416,8 @@ class Workload:
                     fits = each.fits(level, demand, self._config.kv_share).room is Room.FREE
                     assert name in maybe or not fits, "it was refused everywhere else"
         for each in self._workers.values():
-            assert each.load == self._load_of(each), "a load is that of the bookings"
+            load = sum(each.waiting) + round(self._decode_weight * each.held)
+            assert each.load == load, "a load is that of the bookings"
             if each.is_open:
                 assert each.place == place_of(each.load, each.number)
                 assert self._open[each.number] == each.facts.worker
@@ -460,9 +449,6 @@ class Workload:
         """Of a job, as work given."""
         return uncached_tokens + self._config.output_weight * remaining
 
-    def _load_of(self, known: Bookings) -> int:
-        return sum(known.waiting) + round(self._decode_weight * known.held)
-
     def _set_open(self, names: tuple[str, ...]) -> None:
         """These take jobs, by name: who is open stands among the others by load, then by that."""
         self._open = names
@@ -480,17 +466,18 @@ class Workload:
             self._refusals.forget(worker)
 
     def _changed(self, worker: str, known: Bookings) -> None:
-        """What did not fit on `worker` may fit now."""
+        """What did not fit on `worker` may fit now. Before it is reordered, if it is."""
         known.changed()
         if known.is_open:
             self._refusals.changed(worker)
-            self._roomy.put(known.place)
-            known.roomy = True
+            if not known.roomy:
+                known.roomy = True
+                self._roomy.put(known.place)
 
     def _settle(self, worker: str, known: Bookings) -> None:
         """A job has left."""
-        self._reorder(known)
         self._changed(worker, known)
+        self._reorder(known)
         if not known.jobs and not known.is_open:
             self.forget(worker)
 
