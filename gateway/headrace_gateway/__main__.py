@@ -47,7 +47,7 @@ async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
     try:
         await web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG).start()
         await fleet.start()
-        _settle_memory()
+        settle_memory()
         host, port = runner.addresses[0][:2]
         log.info("gateway listens", url=f"http://{host}:{port}", gateway=settings.gateway_id)
         await stop.wait()
@@ -59,7 +59,7 @@ async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
         await fleet.stop()
 
 
-def _settle_memory() -> None:
+def settle_memory() -> None:
     """What stands now stays: collections look at what requests make, and seldom.
 
     With Python's defaults a full one takes some 50 ms here, and every stream waits for it.

@@ -17,7 +17,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
-from headrace import keys, scripts, wire, wire_reports
+from headrace import keys, scripts, telemetry, wire, wire_reports
 from headrace.clock import Clock
 from headrace.errors import WireError
 from headrace.streams import Entry, Scripts, Tail, link_of
@@ -68,7 +68,7 @@ class Term:
         self._model = model
         self._token = token
         self._clock = clock
-        self.policy = DispatchPolicy()
+        self.policy = DispatchPolicy(explains=telemetry.enabled())
         self.roster = Roster(redis, model)
         self._watch = FleetWatch(redis, model, self.policy, self.roster, clock)
         self._shared = SharedWatch(url, redis, model, self.policy.shared.index)

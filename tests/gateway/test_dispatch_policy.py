@@ -372,3 +372,38 @@ def test_random_programs_lose_nothing_and_end(seed: int) -> None:
         machine.round(now)
     assert not machine.running and len(policy.queue) == 0
     assert all(policy.workload.reserved_tokens(worker) == 0 for worker in alive)
+
+
+def a_busy_story(*, explains: bool) -> tuple[list[tuple[str, str, str]], int]:
+    """Who went where and why in a fleet that is nearly always full and knows its speeds; and how
+    many were scored."""
+    dice, policy = random.Random(5), DispatchPolicy(explains=explains)
+    policy.set_workers([WorkerFacts(f"w{i}", 16_000, 3) for i in range(12)], NOW)
+    running: list[tuple[str, Job]] = []
+    told, scored = [], 0
+    for number in range(600):
+        now_ms = NOW + 20 * number
+        band, prefix = Band(dice.choice((0, 1, 1, 2))), f"p{dice.randrange(4)}"
+        policy.push(queued(a_job(f"j{number}", band=band, prefix=prefix)))
+        if number % 40 == 39:
+            for worker in policy.workload.open_workers:
+                report = Progress(worker, 1, (), busy_ms=600, prefill_tokens=300)
+                policy.progress(report, now_ms)
+        while (decision := go(policy, now_ms)) is not None:
+            route, job = decision.route, decision.item.job
+            running.append((route.worker, job))
+            told.append((job.id, route.worker, route.reason))
+            scored += len(route.scores)
+        if len(running) > 34:
+            policy.done(ended(*running.pop(dice.randrange(len(running)))), now_ms)
+    policy.check_integrity()
+    return told, scored
+
+
+def test_nobody_goes_elsewhere_because_scores_are_not_read() -> None:
+    """The same jobs go to the same workers for the same reasons; some of those who cannot win are
+    left out."""
+    told, scored = a_busy_story(explains=True)
+    told_alike, scored_of_them = a_busy_story(explains=False)
+    assert told == told_alike and len(told) > 500
+    assert scored_of_them < scored

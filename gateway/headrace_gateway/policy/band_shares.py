@@ -30,25 +30,31 @@ class BandShares:
             raise ValueError(f"shares of bands are at least 0 and at most 1 in all: {shares}")
         self.shares = shares
         self.earned = [0.0 for _ in Band]
+        self._earning = [(band, share) for band, share in enumerate(shares) if share]
+        """Who has no share never has more than nothing."""
 
     def is_due(self, band: int, work: int) -> bool:
         """Whether `band`, whose next job takes `work` tokens, may go before the bands above it."""
-        return bool(self.shares[band]) and self.earned[band] >= min(work, EARNED_TOKENS_MAX)
+        earned = self.earned[band]
+        if earned < 0 or not self.shares[band]:
+            return False
+        return earned >= min(work, EARNED_TOKENS_MAX)
 
-    def taken(self, band: int, work: int, waits: Sequence[bool]) -> bool:
-        """A job of `band` was handed off. `waits`: the bands that waited, itself included.
+    def taken(self, band: int, work: int, waits: Sequence[int]) -> bool:
+        """A job of `band` was handed off. `waits`: how many waited in each band, with itself.
 
         Says whether it went ahead of a higher band.
         """
         self._earn(work, waits)
         ahead = any(waits[:band])
+        earned = self.earned[band]
         if ahead:
-            self.earned[band] -= work
-        else:
-            self.earned[band] -= min(work, max(0.0, self.earned[band]))
+            self.earned[band] = earned - work
+        elif earned > 0:
+            self.earned[band] = earned - work if work < earned else 0.0
         return ahead
 
-    def corrected(self, band: int, work: int, waits: Sequence[bool], ahead: bool) -> None:
+    def corrected(self, band: int, work: int, waits: Sequence[int], ahead: bool) -> None:
         """A job of `band` took `work` tokens more than `taken` was told; `ahead` as it said."""
         if ahead:
             self.earned[band] -= work
@@ -58,14 +64,13 @@ class BandShares:
         """`band` waits no more: what it has not used is gone, what it owes stays."""
         self.earned[band] = min(0.0, self.earned[band])
 
-    def check_integrity(self, waits: Sequence[bool]) -> None:
+    def check_integrity(self, waits: Sequence[int]) -> None:
         """Assert that idle bands have saved nothing and that no band is owed too much."""
         for band, earned in enumerate(self.earned):
             assert earned <= (EARNED_TOKENS_MAX if waits[band] else 0), f"band {band}: {earned}"
 
-    def _earn(self, work: int, waits: Sequence[bool]) -> None:
+    def _earn(self, work: int, waits: Sequence[int]) -> None:
         earned = self.earned
-        for band, share in enumerate(self.shares):
-            if share:  # who has none never has more than nothing
-                most = EARNED_TOKENS_MAX if waits[band] else 0.0
-                earned[band] = min(most, earned[band] + share * work)
+        for band, share in self._earning:
+            more, most = earned[band] + share * work, EARNED_TOKENS_MAX if waits[band] else 0.0
+            earned[band] = more if more < most else most

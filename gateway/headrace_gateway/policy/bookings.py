@@ -29,9 +29,15 @@ SHARED_BLOCKS = 32
 """Shared prefixes are looked for in steps of so many blocks."""
 SHARED_STEPS_MAX = 64
 LEVELS = len(Band)
+FULL_LAST = 1 << 60
+"""Puts a worker behind all others, wherever it stands by load."""
 ALL = int(Band.BATCH)
 """The level at which jobs of all bands count."""
 _UNLIMITED = (1 << 60, 1 << 60)
+
+
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time."""
 
 
 class Expect(Protocol):
@@ -86,20 +92,12 @@ class Demand(NamedTuple):
     level: int
 
 
-class Standing(NamedTuple):
-    """How a worker stands for a job of one band.
-
-    `work` goes on before and beside it: the load without the prefill of lower bands. `given` is in
-    the units of `Workload.share`. `slowness`: how long it takes for what takes the mean worker 1.
-    `full`: it is known that it takes no more jobs beside those of all bands.
-    """
-
-    worker: str
-    work: int
-    given: float
-    jobs: int
-    slowness: float
-    full: bool
+Standing = tuple[str, int, int, float, bool]
+"""How a worker stands for a job of one band: its name; the work that goes on before and beside the
+job, which is the load without the prefill of lower bands; its jobs; the prompt tokens that it
+computes in a second, 0 while unknown; whether it is known to take no more jobs beside those of all
+bands. A plain tuple: each decision takes several apart, which takes a NamedTuple ten times as long.
+"""
 
 
 class Charge(NamedTuple):
@@ -146,25 +144,30 @@ class Booking:
 
     @property
     def remaining(self) -> int:
-        return max(1, self.expected - self.output)
+        remaining = self.expected - self.output
+        return remaining if remaining > 1 else 1
 
     def advance(self, told: JobProgress, expect: Expect) -> tuple[int, int]:
         """Take in a report; input and output tokens to charge."""
-        made = 0 if self.baseline else max(0, told.output - self.output)
+        _, computed, cached, output = told
+        made = 0
+        if output > self.output:
+            if not self.baseline:
+                made = output - self.output
+            self.output = output
         self.baseline = False
-        self.output = max(self.output, told.output)
         if self.output >= self.expected:
             longer = expect(self.tenant, max_tokens=self.max_tokens, longer_than=self.output)
             self.expected = max(longer, self.output)
         correction = 0
-        if told.computed or made:
+        if computed or made:
             uncached = self.uncached(told)
             begun = self.output > self.logged
-            self.waiting = 0 if begun else max(0, uncached - told.computed)
+            self.waiting = 0 if begun else max(0, uncached - computed)
             if self.corrects:
                 correction = uncached - self.charged
                 self.charged = uncached
-            self.steady = told.cached if begun else -1
+            self.steady = cached if begun else -1
         return correction, made
 
     def settle(self, told: JobProgress, expect: Expect) -> tuple[int, int]:
@@ -179,7 +182,8 @@ class Booking:
         return max(0, self.prompt + self.logged - told.cached)
 
     def charge(self, input_tokens: int, output_tokens: int) -> Charge:
-        return Charge(self.job, self.tenant, self.weight, self.band, input_tokens, output_tokens)
+        facts = (self.job, self.tenant, self.weight, self.band, input_tokens, output_tokens)
+        return _tuple(Charge, facts)
 
 
 def booking_of(job: Job, remaining: int, uncached_tokens: int, *, found: bool) -> Booking:
@@ -210,18 +214,22 @@ class Bookings:
     __slots__ = (
         "counts",
         "facts",
+        "full",
         "held",
         "is_open",
         "jobs",
         "load",
+        "number",
         "place",
         "profiles",
         "refusals",
         "reserved",
+        "roomy",
         "shared",
         "shares",
         "shut",
         "speeds",
+        "standings",
         "waiting",
     )
 
@@ -234,8 +242,14 @@ class Bookings:
         self.reserved = [0] * LEVELS
         self.held = 0
         self.load = 0
-        self.place = (0, facts.worker)
-        """Load and name: where an open worker stands among the others."""
+        self.number = 0
+        """An open worker's own, in the order of names."""
+        self.place = 0
+        """Where an open worker stands among the others (load_order.py)."""
+        self.full = 0
+        """FULL_LAST when it is known to be full beside those of all bands, else 0."""
+        self.roomy = False
+        """Whether it is listed as one that may have room."""
         self.shares: dict[int, int] = {}
         self.shared = 0
         """Steps of prefixes that more than one job has."""
@@ -244,6 +258,8 @@ class Bookings:
         """Per level the (held, remaining) that did not fit."""
         self.shut: list[Verdict | None] = [None] * LEVELS
         """Per level why nothing fits, whatever its size."""
+        self.standings: list[Standing | None] = [None] * LEVELS
+        """Per band, kept until something changes: most workers are looked at more often."""
         self.speeds = Speeds()
 
     def put(self, booking: Booking) -> None:
@@ -251,14 +267,17 @@ class Bookings:
         band, held = booking.band, booking.prompt + booking.output
         self.jobs[booking.job] = booking
         self.counts[band] += 1
+        shares = self.shares
         for key in booking.shares:
-            count = self.shares.get(key, 0)
-            self.shares[key] = count + 1
-            self.shared += count == 1
+            count = shares.get(key, 0)
+            shares[key] = count + 1
+            if count == 1:
+                self.shared += 1
         self.waiting[band] += booking.waiting
         self.reserved[band] += held + booking.remaining
         self.held += held
         self.profiles = [None] * LEVELS
+        self.standings = [None] * LEVELS
 
     def take(self, job_id: str) -> Booking | None:
         """The job leaves."""
@@ -267,11 +286,15 @@ class Bookings:
             return None
         band, held = booking.band, booking.prompt + booking.output
         self.counts[band] -= 1
+        shares = self.shares
         for key in booking.shares:
-            count = self.shares.pop(key) - 1
-            self.shared -= count == 1
+            count = shares[key] - 1
             if count:
-                self.shares[key] = count
+                shares[key] = count
+                if count == 1:
+                    self.shared -= 1
+            else:
+                del shares[key]
         self.waiting[band] -= booking.waiting
         self.reserved[band] -= held + booking.remaining
         self.held -= held
@@ -320,6 +343,14 @@ class Bookings:
         self.profiles = [None] * LEVELS
         self.refusals = [_UNLIMITED] * LEVELS
         self.shut = [None] * LEVELS
+        self.full = 0
+        self.standings = [None] * LEVELS
+
+    def standing(self, band: int) -> Standing:
+        """How it stands for a job of `band`, as long as the load is that of its sums."""
+        work = self.load - sum(self.waiting[band + 1 :])
+        speed = self.speeds.prefill_per_s
+        return (self.facts.worker, work, len(self.jobs), speed, self.full > 0)
 
     def room(self, demand: Demand, kv_share: float, *, patient: bool = False) -> Verdict:
         """Whether `demand` may come; who is `patient` waits for its turn."""
@@ -336,8 +367,9 @@ class Bookings:
         shut = self.shut[level]
         if shut is not None and not (patient and shut is NO_TURN):
             return shut
+        _, held, remaining, _ = demand
         refusal = self.refusals[level]
-        if demand.held >= refusal[0] and demand.remaining >= refusal[1]:
+        if held >= refusal[0] and remaining >= refusal[1]:
             return NO_TOKENS
         count = jobs = len(self.jobs)
         waiting, reserved = self.waiting, self.reserved
@@ -347,6 +379,9 @@ class Bookings:
         jobs_max = self.facts.max_jobs
         if (count and count >= jobs_max) or (jobs and jobs >= JOBS_FACTOR * jobs_max):
             self.shut[level] = NO_SLOT
+            if level == ALL:
+                self.full = FULL_LAST
+                self.standings = [None] * LEVELS
             return NO_SLOT
         if not count:
             return IDLE
@@ -355,11 +390,11 @@ class Bookings:
             self.shut[level] = NO_TURN
             return NO_TURN
         cap = int(kv_share * self.facts.kv_tokens)
-        if sum(reserved) + demand.held + demand.remaining <= cap:
+        if sum(reserved) + held + remaining <= cap:
             return FITS
-        if self._profile(level).peak_with(demand.held, demand.remaining) <= cap:
+        if self._profile(level).peak_with(held, remaining) <= cap:
             return FITS
-        self.refusals[level] = (demand.held, demand.remaining)
+        self.refusals[level] = (held, remaining)
         return NO_TOKENS
 
     def _profile(self, level: int) -> PeakProfile:
@@ -386,6 +421,9 @@ class Bookings:
         assert self.held == sum(b.held for b in bookings), "held tokens add up"
         assert sum(self.shares.values()) == sum(len(b.shares) for b in bookings)
         assert self.shared == sum(count > 1 for count in self.shares.values())
+        assert self.full == FULL_LAST * (self.shut[ALL] is NO_SLOT), "both say that it is full"
+        for band in Band:
+            assert self.standings[band] in (None, self.standing(band)), "nothing outdated is kept"
 
 
 def _by_remaining(booking: Booking) -> int:

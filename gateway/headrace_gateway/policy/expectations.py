@@ -82,11 +82,13 @@ class Expectations:
         if len(self._young) + len(places) > self._expected_max:
             self._turn(now_ms)
         young = self._young
+        known = young.setdefault
         for place in places:
             key = keys[place]
-            others = young.get(key)
             # most keys have one worker, and the same number serves for all of these
-            young[key] = others | bit if others else bit
+            others = known(key, bit)
+            if others is not bit:
+                young[key] = others | bit
 
     def remove(self, bit: int, keys: Sequence[int]) -> None:
         """The worker `bit` does not hold these blocks any more."""
@@ -112,26 +114,45 @@ class Expectations:
         alive = live & (young(keys[0], 0) | old(keys[0], 0))
         if not alive:
             return found
-        places = _places(len(keys))
-        step, last = 1, 1
-        while step < len(places):
-            key = keys[places[step]]
+        places, last = _places(len(keys)), 1
+        for place in places[1 : _WALKED + 1]:
+            key = keys[place]
             both = alive & young(key, 0)
             if both != alive:
                 both |= alive & old(key, 0)
-            if both != alive:
-                found.append(_tuple(Holders, (last, alive ^ both)))
-                alive = both
-                if not alive:
-                    break
-            step += 1
-            if step > _WALKED:
-                step += first_less(self._get, keys, places[step:], alive)
-            last = places[step - 1] + 1
-        else:
-            found.append(_tuple(Holders, (last, alive)))
+                if both != alive:
+                    found.append(_tuple(Holders, (last, alive ^ both)))
+                    alive = both
+                    if not alive:
+                        break
+            last = place + 1
+        if alive:
+            self._bisect(found, keys, places[_WALKED + 1 :], alive, last)
         found.reverse()
         return found
+
+    def _bisect(
+        self,
+        found: list[Holders],
+        keys: Sequence[int],
+        places: Sequence[int],
+        alive: int,
+        last: int,
+    ) -> None:
+        """`leaders` for what is behind the first steps: `alive` hold `last` blocks."""
+        while places:
+            step = first_less(self._get, keys, places, alive)
+            if step:
+                last = places[step - 1] + 1
+            if step == len(places):
+                break
+            both = alive & self._get(keys[places[step]], 0)
+            found.append(_tuple(Holders, (last, alive ^ both)))
+            alive, last = both, places[step] + 1
+            if not alive:
+                return
+            places = places[step + 1 :]
+        found.append(_tuple(Holders, (last, alive)))
 
     def check_integrity(self) -> None:
         """Both generations are bounded. Raises AssertionError."""

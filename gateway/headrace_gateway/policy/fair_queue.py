@@ -65,15 +65,20 @@ def work_of(job: Job) -> int:
 @dataclass(slots=True, eq=False)
 class _Slot:
     """One waiting job and its order among its tenant's; `number` is its sequence. `work`, of which
-    `output`, and what it adds to its tenant's counter (`virtual`) are what is expected."""
+    `output`, is what is expected."""
 
     item: Queued
     due_ms: int
     number: int
     work: int
     output: int
-    virtual: float
     live: bool = True
+
+    @property
+    def virtual(self) -> float:
+        """What it is expected to add to its tenant's counter."""
+        job = self.item.job
+        return virtual_tokens(job.weight, input_tokens_of(job), self.output)
 
 
 _NO_KEY = (float("inf"), 0, 0, 0)
@@ -121,6 +126,10 @@ class _Queue:
         self.lines: dict[str, _Line] = {}
         self._heap: list[tuple[float, int, int, int, int, _Line]] = []
         self._entries = 0
+        self._head: _Slot | None = None
+        """Whose turn it is, as long as its counter is at `_head_value` and nobody came or went."""
+        self._head_counter = Counter(0.0, 0.0)
+        self._head_value = 0.0
 
     def push(self, slot: _Slot, lift: bool) -> None:
         tenant = slot.item.job.tenant
@@ -132,11 +141,12 @@ class _Queue:
                 counter = self._counters.keep(tenant, self._band)
             line = self.lines[tenant] = _Line(tenant, counter)
         line.push(slot)
-        self.lowered(tenant)
+        self._lowered(line)
 
     def drop(self, slot: _Slot) -> None:
         line = self.lines[slot.item.job.tenant]
         line.drop(slot)
+        self._head = None
         if not line.count:
             del self.lines[line.tenant]
             line.number = 0
@@ -147,13 +157,27 @@ class _Queue:
         """`tenant` may come earlier than its heap entry says."""
         line = self.lines.get(tenant)
         if line is not None:
-            key = self._key(line)
-            if key < line.key:
-                heapq.heappush(self._heap, self._entry(line, key))
-                self._clean()
+            self._lowered(line)
+
+    def _lowered(self, line: _Line) -> None:
+        key = self._key(line)
+        if key < line.key:
+            heapq.heappush(self._heap, self._entry(line, key))
+            self._head = None
+            self._clean()
+
+    def head(self) -> _Slot:
+        """Whose turn it is; there is one."""
+        slot, counter = self._head, self._head_counter
+        if slot is None or counter.value != self._head_value:
+            line = self.first()
+            assert line is not None, "somebody waits"
+            counter, slot = line.counter, line.jobs[0][3]
+            self._head, self._head_counter, self._head_value = slot, counter, counter.value
+        return slot
 
     def first(self) -> _Line | None:
-        """Whose turn it is; the first of its jobs waits."""
+        """Whose tenant's turn it is; the first of its jobs waits."""
         heap = self._heap
         while heap:
             virtual, _, _, sequence, number, line = heap[0]
@@ -214,6 +238,9 @@ class _Queue:
             assert line.key <= self._key(line), "keys are never too high"
             value = self._counters.value(tenant, self._band)
             assert value == line.counter.value, "a line's counter is its tenant's"
+        if self.lines:
+            head, self._head = self.head(), None
+            assert head is self.head(), "whose turn it is was looked at again when it had to be"
 
     def _key(self, line: _Line) -> tuple[float, int, int, int]:
         due, arrived, number, _ = line.first()
@@ -287,7 +314,7 @@ class FairQueue:
         added = self._add(item, lift=False)
         if running is not None:
             work = -_taken_work(input_tokens, running.expected_output)
-            self._shares.corrected(running.band, work, self._waiting(), running.ahead)
+            self._shares.corrected(running.band, work, self._counts, running.ahead)
         return added
 
     def remove(self, job_id: str) -> Queued | None:
@@ -304,12 +331,11 @@ class FairQueue:
         ahead: list[Queued] = []
         ranked: list[Queued] = []
         for band, queue in enumerate(self._queues):
-            line = queue.first()
-            if line is not None:
-                slot = line.jobs[0][3]
-                due = bool(ranked) and self._shares.is_due(band, slot.work)
+            if self._counts[band]:
+                slot = queue.head()
+                due = ranked and self._shares.is_due(band, slot.work)
                 (ahead if due else ranked).append(slot.item)
-        return ahead + ranked
+        return ahead + ranked if ahead else ranked
 
     def take(self, job_id: str, input_tokens: int) -> Queued | None:
         """`job_id` was handed off; its tenant is charged `input_tokens`, at least one, of prompt.
@@ -323,7 +349,7 @@ class FairQueue:
         job = slot.item.job
         band = job.band
         work = _taken_work(input_tokens, slot.output)
-        ahead = self._shares.taken(band, work, self._waiting())
+        ahead = self._shares.taken(band, work, self._counts)
         self._running[job_id] = _tuple(_Running, (band, slot.output, ahead))
         if len(self._running) > RUNNING_MAX:
             del self._running[next(iter(self._running))]
@@ -352,7 +378,7 @@ class FairQueue:
         running = self._running.pop(job_id, None)
         if running is not None:
             more = output_tokens - running.expected_output
-            self._shares.corrected(running.band, more, self._waiting(), running.ahead)
+            self._shares.corrected(running.band, more, self._counts, running.ahead)
 
     def late(self, now_ms: int) -> list[Queued]:
         """Jobs whose deadline has passed, the earliest first; they wait until they are removed."""
@@ -388,42 +414,42 @@ class FairQueue:
         assert len(self._running) <= RUNNING_MAX, "few enough running jobs are remembered"
         for part in (self._deadlines, self._waits, self.counters):
             part.check_integrity()
-        self._shares.check_integrity(self._waiting())
+        self._shares.check_integrity(self._counts)
 
     def _add(self, item: Queued, lift: bool) -> bool:
         job = item.job
-        if job.id in self._slots:
+        job_id, band = job.id, job.band
+        if job_id in self._slots:
             return False
-        self._sequence += 1
-        tokens, output = input_tokens_of(job), job.expected_output
-        virtual = virtual_tokens(job.weight, tokens, output)
-        slot = _Slot(item, due_ms(job), self._sequence, work_of(job), output, virtual)
-        self._slots[job.id] = slot
-        self._queues[job.band].push(slot, lift)
-        self._counts[job.band] += 1
-        self._work[job.band] += slot.work
-        self._waits.add(item.queued_ns, slot.number, item)
+        self._sequence = number = self._sequence + 1
+        output, tokens = job.expected_output, len(job.prompt) - job.cached_tokens
+        work = output + tokens if tokens > 0 else output
+        slot = self._slots[job_id] = _Slot(item, due_ms(job), number, work, output)
+        self._queues[band].push(slot, lift)
+        self._counts[band] += 1
+        self._work[band] += work
+        self._waits.add(item.queued_ns, number, item)
         if deadline := _deadline_ms(job):
-            self._deadlines.add(deadline, slot.number, item)
-        # not before it waits: an idle band could not be given back what it had paid for the job
-        self.finished(job.id, len(job.logged))
+            self._deadlines.add(deadline, number, item)
+        if job_id in self._running:
+            # not before it waits: an idle band could not be given back what it had paid for it
+            self.finished(job_id, len(job.logged))
         return True
 
     def _drop(self, slot: _Slot) -> Queued:
-        job = slot.item.job
+        item, number = slot.item, slot.number
+        job = item.job
+        band = job.band
         del self._slots[job.id]
-        self._queues[job.band].drop(slot)
-        self._counts[job.band] -= 1
-        self._work[job.band] -= slot.work
-        self._waits.drop(slot.number)
-        self._deadlines.drop(slot.number)
-        if not self._counts[job.band]:
-            self._shares.idle(job.band)
-        return slot.item
-
-    def _waiting(self) -> tuple[bool, ...]:
-        interactive, standard, batch = self._counts
-        return (interactive > 0, standard > 0, batch > 0)
+        self._queues[band].drop(slot)
+        self._counts[band] -= 1
+        self._work[band] -= slot.work
+        self._waits.drop(number)
+        if _deadline_ms(job):
+            self._deadlines.drop(number)
+        if not self._counts[band]:
+            self._shares.idle(band)
+        return item
 
 
 def _taken_work(input_tokens: int, expected_output: int) -> int:
@@ -432,5 +458,5 @@ def _taken_work(input_tokens: int, expected_output: int) -> int:
 
 def _deadline_ms(job: Job) -> int:
     """When `job` is late (as priority.is_late has it); 0: never."""
-    first = 0 if job.logged else job.ttft_by_ms
-    return min((at for at in (first, job.done_by_ms) if at), default=0)
+    first, last = 0 if job.logged else job.ttft_by_ms, job.done_by_ms
+    return min(first, last) if first and last else first or last

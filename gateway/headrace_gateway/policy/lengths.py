@@ -88,10 +88,14 @@ class Lengths:
 
     def note(self, tenant: str, output_tokens: int, prompt_tokens: int, cached_tokens: int) -> None:
         """A generation came to its own end, with `cached_tokens` of its prompt not computed."""
-        known = self._tenants.setdefault(tenant, _Tenant())
-        self._tenants.move_to_end(tenant)
-        if len(self._tenants) > self._tenants_max:
-            self._tenants.popitem(last=False)
+        tenants = self._tenants
+        known = tenants.get(tenant)
+        if known is None:
+            known = tenants[tenant] = _Tenant()
+            if len(tenants) > self._tenants_max:
+                tenants.popitem(last=False)
+        else:
+            tenants.move_to_end(tenant)
         known.outputs.push(output_tokens)
         known.note_prompt(prompt_tokens, min(cached_tokens, prompt_tokens))
         self._all.push(output_tokens)

@@ -102,7 +102,7 @@ class Pairs:
     def single_score(self, job: Job, route: Route, streams: int) -> PairScore:
         """The cost of `route`'s worker for all of it, with `streams` that wait for the prompt."""
         known = len(job.prompt) + len(job.logged)
-        score = route.candidates.get(route.worker)
+        score = route.score
         uncached = score.uncached_tokens if score is not None else known
         stall = self._config.stall_weight * uncached * streams
         own = price_of(route)
@@ -178,5 +178,5 @@ class Promise(NamedTuple):
 
 def price_of(route: Route) -> float:
     """What `route`'s worker costs, in prompt tokens."""
-    score = route.candidates.get(route.worker)
+    score = route.score
     return 0.0 if score is None else score.price

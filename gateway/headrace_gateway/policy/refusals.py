@@ -18,16 +18,9 @@ NAMED_MAX = 32
 """Workers that are named; where more may have room, looking at all finds one as soon."""
 
 
-class _Refusal(NamedTuple):
-    """At `moment` nobody had room for (held, remaining) but, perhaps, the `unsure`."""
-
-    held: int
-    remaining: int
-    moment: int
-    unsure: tuple[str, ...]
-
-    def covers(self, held: int, remaining: int) -> bool:
-        return self.held <= held and self.remaining <= remaining
+_Refusal = tuple[int, int, int, tuple[str, ...]]
+"""(held, remaining, moment, unsure): at that moment nobody had room for the size but, perhaps, the
+unsure. A plain tuple, since each decision takes several apart."""
 
 
 class Maybe(NamedTuple):
@@ -36,6 +29,10 @@ class Maybe(NamedTuple):
     held: int
     remaining: int
     workers: list[str] | None
+
+
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time."""
 
 
 class Refusals:
@@ -58,44 +55,41 @@ class Refusals:
         if self._changed.pop(worker, None) is not None:
             for level, refusals in enumerate(self._levels):
                 self._levels[level] = [
-                    each._replace(unsure=tuple(w for w in each.unsure if w != worker))
-                    for each in refusals
+                    (held, remaining, moment, tuple(w for w in unsure if w != worker))
+                    for held, remaining, moment, unsure in refusals
                 ]
 
     def maybe(self, level: int, held: int, remaining: int) -> Maybe | None:
         """The only workers that may have room for a size; None where nothing is known of it."""
-        newest: _Refusal | None = None
+        since = -1
         for each in self._levels[level]:
-            covers = each.held <= held and each.remaining <= remaining
-            if covers and (newest is None or each.moment > newest.moment):
-                newest = each
-        if newest is None:
+            if each[0] <= held and each[1] <= remaining and each[2] > since:
+                known_held, known_remaining, since, unsure = each
+        if since < 0:
             return None
-        since, unsure = newest.moment, newest.unsure
-        if len(unsure) > NAMED_MAX:
-            return Maybe(newest.held, newest.remaining, None)
-        found = list(unsure)
-        for worker, moment in reversed(self._changed.items()):
-            if moment <= since:
-                break
-            if worker not in unsure:
-                found.append(worker)
-                if len(found) > NAMED_MAX:
-                    return Maybe(newest.held, newest.remaining, None)
-        return Maybe(newest.held, newest.remaining, found)
+        found = [*unsure] if len(unsure) <= NAMED_MAX else None
+        if found is not None:
+            for worker, moment in reversed(self._changed.items()):
+                if moment <= since:
+                    break
+                if worker not in unsure:
+                    found.append(worker)
+                    if len(found) > NAMED_MAX:
+                        found = None
+                        break
+        return _tuple(Maybe, (known_held, known_remaining, found))
 
     def refused(self, level: int, held: int, remaining: int, unsure: Collection[str]) -> None:
         """All workers have been asked for a size and have no room, except perhaps the `unsure`."""
-        new = _Refusal(held, remaining, self._moment, tuple(unsure))
-        kept = [each for each in self._levels[level] if not new.covers(each.held, each.remaining)]
-        kept.append(new)
+        kept = [each for each in self._levels[level] if each[0] < held or each[1] < remaining]
+        kept.append((held, remaining, self._moment, tuple(unsure)))
         self._levels[level] = kept[-SIZES_MAX:]
 
     def known(self, level: int) -> list[tuple[int, int, list[str]]]:
         """Each size that is refused, with the workers that may have room for it after all."""
         return [
-            (each.held, each.remaining, [*each.unsure, *self._since(each.moment)])
-            for each in self._levels[level]
+            (held, remaining, [*unsure, *self._since(moment)])
+            for held, remaining, moment, unsure in self._levels[level]
         ]
 
     def check_integrity(self) -> None:
@@ -104,9 +98,9 @@ class Refusals:
         assert moments == sorted(set(moments)) and max(moments, default=0) <= self._moment
         for refusals in self._levels:
             assert len(refusals) <= SIZES_MAX, "a level keeps few refusals"
-            for at, each in enumerate(refusals):
+            for at, (held, remaining, *_) in enumerate(refusals):
                 later = refusals[at + 1 :]
-                assert not any(one.covers(each.held, each.remaining) for one in later)
+                assert all(each[0] > held or each[1] > remaining for each in later)
 
     def _since(self, moment: int) -> list[str]:
         return [worker for worker, at in self._changed.items() if at > moment]

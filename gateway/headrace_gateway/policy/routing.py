@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import (
@@ -53,6 +53,7 @@ from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
 from headrace_gateway.policy.fetching import Fetching, Spared
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
+from headrace_gateway.policy.speeds import slowness
 from headrace_gateway.policy.workload import Workload
 
 LOAD_BOUND = 1.25
@@ -128,6 +129,13 @@ class Score(NamedTuple):
     verdict: str = COSTS_MORE
 
 
+_Facts = tuple[float, int, str, int, int, float, float, float, int]
+"""A Score before it is read, without its verdict: plain tuples are made and taken apart faster."""
+_WORKER: Final = 2
+_BLOCKS: Final = 3
+_SHARE: Final = 7
+
+
 class Answer(NamedTuple):
     """What room a worker has, whether its turn has to be waited for, and why."""
 
@@ -151,30 +159,29 @@ class Route(NamedTuple):
     reason: str
     cached_blocks: int = 0
     room: Room = Room.NONE
-    candidates: Mapping[str, Score] = MappingProxyType({})
+    candidates: Mapping[str, _Facts] = MappingProxyType({})
     answers: Mapping[str, Answer] = MappingProxyType({})
     spared: Spared = NOTHING_SPARED
 
     @property
     def scores(self) -> tuple[Score, ...]:
         """The candidates in the order in which they were looked at, with their verdicts."""
-        asked = self.answers
-        return tuple(
-            score._replace(verdict=asked[worker].words) if worker in asked else score
-            for worker, score in self.candidates.items()
-        )
+        return tuple(map(self._score, self.candidates))
+
+    @property
+    def score(self) -> Score | None:
+        """The worker's own."""
+        return self._score(self.worker) if self.worker in self.candidates else None
+
+    def _score(self, worker: str) -> Score:
+        answer = self.answers.get(worker)
+        return Score(*self.candidates[worker], COSTS_MORE if answer is None else answer.words)
 
 
-class _Hold(NamedTuple):
-    """Leading blocks of the prompt that some workers (a bit set) hold, and what it would cost the
-    fleet, besides the prefill itself, to have them computed elsewhere."""
-
-    slots: int
-    blocks: int
-    saves: float
-
-
-_NOTHING = _Hold(0, 0, 0.0)
+_Hold = tuple[int, int, float]
+"""Workers (a bit set), the leading blocks of the prompt that they hold, and what it would cost the
+fleet, besides the prefill itself, to have these computed elsewhere."""
+_NOTHING: _Hold = (0, 0, 0.0)
 _tuple = tuple.__new__
 """Makes a NamedTuple in a third of the time (a score for each candidate)."""
 
@@ -183,8 +190,7 @@ def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
     """`found` with what it saves: `scatter` times the tokens, divided among their holders."""
     if len(found) == 1:
         blocks, slots = found[0]
-        saves = scatter * blocks * BLOCK_TOKENS / slots.bit_count()
-        return [_tuple(_Hold, (slots, blocks, saves))]
+        return [(slots, blocks, scatter * blocks * BLOCK_TOKENS / slots.bit_count())]
     parts, holders = [], 0
     for at, each in enumerate(found):
         holders += each.slots.bit_count()
@@ -193,7 +199,7 @@ def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
     holds, saves = [], 0.0
     for each, part in zip(reversed(found), reversed(parts), strict=True):
         saves += part
-        holds.append(_tuple(_Hold, (each.slots, each.blocks, saves)))
+        holds.append((each.slots, each.blocks, saves))
     holds.reverse()
     return holds
 
@@ -201,8 +207,10 @@ def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
 class Router:
     """Chooses a worker for each job; remembers nothing but the rendezvous orders."""
 
-    def __init__(self, config: RoutingConfig | None = None) -> None:
+    def __init__(self, config: RoutingConfig | None = None, *, explains: bool = True) -> None:
+        """`explains`: scores are read, so that those who cannot win are to be scored as well."""
         self._config = config or RoutingConfig()
+        self._explains = explains
         self._rendezvous = Rendezvous()
         self._named: tuple[str, ...] = ()
 
@@ -226,7 +234,8 @@ class Router:
             self._rendezvous.set_names(names)
             self._named = names
         demand = workload.demand(job, now_ms)
-        if demand.level != ALL and workload.is_hopeless(demand):
+        level = demand.level
+        if level != ALL and workload.is_hopeless(demand):
             return Route("", "no worker has room")
 
         def may(worker: str) -> bool:
@@ -234,25 +243,24 @@ class Router:
 
         free = workload.free_ones(demand, may)
         none_free = free is not None and not free
-        if none_free and (demand.level == ALL or workload.find(demand, demand.level, may) is None):
+        if none_free and (level == ALL or workload.find(demand, level, may) is None):
             return Route("", "no worker has room")
         index.expire(now_ms)
         choice = _Choice(self._config, workload, index, may, job, demand, now_ms)
-        if shared is not None:
+        if shared is not None and shared.index:
             choice.spare(shared)
         preferred = self._preferred(job, choice.known_blocks)
         if free:
-            choice.consider([*free, *choice.holders()])
+            choice.consider([*free, *choice.holders()], skip_full=not self._explains)
             choice.alone = free[0] if len(free) == 1 else ""
         else:
             choice.consider(self._worth_a_look(choice, preferred))
         return choice.best(preferred) or choice.anywhere()
 
     def _preferred(self, job: Job, known_blocks: int) -> tuple[str, ...]:
-        first = known_blocks * BLOCK_KEY_BYTES
-        unknown = job.blocks[first : first + BLOCK_KEY_BYTES] or job.blocks[-BLOCK_KEY_BYTES:]
-        found = self._rendezvous.preferred(job.affinity + unknown)
-        return found[: self._config.preferred_max]
+        first, blocks = known_blocks * BLOCK_KEY_BYTES, job.blocks
+        unknown = blocks[first : first + BLOCK_KEY_BYTES] or blocks[-BLOCK_KEY_BYTES:]
+        return self._rendezvous.preferred(job.affinity + unknown)[: self._config.preferred_max]
 
     def _worth_a_look(self, choice: _Choice, preferred: tuple[str, ...]) -> list[str]:
         """In the order in which those that cost the same are taken."""
@@ -266,20 +274,18 @@ class _Choice:
 
     __slots__ = (
         "_answers",
-        "_beside_all",
-        "_bits",
         "_blocks",
         "_config",
         "_demand",
         "_holds",
         "_index",
         "_may",
-        "_most",
-        "_new",
+        "_saves",
         "_scores",
         "_share",
         "_spared",
         "alone",
+        "known_blocks",
         "workload",
     )
 
@@ -297,18 +303,14 @@ class _Choice:
         self._config = config
         self.workload = workload
         self._index = index
-        self._bits = index.bits
         self._may = may
-        self._blocks = job.blocks
+        self._blocks = blocks = job.blocks
         self._demand = demand
-        band, held, remaining, level = demand
-        self._beside_all = demand if level == ALL else _tuple(Demand, (band, held, remaining, ALL))
-        self._holds = _holds(index.leaders(job.blocks), config.recompute_weight - 1)
-        self._most = self._holds[0] if self._holds else _NOTHING
-        new = max(1, held - self._most.blocks * BLOCK_TOKENS)
-        self._new = config.balance_weight * new
-        """Tokens that nobody holds, as they count where more than the mean was given."""
-        self._scores: dict[str, Score] = {}
+        found = index.leaders(blocks)
+        self._holds = _holds(found, config.recompute_weight - 1) if found else []
+        _, self.known_blocks, self._saves = self._holds[0] if found else _NOTHING
+        """Leading blocks of the prompt that some worker holds, and what the holders save."""
+        self._scores: dict[str, _Facts] = {}
         self._answers: dict[str, Answer] = {}
         """Of those that were asked for room: whoever costs more than who has it needs not be."""
         self._share = workload.share(demand, now_ms)
@@ -318,46 +320,44 @@ class _Choice:
 
     def spare(self, shared: Fetching) -> None:
         """What no worker holds and the cache services do is fetched, by whoever gets the job."""
-        if not shared.index:
-            return
         speed = self.workload.prefill_per_s
-        self._spared = shared.spares(self._blocks, self._most.blocks, speed)
-
-    @property
-    def known_blocks(self) -> int:
-        """Leading blocks of the prompt that some worker holds."""
-        return self._most.blocks
+        self._spared = shared.spares(self._blocks, self.known_blocks, speed)
 
     def holders(self) -> list[str]:
         """Who holds most of the prompt; of those that hold the same, who has a place and least to
         do."""
         wanted = self._config.holders_max
         chosen: list[str] = []
-        for found in self._holds:
+        for slots, _, _ in self._holds:
             if wanted <= 0:
                 break
-            names = self._index.names(found.slots, NAMED_MAX)
+            names = self._index.names(slots, NAMED_MAX)
             if names is None:
                 least = self.workload.by_load(SEARCHED_MAX)
-                names = self._index.among(least, found.slots, wanted)
+                names = self._index.among(least, slots, wanted)
             elif len(names) > wanted:
                 names = self.workload.lightest(names, wanted)
             wanted -= len(names)
             chosen += names
         return chosen
 
-    def consider(self, workers: Iterable[str]) -> None:
-        """Score `workers`, each once; those that drain are left out."""
-        scores, holds, get_bit = self._scores, self._holds, self._bits.get
-        tokens, band = self._demand.held - self._spared.tokens, self._demand.band
-        saved, mean, new = self._most.saves, self._share, self._new
-        comfort, most, block = self._config.comfort, SHARE_MAX, BLOCK_TOKENS
-        fresh = dict.fromkeys(workers)
-        if scores:
-            fresh = {worker: None for worker in fresh if worker not in scores}
-        number = len(scores)
-        for worker, work, given, jobs, slowness, full in self.workload.standings(fresh, band):
+    def consider(self, workers: Iterable[str], *, skip_full: bool = False) -> None:
+        """Score `workers`, each once; those that drain are left out, and with `skip_full` those
+        that are known to have no room either."""
+        scores, holds, get_bit = self._scores, self._holds, self._index.bits.get
+        band, held, _, _ = self._demand
+        saved, mean, comfort = self._saves, self._share, self._config.comfort
+        workload = self.workload
+        given, mean_per_s = workload.given, workload.prefill_per_s
+        # tokens that nobody holds, as they count where more than the mean was given
+        new = self._config.balance_weight * max(1, held - self.known_blocks * BLOCK_TOKENS)
+        tokens = held - self._spared.tokens
+        for worker, work, jobs, per_s, full in workload.standings(workers, band):
+            if worker in scores:
+                continue
             if full:
+                if skip_full:
+                    continue
                 self._answers[worker] = _FULL
             hold = _NOTHING
             if holds:
@@ -367,29 +367,31 @@ class _Choice:
                         hold = each
                         break
             _, blocks, saves = hold
-            uncached = tokens - blocks * block
+            uncached = tokens - blocks * BLOCK_TOKENS
             if uncached < 1:
                 uncached = 1
-            cost = (work + uncached + saved - saves) * slowness
-            share = given * slowness / mean
+            slow = slowness(per_s, mean_per_s) if per_s else 1.0
+            cost = (work + uncached + saved - saves) * slow
+            share = given[worker] * slow / mean
             # what is new there pushes older blocks out: that is to happen everywhere alike
-            price = cost + new * ((share if share < most else most) - 1)
+            price = cost + new * ((share if share < SHARE_MAX else SHARE_MAX) - 1)
             if blocks and share > comfort:
-                price += slowness * self._excess(worker, share, work, hold)
-            facts = (price, number, worker, blocks, uncached, work, cost, share, jobs, COSTS_MORE)
-            scores[worker] = _tuple(Score, facts)
-            number += 1
+                price += slow * self._excess(worker, share, work, blocks, saves)
+            scores[worker] = (
+                price, len(scores), worker, blocks, uncached, work, cost, share, jobs,
+            )  # fmt: skip
 
-    def _excess(self, worker: str, share: float, work: float, hold: _Hold) -> float:
-        """What being given more than others adds to the price: at most what holding saves."""
+    def _excess(self, worker: str, share: float, work: float, blocks: int, saves: float) -> float:
+        """What being given more than others adds to the price: at most what holding `blocks`
+        saves."""
         config = self._config
-        if hold.blocks >= SHARED_BLOCKS:
-            key = shared_key(self._blocks, hold.blocks)
+        if blocks >= SHARED_BLOCKS:
+            key = shared_key(self._blocks, blocks)
             busy = min(1.0, self.workload.sharers(worker, key) / config.sharers)
         else:
             busy = min(1.0, work / (config.busy_part * max(1, self._demand.held)))
         part = min(1.0, (share - config.comfort) / (config.load_bound - config.comfort))
-        return busy * part * (hold.blocks * BLOCK_TOKENS + hold.saves)
+        return busy * part * (blocks * BLOCK_TOKENS + saves)
 
     def best(self, preferred: tuple[str, ...]) -> Route | None:
         """The best candidate with free room; None if none has any.
@@ -400,12 +402,13 @@ class _Choice:
         ranked = sorted(self._scores.values())
         if unknown:
             bound = self._config.load_bound
-            within = [score for score in ranked if score.share <= bound]
+            within = [score for score in ranked if score[_SHARE] <= bound]
             if len(within) < len(ranked):
-                ranked = within + [score for score in ranked if score.share > bound]
-        best: Score | None = None
+                ranked = within + [score for score in ranked if score[_SHARE] > bound]
+        best: _Facts | None = None
+        answers = self._answers
         for score in ranked:
-            answer = self._ask(score)
+            answer = answers.get(score[_WORKER]) or self._ask(score)
             if answer.room is FREE:
                 best = best or score
                 if not answer.patient:
@@ -413,81 +416,85 @@ class _Choice:
         else:
             return None
         assert best is not None, "at least the last one asked has room"
-        best = self._neighbour(best, preferred, unknown)
+        if len(ranked) > 1:
+            best = self._neighbour(best, preferred, unknown)
         return self._route(best, self._why(best, preferred, unknown))
 
-    def _neighbour(self, best: Score, preferred: tuple[str, ...], unknown: bool) -> Score:
+    def _neighbour(self, best: _Facts, preferred: tuple[str, ...], unknown: bool) -> _Facts:
         """The first of `preferred` that costs about the same as `best`."""
-        uncached = self._demand.held - best.blocks * BLOCK_TOKENS - self._spared.tokens
-        most = best.price + self._config.neighbour_part * uncached
+        price, _, chosen, blocks, _, _, _, share, _ = best
+        uncached = self._demand.held - blocks * BLOCK_TOKENS - self._spared.tokens
+        most, bound = price + self._config.neighbour_part * uncached, self._config.load_bound
         for worker in preferred:
-            near = self._scores.get(worker)
-            if near is best:
+            if worker == chosen:
                 break
-            if near is None or near.price > most:
+            near = self._scores.get(worker)
+            if near is None or near[0] > most:
                 continue
-            if unknown and self._is_over(near) and not self._is_over(best):
+            if unknown and near[_SHARE] > bound >= share:
                 continue
             if self._ask(near).room is FREE:
                 return near
         return best
 
-    def _is_over(self, score: Score) -> bool:
-        return score.share > self._config.load_bound
-
-    def _ask(self, score: Score) -> Answer:
+    def _ask(self, score: _Facts) -> Answer:
         """Whether the worker has free room for the job, and its breaker lets it through."""
-        answer = self._answers.get(score.worker)
+        worker = score[_WORKER]
+        answer = self._answers.get(worker)
         if answer is None:
             # nobody's room is asked for before it is known that there is no free one
-            verdict = self.workload.room_for(score.worker, self._beside_all)
+            workload, demand = self.workload, self._demand
+            verdict = workload.room_for(worker, demand, level=ALL)
+            (room, words), patient = verdict, False
             if verdict is NO_TURN:
-                verdict = self.workload.room_for(score.worker, self._demand)
-            room, words = verdict
-            patient = verdict is NO_TURN and score.blocks > 0
-            if patient:
-                room = self.workload.room_for(score.worker, self._demand, patient=True).room
-            if room is not NONE and not self._may(score.worker):
-                room, words = NONE, "its breaker is open"
-            elif room is not NONE and self._is_over(score):
-                words = "over its share"
-            answer = _tuple(Answer, (room, patient, words))
-            self._answers[score.worker] = answer
+                room, words = verdict = workload.room_for(worker, demand)
+                patient = verdict is NO_TURN and score[_BLOCKS] > 0
+                if patient:
+                    room = workload.room_for(worker, demand, patient=True).room
+            if room is not NONE:
+                if not self._may(worker):
+                    room, words = NONE, "its breaker is open"
+                elif score[_SHARE] > self._config.load_bound:
+                    words = "over its share"
+            answer = self._answers[worker] = _tuple(Answer, (room, patient, words))
         return answer
 
-    def _why(self, best: Score, preferred: tuple[str, ...], unknown: bool) -> str:
-        if best.worker == self.alone:
+    def _why(self, best: _Facts, preferred: tuple[str, ...], unknown: bool) -> str:
+        _, _, worker, blocks, _, _, _, share, _ = best
+        if worker == self.alone:
             return "the only free room"
-        if not unknown and best.blocks == self.known_blocks:
+        if not unknown and blocks == self.known_blocks:
             return "holds most of the prompt"
         if not unknown:
             return "its holders have more to do than it saves"
-        if best.worker not in preferred:
-            return "all are over their share" if self._is_over(best) else "least to do"
-        return "affinity" if best.worker == preferred[0] else "spill-over"
+        if worker not in preferred:
+            over = share > self._config.load_bound
+            return "all are over their share" if over else "least to do"
+        return "affinity" if worker == preferred[0] else "spill-over"
 
     def anywhere(self) -> Route:
         """Whoever has room, free room first, when no candidate has free room."""
-        found = self.workload.find(self._demand, ALL, self._may)
+        workload, level = self.workload, self._demand.level
+        found = workload.find(self._demand, ALL, self._may)
         if found is not None:
             self.consider((found,))
             return self._route(self._scores[found], "the only free room")
-        if self._demand.level != ALL:
+        if level != ALL:
             for score in sorted(self._scores.values()):
-                room, words = self.workload.room_for(score.worker, self._demand)
-                if room is Room.PREEMPTING and self._may(score.worker):
-                    self._answers[score.worker] = Answer(room, False, words)
+                worker = score[_WORKER]
+                room, words = workload.room_for(worker, self._demand)
+                if room is Room.PREEMPTING and self._may(worker):
+                    self._answers[worker] = Answer(room, False, words)
                     return self._route(score, words)
-            found = self.workload.find(self._demand, self._demand.level, self._may)
+            found = workload.find(self._demand, level, self._may)
         if found is None:
             return Route("", "no worker has room", 0, Room.NONE, self._scores, self._answers)
         self.consider((found,))
-        room, words = self.workload.room_for(found, self._demand)
+        room, words = workload.room_for(found, self._demand)
         self._answers[found] = Answer(room, False, words)
         return self._route(self._scores[found], words)
 
-    def _route(self, chosen: Score, reason: str) -> Route:
-        room = self._ask(chosen).room
-        scores, answers = self._scores, self._answers
-        facts = (chosen.worker, reason, chosen.blocks, room, scores, answers, self._spared)
-        return _tuple(Route, facts)
+    def _route(self, chosen: _Facts, reason: str) -> Route:
+        answer, worker = self._ask(chosen), chosen[_WORKER]
+        asked, held = (self._scores, self._answers), chosen[_BLOCKS]
+        return _tuple(Route, (worker, reason, held, answer.room, *asked, self._spared))

@@ -49,6 +49,10 @@ class SharedIndex:
         """Pairs of service and block."""
         return sum(len(held.keys) for held in self._nodes.values())
 
+    def __bool__(self) -> bool:
+        """Whether any service is known."""
+        return bool(self._nodes)
+
     @property
     def nodes(self) -> tuple[str, ...]:
         return tuple(self._nodes)

@@ -56,12 +56,13 @@ class Speeds:
         mean = self._busy / (self._prefill + self._output)
         return 1000 / (max(per_token, LEAST_PART * mean) if per_token > 0 else mean)
 
-    def slowness(self, mean_prefill_per_s: float) -> float:
-        """How long this worker takes for what takes 1 at the mean speed; 1 where they are alike."""
-        own = self.prefill_per_s
-        if not own or not mean_prefill_per_s:
-            return 1.0
-        factor = mean_prefill_per_s / own
-        if 1 / SAME <= factor <= SAME:
-            return 1.0
-        return min(SLOWNESS_MAX, max(1 / SLOWNESS_MAX, factor))
+
+def slowness(own_per_s: float, mean_per_s: float) -> float:
+    """How long a worker takes for what takes 1 at the mean speed; 1 where they are alike, or while
+    either is 0, unknown."""
+    if not own_per_s or not mean_per_s:
+        return 1.0
+    factor = mean_per_s / own_per_s
+    if 1 / SAME <= factor <= SAME:
+        return 1.0
+    return min(SLOWNESS_MAX, max(1 / SLOWNESS_MAX, factor))

@@ -62,8 +62,11 @@ class VirtualCounters:
         self, tenant: str, weight: float, band: int, input_tokens: int = 0, output_tokens: int = 0
     ) -> None:
         """Add tokens that `tenant` has been served; negative ones correct an earlier charge."""
+        assert weight > 0, "a tenant's weight is positive"
         counter = self._counters[band].get(tenant) or self._counter(tenant, band)
-        value = counter.value + virtual_tokens(weight, input_tokens, output_tokens)
+        # virtual_tokens, written out: each job is charged several times
+        tokens = INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens
+        value = counter.value + tokens / weight
         counter.value = value if value > counter.floor else counter.floor
 
     def lift(self, tenant: str, band: int, least: float | None) -> Counter:

@@ -17,8 +17,7 @@ jobs, of which one may be a thousand times another.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -29,7 +28,6 @@ from headrace_gateway.policy.bookings import (
     CLOSED,
     FREE,
     LEVELS,
-    NO_SLOT,
     NO_TOKENS,
     Bookings,
     Charge,
@@ -42,6 +40,7 @@ from headrace_gateway.policy.bookings import (
     booking_of,
 )
 from headrace_gateway.policy.given import HALF_LIFE_MS, Given
+from headrace_gateway.policy.load_order import NUMBER, LoadOrder, place_of
 from headrace_gateway.policy.refusals import Refusals
 
 __all__ = ["Charge", "Demand", "Room", "Verdict", "WorkerFacts", "Workload", "WorkloadConfig"]
@@ -66,6 +65,8 @@ class WorkloadConfig:
 
 _tuple = tuple.__new__
 """Makes a NamedTuple in a third of the time; for those that each decision makes several of."""
+_NOBODY = Bookings(WorkerFacts("", 0, 0))
+"""In the place of a worker that is not known: it takes no jobs."""
 
 
 class Workload:
@@ -76,7 +77,10 @@ class Workload:
         self._config = config or WorkloadConfig()
         self._decode_weight = self._config.decode_weight
         self._workers: dict[str, Bookings] = {}
-        self._order: list[tuple[int, str]] = []
+        self._order = LoadOrder()
+        """Who takes jobs."""
+        self._roomy = LoadOrder()
+        """All of these that may have room: who is known to be full goes when come across."""
         self._open: tuple[str, ...] = ()
         self._refusals = Refusals(LEVELS)
         self._given = Given(self._config.half_life_ms)
@@ -96,13 +100,11 @@ class Workload:
         for each in facts:
             known = self._at(each.worker)
             if known.facts != each or not known.is_open:
-                known.facts = each
-                self._reopen(each.worker, known)
+                known.facts, known.is_open = each, True
                 self._changed(each.worker, known)
         names = tuple(sorted(named))
         if names != self._open:
-            self._open = names
-            self._given.set_workers(names)
+            self._set_open(names)
 
     def forget(self, worker: str) -> None:
         """`worker` is gone, with all that was booked on it."""
@@ -111,8 +113,7 @@ class Workload:
             self._close(worker, known)
             self._note_speed(known.speeds.prefill_per_s, 0.0)
             if worker in self._open:
-                self._open = tuple(each for each in self._open if each != worker)
-                self._given.set_workers(self._open)
+                self._set_open(tuple(each for each in self._open if each != worker))
 
     @property
     def workers(self) -> Collection[str]:
@@ -125,8 +126,7 @@ class Workload:
         return self._open
 
     def takes_jobs(self, worker: str) -> bool:
-        known = self._workers.get(worker)
-        return known is not None and known.is_open
+        return self._workers.get(worker, _NOBODY).is_open
 
     # what is on them
 
@@ -137,13 +137,13 @@ class Workload:
 
         `found`: it was there already, so its first report only says what has been charged before.
         """
-        known = self._at(worker)
+        known = self._workers.get(worker) or self._at(worker)
         if job.id in known.jobs:
             self.cancel(worker, job.id)
             known = self._at(worker)
         remaining = self._remaining(job)
         known.put(booking_of(job, remaining, uncached_tokens, found=found))
-        self._reorder(worker, known)
+        self._reorder(known)
         self._given.add(worker, self._cost(uncached_tokens, remaining), now_ms)
 
     def cancel(self, worker: str, job_id: str) -> bool:
@@ -155,8 +155,7 @@ class Workload:
         return True
 
     def booked(self, worker: str, job_id: str) -> bool:
-        known = self._workers.get(worker)
-        return known is not None and job_id in known.jobs
+        return job_id in self._workers.get(worker, _NOBODY).jobs
 
     def progress(self, report: Progress) -> list[Charge]:
         """Take in what `report.worker` says; what has to be charged for it."""
@@ -167,8 +166,8 @@ class Workload:
         known.speeds.note(report.busy_ms, report.prefill_tokens, report.output_tokens)
         self._note_speed(before, known.speeds.prefill_per_s)
         charges = known.follow(report.jobs, self._expect)
-        self._reorder(report.worker, known)
         self._changed(report.worker, known)
+        self._reorder(known)
         return charges
 
     def done(self, done: JobDone) -> Charge | None:
@@ -193,12 +192,17 @@ class Workload:
         """Whether `job` may go to `worker` now."""
         return self.room_for(worker, self.demand(job, now_ms))
 
-    def room_for(self, worker: str, demand: Demand, *, patient: bool = False) -> Verdict:
-        """As `room`, for who asks of many workers; who is `patient` waits for its turn there."""
+    def room_for(
+        self, worker: str, demand: Demand, *, level: int | None = None, patient: bool = False
+    ) -> Verdict:
+        """As `room`, for who asks of many workers; who is `patient` waits for its turn there.
+
+        At `level` ALL nobody gives way, whatever `demand` says; by default its own counts.
+        """
         known = self._workers.get(worker)
         if known is None or not known.is_open:
             return CLOSED
-        if demand[3] == ALL:
+        if (demand.level if level is None else level) == ALL:
             return known.fits(ALL, demand, self._config.kv_share, patient=patient)
         return known.room(demand, self._config.kv_share, patient=patient)
 
@@ -213,12 +217,11 @@ class Workload:
         Whoever refuses is not asked again for as much until something there changes, so that a
         fleet that is full is looked through in the time of what has changed.
         """
-        maybe = self._refusals.maybe(level, demand.held, demand.remaining)
+        maybe, count = self._refusals.maybe(level, demand.held, demand.remaining), len(self._open)
         if maybe is None:
-            all_ = self.by_load(len(self._order))
-            found = self._ask(demand, level, (0, 0), all_, len(self._order), allows)
+            found = self._ask(demand, level, (0, 0), self.by_load(count), count, allows)
         elif maybe.workers is None:
-            found = self._ask(demand, level, maybe[:2], self._full_last(), len(self._order), allows)
+            found = self._ask(demand, level, maybe[:2], self._full_last(), count, allows)
         else:
             named = maybe.workers
             if len(named) > 1:
@@ -237,13 +240,20 @@ class Workload:
 
     def _full_last(self) -> Iterator[str]:
         """All that take jobs, least load first; those that are known to be full come last."""
-        full = []
-        for _, worker in self._order:
-            if self._workers[worker].shut[ALL] is NO_SLOT:
-                full.append(worker)
+        known, names, roomy = self._workers, self._open, self._roomy
+        places, at = roomy.places(), 0
+        while at < len(places):
+            number = places[at] & NUMBER
+            each = known[names[number]]
+            if each.full:
+                roomy.drop(number)
+                each.roomy = False
             else:
-                yield worker
-        yield from full
+                at += 1
+                yield names[number]
+        # those that were found to be full on the way stood among the others
+        all_ = self.by_load(len(names))
+        yield from [worker for worker in all_ if not known[worker].roomy]
 
     def _ask(
         self,
@@ -285,29 +295,23 @@ class Workload:
 
     def jobs_on(self, worker: str) -> Collection[str]:
         """Ids of the jobs on `worker`."""
-        known = self._workers.get(worker)
-        return () if known is None else known.jobs.keys()
+        return self._workers.get(worker, _NOBODY).jobs.keys()
 
     def count_on(self, worker: str) -> int:
-        known = self._workers.get(worker)
-        return 0 if known is None else len(known.jobs)
+        return len(self._workers.get(worker, _NOBODY).jobs)
 
     def has_slot(self, worker: str) -> bool:
         """Whether `worker` could begin one more job, if its KV allows."""
-        known = self._workers.get(worker)
-        if known is None or not known.is_open:
-            return False
-        return len(known.jobs) < known.facts.max_jobs
+        known = self._workers.get(worker, _NOBODY)
+        return known.is_open and len(known.jobs) < known.facts.max_jobs
 
     def reserved_tokens(self, worker: str) -> int:
         """KV tokens that the jobs on `worker` hold and are expected to add."""
-        known = self._workers.get(worker)
-        return 0 if known is None else sum(known.reserved)
+        return sum(self._workers.get(worker, _NOBODY).reserved)
 
     def waiting_tokens(self, worker: str) -> int:
         """Prompt tokens on `worker` that are still to be computed."""
-        known = self._workers.get(worker)
-        return 0 if known is None else sum(known.waiting)
+        return sum(self._workers.get(worker, _NOBODY).waiting)
 
     def used(self, worker: str) -> float:
         """The larger part of its slots and its KV that the jobs on `worker` take."""
@@ -330,31 +334,30 @@ class Workload:
 
     def load(self, worker: str) -> int:
         """Work that waits or runs on `worker`, in prefill-equivalent tokens."""
-        known = self._workers.get(worker)
-        return 0 if known is None else known.load
+        return self._workers.get(worker, _NOBODY).load
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
-        return [worker for _, worker in self._order[:limit]]
+        if limit == 1 and self._open:
+            return [self._open[self._order.least() & NUMBER]]
+        return list(self.by_load(limit))
 
     def by_load(self, limit: int) -> Iterator[str]:
         """As `least_loaded`, for who may not want them all; valid until something changes."""
-        return (worker for _, worker in islice(self._order, limit))
+        names = self._open
+        return (names[place & NUMBER] for place in islice(self._order.places(), limit))
 
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
         """The first `limit` of `workers` that take jobs, least load first, then by name; those that
         are known to be full come last."""
-        free: list[tuple[int, str]] = []
-        full: list[tuple[int, str]] = []
-        get = self._workers.get
+        get, nobody, names = self._workers.get, _NOBODY, self._open
+        found = []
         for worker in workers:
-            known = get(worker)
-            if known is not None and known.is_open:
-                (full if known.shut[ALL] is NO_SLOT else free).append(known.place)
-        free.sort()
-        if full and (limit is None or len(free) < limit):
-            free += sorted(full)
-        return [worker for _, worker in free[:limit]]
+            known = get(worker, nobody)
+            if known.is_open:
+                found.append(known.place + known.full)
+        found.sort()
+        return [names[place & NUMBER] for place in found[:limit]]
 
     @property
     def least_given(self) -> str:
@@ -363,34 +366,30 @@ class Workload:
 
     def share(self, demand: Demand, now_ms: int) -> float:
         """What each worker would have been given lately if all work, with that of `demand`, had
-        been dealt out evenly. In units that only `Standing.given` has too."""
+        been dealt out evenly. In units that only `given` has too."""
         own = self._given.unit(now_ms) * self._cost(demand.held, demand.remaining)
         return (self._given.total + own) / len(self._open)
 
+    @property
+    def given(self) -> Mapping[str, float]:
+        """What each worker was given lately, in the units of `share`."""
+        return self._given.sums
+
     def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
         """How `workers` stand for a job of `band`, without those that take no jobs."""
-        get, given, mean = self._workers.get, self._given.sums, self.prefill_per_s
-        found = []
+        get, nobody, found = self._workers.get, _NOBODY, []
         for worker in workers:
-            known = get(worker)
-            if known is None or not known.is_open:
-                continue
-            work = known.load
-            if band < ALL:  # written out: a loop over two bands takes as long as all the rest
-                waiting = known.waiting
-                work -= waiting[ALL] if band else waiting[1] + waiting[ALL]
-            speeds, slowness = known.speeds, 1.0
-            if speeds.prefill_per_s:
-                slowness = speeds.slowness(mean)
-            full = known.shut[ALL] is NO_SLOT
-            facts = (worker, work, given.get(worker, 0.0), len(known.jobs), slowness, full)
-            found.append(_tuple(Standing, facts))
+            known = get(worker, nobody)
+            if known.is_open:
+                standing = known.standings[band]
+                if standing is None:
+                    standing = known.standings[band] = known.standing(band)
+                found.append(standing)
         return found
 
     def sharers(self, worker: str, key: int) -> int:
         """Jobs on `worker` whose prompts begin alike, up to the block of `key` (shared_key)."""
-        known = self._workers.get(worker)
-        return 0 if known is None else known.shares.get(key, 0)
+        return self._workers.get(worker, _NOBODY).shares.get(key, 0)
 
     @property
     def prefill_per_s(self) -> float:
@@ -400,8 +399,13 @@ class Workload:
     def check_integrity(self) -> None:
         """Order, loads and bookings say the same. Raises AssertionError."""
         opened = {name: each for name, each in self._workers.items() if each.is_open}
-        assert sorted(self._order) == self._order
-        assert {w: load for load, w in self._order} == {w: e.load for w, e in opened.items()}
+        assert self._order.places() == sorted(each.place for each in opened.values())
+        roomy = sorted(each.place for each in opened.values() if each.roomy)
+        assert self._roomy.places() == roomy, "it stands in both alike"
+        for each in opened.values():
+            assert each.roomy or each.full, "who may have room is listed"
+        self._order.check_integrity()
+        self._roomy.check_integrity()
         assert tuple(sorted(opened)) == self._open
         self._refusals.check_integrity()
         for level in Band:
@@ -412,8 +416,11 @@ class Workload:
                     fits = each.fits(level, demand, self._config.kv_share).room is Room.FREE
                     assert name in maybe or not fits, "it was refused everywhere else"
         for each in self._workers.values():
-            assert each.load == self._load_of(each), "a load is that of the bookings"
-            assert not each.is_open or each.place == (each.load, each.facts.worker)
+            load = sum(each.waiting) + round(self._decode_weight * each.held)
+            assert each.load == load, "a load is that of the bookings"
+            if each.is_open:
+                assert each.place == place_of(each.load, each.number)
+                assert self._open[each.number] == each.facts.worker
             assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
             each.check_integrity()
         self._given.check_integrity()
@@ -442,42 +449,47 @@ class Workload:
         """Of a job, as work given."""
         return uncached_tokens + self._config.output_weight * remaining
 
-    def _load_of(self, known: Bookings) -> int:
-        return sum(known.waiting) + round(self._decode_weight * known.held)
-
-    def _reopen(self, worker: str, known: Bookings) -> None:
-        if not known.is_open:
-            known.is_open = True
-            known.place = (known.load, worker)
-            insort(self._order, known.place)
+    def _set_open(self, names: tuple[str, ...]) -> None:
+        """These take jobs, by name: who is open stands among the others by load, then by that."""
+        self._open = names
+        self._given.set_workers(names)
+        opened = [self._workers[name] for name in names]
+        for number, each in enumerate(opened):
+            each.number, each.place = number, place_of(each.load, number)
+        self._order.set_places(each.place for each in opened)
+        self._roomy.set_places(each.place for each in opened if each.roomy)
 
     def _close(self, worker: str, known: Bookings) -> None:
+        """`worker` takes no jobs any more; `_set_open` follows."""
         if known.is_open:
-            known.is_open = False
+            known.is_open = known.roomy = False
             self._refusals.forget(worker)
-            del self._order[bisect_left(self._order, known.place)]
 
     def _changed(self, worker: str, known: Bookings) -> None:
-        """What did not fit on `worker` may fit now."""
+        """What did not fit on `worker` may fit now. Before it is reordered, if it is."""
         known.changed()
         if known.is_open:
             self._refusals.changed(worker)
+            if not known.roomy:
+                known.roomy = True
+                self._roomy.put(known.place)
 
     def _settle(self, worker: str, known: Bookings) -> None:
         """A job has left."""
-        self._reorder(worker, known)
         self._changed(worker, known)
+        self._reorder(known)
         if not known.jobs and not known.is_open:
             self.forget(worker)
 
-    def _reorder(self, worker: str, known: Bookings) -> None:
+    def _reorder(self, known: Bookings) -> None:
         """Bring a worker's load and place in the order up to its sums."""
-        load = self._load_of(known)
+        interactive, standard, batch = known.waiting
+        load = interactive + standard + batch + round(self._decode_weight * known.held)
         if load != known.load and known.is_open:
-            order = self._order
-            del order[bisect_left(order, known.place)]
-            known.place = (load, worker)
-            insort(order, known.place)
+            known.place = place_of(load, known.number)
+            self._order.put(known.place)
+            if known.roomy:
+                self._roomy.put(known.place)
         known.load = load
 
     def _note_speed(self, before: float, after: float) -> None:
