@@ -42,6 +42,9 @@ CREATE_TRIES = 5
 NOBODY = -1
 """Owns what no entry has any more and somebody still reads."""
 
+AHEAD = -2
+"""Owns what somebody may write to and no entry has yet."""
+
 _FREE, _LIVE, _INSIDE = 0, 1, 2
 
 log = structlog.get_logger(__name__)

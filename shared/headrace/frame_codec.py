@@ -21,6 +21,7 @@ from headrace.frames import (
     KEYS_MAX,
     KINDS,
     LAYOUT_BYTES,
+    NONE_AHEAD,
     PAYLOAD_BYTES_MAX,
     PIN_MS_MAX,
     RAM,
@@ -54,7 +55,7 @@ from headrace.policy.hashing import HASH_BYTES
 from headrace.types import Band
 from headrace.wire import Fields, pack
 
-MAGIC = b"HRC\x02"
+MAGIC = b"HRC\x03"
 """The last byte is the format's version."""
 
 HEADER_BYTES_MAX = 1024 * 1024
@@ -85,7 +86,10 @@ def _body(message: Request | Answer) -> dict[str, Any]:
             }
         case Put() | Reserve():
             rows = [_encode_facts(facts) for facts in message.entries]
-            return {"entries": rows, "trace": dict(message.trace)}
+            body: dict[str, Any] = {"entries": rows, "trace": dict(message.trace)}
+            if isinstance(message, Reserve):
+                body |= {"using": message.using, "ahead": message.ahead}
+            return body
         case Has() | Verify():
             return _encode_keys(message.keys)
         case Ask():
@@ -265,7 +269,22 @@ def _decode_reserved(f: Fields, message_id: int) -> Reserved:
     places = f.integers("places")
     if len(places) > KEYS_MAX or not all(place >= -1 for place in places):
         raise WireError("reserved: a place is out of range")
-    return Reserved(message_id, f.get("ticket", int), places, f.get("held", int))
+    places_ahead = f.integers("ahead_places")
+    if len(places_ahead) > KEYS_MAX or not all(place >= 0 for place in places_ahead):
+        raise WireError("reserved: a place ahead is out of range")
+    ticket, held, ahead = f.get("ticket", int), f.get("held", int), f.get("ahead", int)
+    return Reserved(message_id, ticket, places, held, ahead, places_ahead)
+
+
+def _decode_reserve(f: Fields, message_id: int) -> Reserve:
+    ahead = f.integers("ahead")
+    if len(ahead) != len(NONE_AHEAD):
+        raise WireError("reserve: places ahead are a number and a size")
+    count, size_bytes = ahead
+    if not (0 <= count <= KEYS_MAX and 0 <= size_bytes <= ENTRY_BYTES_MAX):
+        raise WireError(f"reserve: {count} places of {size_bytes} bytes are out of range")
+    using = f.get("using", int)
+    return Reserve(message_id, _decode_entries(f), _trace(f), using, (count, size_bytes))
 
 
 def _decode_commit(f: Fields, message_id: int) -> Commit:
@@ -292,7 +311,7 @@ _REQUESTS: dict[str, Callable[[Fields, int], Request]] = {
     "lend": lambda f, message_id: _decode_get(f, message_id, Lend),
     "release": lambda f, message_id: Release(message_id, f.get("lease", int)),
     "put": lambda f, message_id: Put(message_id, _decode_entries(f), _trace(f)),
-    "reserve": lambda f, message_id: Reserve(message_id, _decode_entries(f), _trace(f)),
+    "reserve": _decode_reserve,
     "commit": _decode_commit,
     "has": lambda f, message_id: Has(message_id, _decode_keys(f)),
     "verify": lambda f, message_id: Verify(message_id, _decode_keys(f)),
