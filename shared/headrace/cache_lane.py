@@ -62,6 +62,8 @@ class ClientCounts:
     puts_sent: int = 0
     puts_failed: int = 0
     puts_dropped: int = 0
+    puts_ahead: int = 0
+    """Of those sent: written to places that were had ahead."""
     failures: int = 0
     skipped: int = 0
 

@@ -48,6 +48,8 @@ class Written:
 
     held: int = 0
     failed: int = 0
+    ahead: int = 0
+    """Written to places that were had ahead."""
 
 
 async def write_entries(
@@ -183,7 +185,8 @@ class _InPlace:
                 first = pieces.popleft()
                 naming.append(self._ask(first, last=not pieces, using=ahead.ticket))
                 self._ask_some(pieces)
-                filled.append(await self._fill(first, ahead.ticket, ahead.places))
+                filled.append(await self._fill(first, ahead.ticket, ahead.places, aside=True))
+                written.ahead = len(first)
             while self._ask_some(pieces):
                 piece, answer = self._asked[0]
                 reserved = await answer
@@ -253,11 +256,13 @@ class _InPlace:
         self._connection.kept.keep(asked.answer, wish, piece[0].tenant)
         return asked.answer
 
-    async def _fill(self, piece: Sequence[Entry], ticket: int, places: Sequence[int]) -> _Filled:
+    async def _fill(
+        self, piece: Sequence[Entry], ticket: int, places: Sequence[int], *, aside: bool = False
+    ) -> _Filled:
         """Copy what was given a place. Where that fails, the places are given back."""
         crcs: list[int] = []
         try:
-            crcs = await _fill(self._arena, piece, places)
+            crcs = await _fill(self._arena, piece, places, aside=aside)
         except WireError as error:
             log.warning("the cache service gives places it has not", error=error.message)
         except BaseException:
@@ -275,7 +280,9 @@ class _InPlace:
         return asked.answer.count if asked is not None else None
 
 
-async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int]) -> list[int]:
+async def _fill(
+    arena: ArenaView, batch: Sequence[Entry], places: Sequence[int], *, aside: bool
+) -> list[int]:
     """The CRC of each entry that was given a place, written there. Raises WireError."""
     given = [
         (entry, arena.view(place, entry.size_bytes))
@@ -289,5 +296,5 @@ async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int])
 
     ready = [entry.data for entry, _ in given if isinstance(entry, PutEntry)]
     if len(ready) == len(given):
-        return await copy_all([view for _, view in given], ready)
+        return await copy_all([view for _, view in given], ready, aside=aside)
     return await in_threads(work, [entry.size_bytes for entry, _ in given])

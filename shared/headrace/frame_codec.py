@@ -85,8 +85,8 @@ def _body(message: Request | Answer) -> dict[str, Any]:
                 "tenant": message.tenant,
             }
         case Put() | Reserve():
-            rows = [_encode_facts(facts) for facts in message.entries]
-            body: dict[str, Any] = {"entries": rows, "trace": dict(message.trace)}
+            columns = _encode_entries(message.entries)
+            body: dict[str, Any] = {"entries": columns, "trace": dict(message.trace)}
             if isinstance(message, Reserve):
                 body |= {"using": message.using, "ahead": message.ahead}
             return body
@@ -119,9 +119,15 @@ def _encode_keys(keys: Sequence[EntryKey]) -> dict[str, Any]:
     return {"kind": keys[0].kind, "hashes": b"".join(key.hash for key in keys)}
 
 
-def _encode_facts(facts: EntryFacts) -> list[Any]:
-    key, *rest = facts
-    return [*key, *rest]
+def _encode_entries(entries: Sequence[EntryFacts]) -> list[Sequence[Any]]:
+    """A column for each field, of one value where all are equal, as most are in a chain."""
+    keys, *rest = zip(*entries, strict=True)
+    kinds, hashes = zip(*keys, strict=True)
+    return [_short(kinds), hashes, *map(_short, rest)]
+
+
+def _short(column: Sequence[Any]) -> Sequence[Any]:
+    return column[:1] if column.count(column[0]) == len(column) else column
 
 
 def decode_request(header: bytes) -> Request:
@@ -197,13 +203,15 @@ _FACTS_TYPES = (str, bytes, bytes, int, int, int, int, str, int, float, bytes, i
 
 
 def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
-    """A field of all rows at a time: most of a put's decoding is this."""
-    rows = f.get("entries", list)
-    if not 1 <= len(rows) <= KEYS_MAX:
-        raise WireError(f"entries: {len(rows)} are not 1 to {KEYS_MAX}")
-    if not all(isinstance(row, list) and len(row) == len(_FACTS_TYPES) for row in rows):
+    """A column at a time: most of a put's decoding is this."""
+    columns = f.get("entries", list)
+    if len(columns) != len(_FACTS_TYPES) or not all(type(column) is list for column in columns):
         raise WireError("entry: its fields are not those agreed")
-    columns = list(zip(*rows, strict=True))
+    count = len(columns[1])
+    if not 1 <= count <= KEYS_MAX:
+        raise WireError(f"entries: {count} are not 1 to {KEYS_MAX}")
+    if not all(len(column) in (1, count) for column in columns):
+        raise WireError("entry: a field is of some entries only")
     if not all(
         set(map(type, column)) == {kind} for column, kind in zip(columns, _FACTS_TYPES, strict=True)
     ):
@@ -225,10 +233,11 @@ def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
     for check, values in ((_kind, kinds), (_tenant, tenants), (_layout, layouts)):
         for value in set(values):
             check(value)
-    keys = map(EntryKey, kinds, hashes)
-    named = map(_BANDS.__getitem__, bands)
-    rest = (tenants, tokens, times, layouts, pins)
-    return tuple(map(EntryFacts, keys, parents, depths, sizes, crcs, named, *rest))
+    named = [_BANDS[band] for band in bands]
+    rest = (parents, depths, sizes, crcs, named, tenants, tokens, times, layouts, pins)
+    wide = (column if len(column) == count else column * count for column in (kinds, *rest))
+    keys = map(EntryKey, next(wide), hashes)
+    return tuple(map(EntryFacts, keys, *wide))
 
 
 def _within(what: str, numbers: Sequence[int], least: int, most: int) -> None:

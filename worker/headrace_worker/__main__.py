@@ -10,7 +10,7 @@ import sys
 import structlog
 import torch
 
-from headrace import logs, telemetry
+from headrace import logs, telemetry, turns
 from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
@@ -160,6 +160,7 @@ def main() -> None:
         if os.environ["RANK"] != "0":
             rank.follow_over_torch(settings)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
+    turns.ask(turns.SHORT_NS)  # of what answers; the engine's threads take the usual ones
     try:
         asyncio.run(serve(settings))
     except (ModelError, SettingsError) as error:
