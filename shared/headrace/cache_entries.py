@@ -36,7 +36,8 @@ class WriteEntry(NamedTuple):
     """An entry whose bytes are copied when their place is known.
 
     `fill(view)` writes all `size_bytes` of them into `view`. It may run in a thread, and not at
-    all where the service has the entry or no room. The other fields are EntryFacts'.
+    all where the service has the entry or no room; in vain where that turns out meanwhile. The
+    other fields are EntryFacts'.
     """
 
     hash: bytes

@@ -1,7 +1,7 @@
 """Writing a batch of entries: into reserved places of the arena where it is mapped, else as a put.
 
-Invariant: bytes are copied only for what the service has a place for; a batch whose copying failed
-or was given up is never committed.
+Invariant: bytes are copied only to places that are this connection's until it commits or gives
+them back; a batch whose copying failed or was given up is never committed.
 """
 
 from __future__ import annotations
