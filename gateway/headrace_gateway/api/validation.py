@@ -30,11 +30,12 @@ def missing(param: str) -> CallerError:
 
 
 def validate(kind: type[R], body: Mapping[str, Any]) -> R:
-    """`body` as a `kind`. Raises CallerError naming the field in `param`."""
+    """`body`, or a query, as a `kind`. Raises CallerError naming the field in `param`."""
+    fields = dict(body)
     try:
-        return kind.model_validate(dict(body))
+        return kind.model_validate(fields)
     except ValidationError as error:
-        raise _field_error(error, body) from error
+        raise _field_error(error, fields) from error
 
 
 def _field_error(error: ValidationError, body: Mapping[str, Any]) -> CallerError:
