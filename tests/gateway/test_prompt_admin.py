@@ -113,6 +113,10 @@ async def test_a_wrong_query_is_told_by_its_field(tmp_path: Path) -> None:
             status, refused = await call(g, "k-red", "GET", f"/entries?{query}")
             assert (status, refused["error"]["param"]) == (400, field)
             assert refused["error"]["message"].startswith(f"{field}: ")
+        named = {"hashes": ["0" * 64], "ttl": "soon"}
+        status, refused = await call(g, "k-red", "POST", "/pin", named)
+        assert status == 400
+        assert refused["error"]["message"] == "ttl: a time like 90s, 30m, 12h or 1d"
 
 
 async def test_entries_are_pinned_by_hash_and_by_prompt(tmp_path: Path) -> None:
