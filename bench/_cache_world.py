@@ -24,12 +24,16 @@ from typing import Any
 
 import headrace_cache.__main__ as service_main
 from bench._fleet import free_port
+from headrace import cache_ahead
 from headrace.cache_client import CacheClient, WriteEntry
 from headrace_cache import disk_files
 
 CHAIN_LENGTH = 8
 CHAINS = 120
 SIZE_BYTES_MAX = 120_000
+cache_ahead.BATCH_BYTES_MIN = 1
+"""Chains here are shorter than those that are worth places ahead."""
+
 VERSIONS = 2
 """Two writers of one block bring different bytes, each of which is right, as two GPUs would."""
 
@@ -58,6 +62,8 @@ class Truth:
         """Bytes that begin with their own name and differ in every part from all others'."""
         draw = random.Random(f"{self.seed}/{chain}/{depth}")
         size = draw.choice([100, 5_000, 50_000, SIZE_BYTES_MAX])
+        if chain % 2:  # alike, as a model's blocks are: one batch's places do for the next
+            size = 50_000
         start = draw.randrange(len(self._noise) // 4) + version * len(self._noise) // 2
         return self.hash_of(chain, depth) + self._noise[start : start + size]
 
@@ -109,6 +115,8 @@ class Counts:
     corrupt_refused: int = 0
     puts: int = 0
     puts_held: int = 0
+    ahead: int = 0
+    """Entries written to places that were had ahead."""
     errors: int = 0
     wrong_names: list[str] = field(default_factory=list)
 
@@ -372,5 +380,6 @@ async def writing(
         counts.puts += 1
         counts.puts_held += await client.write(truth.entries(chain, version, filling))
         await asyncio.sleep(0)
+    counts.ahead = client.counts.puts_ahead
     await client.close()
     return counts

@@ -33,7 +33,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from headrace import copying, logs
+from headrace import copying, logs, turns
 from headrace.arena_view import HEADER_BYTES
 from headrace.cache_client import CacheClient, PutEntry, WriteEntry
 from headrace.cache_threads import COPIERS
@@ -309,6 +309,7 @@ def main() -> None:
     args = parser.parse_args()
     logs.setup("bench", level="error")
     copying.prepare()
+    turns.ask(turns.SHORT_NS)  # as a worker does
     results = {}
     for batch in args.batch or ["32x368640", "16x2097152"]:
         entries, _, entry_bytes = batch.partition("x")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from headrace import logs, telemetry
+from headrace import logs, telemetry, turns
 from headrace.config import load_or_exit
 from headrace.errors import SettingsError
 from headrace.frames import Address, parse_address
@@ -135,6 +135,9 @@ def main() -> None:
     settings = load_or_exit(CacheSettings)
     logs.setup("cache-service", level=settings.log_level, json=settings.log_json)
     telemetry.setup("cache-service", settings.otlp_endpoint)
+    # those who wait for an answer share their cores with what computes
+    short = turns.ask(turns.SHORT_NS)
+    log.debug("turns", short=short)
     try:
         with asyncio.Runner(loop_factory=_loop_factory) as runner:
             runner.run(serve(settings))

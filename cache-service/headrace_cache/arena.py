@@ -28,9 +28,16 @@ from pathlib import Path
 
 import structlog
 
-from headrace.arena_view import ARENA_MAGIC, HEADER, HEADER_BYTES, is_locked
+from headrace.arena_view import (
+    ARENA_MAGIC,
+    HEADER,
+    HEADER_BYTES,
+    MADV_POPULATE_WRITE,
+    is_locked,
+)
 
 GRANULE_BYTES = 1024
+HUGE_PAGE_BYTES = 2 * 1024 * 1024
 GROWTH_BYTES = 16 * 1024 * 1024
 """Had from the system at a time: some 5 ms."""
 
@@ -38,9 +45,13 @@ MOVE_BYTES_MAX = 64 * 1024 * 1024
 SCAN_EXTENTS_MAX = 4096
 NAME_PREFIX = "headrace-arena-"
 CREATE_TRIES = 5
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 NOBODY = -1
 """Owns what no entry has any more and somebody still reads."""
+
+AHEAD = -2
+"""Owns what somebody may write to and no entry has yet."""
 
 _FREE, _LIVE, _INSIDE = 0, 1, 2
 
@@ -118,11 +129,19 @@ class Arena:
         """Ask the kernel for huge pages; whether it gives any to memory of this kind."""
         try:
             self._map.madvise(mmap.MADV_HUGEPAGE)
-            name = "shmem_enabled" if self._file >= 0 else "enabled"
-            said = Path(f"/sys/kernel/mm/transparent_hugepage/{name}").read_text()
+            said = (HUGE_PAGES / ("shmem_enabled" if self._file >= 0 else "enabled")).read_text()
         except (OSError, AttributeError):
             return False
         return not any(word in said for word in ("[never]", "[deny]"))
+
+    def _touch(self, offset: int, size_bytes: int) -> None:
+        """Have pages made by the mapping, which asked for huge ones: a file's own way to have them,
+        by which they are ensured next, makes small ones."""
+        start = offset // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        length = min(offset + size_bytes, self.mapped_bytes) - start
+        # an older kernel, or no room: whoever ensures them next finds out
+        with contextlib.suppress(OSError):
+            self._map.madvise(MADV_POPULATE_WRITE, start, length)
 
     def is_mapped_by(self, seat: int) -> bool:
         """Whether the client that was given `seat` has the arena mapped."""
@@ -258,6 +277,8 @@ class Arena:
         if self._file >= 0:
             try:
                 offset = HEADER_BYTES + start * GRANULE_BYTES
+                if self.huge_pages:
+                    self._touch(offset, more * GRANULE_BYTES)
                 os.posix_fallocate(self._file, offset, more * GRANULE_BYTES)
             except OSError as error:
                 log.warning("the arena cannot grow", grown=start * GRANULE_BYTES, reason=str(error))

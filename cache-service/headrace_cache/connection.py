@@ -23,7 +23,7 @@ from headrace.errors import WireError
 from headrace.frame_codec import decode_request, encode
 from headrace.frame_protocol import FrameProtocol, Place
 from headrace.frames import PAYLOAD_BYTES_MAX, Answer, Buffer, Put, Request
-from headrace_cache.store import Outcome
+from headrace_cache.grants import Outcome
 
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 """Asked for; the kernel gives what its own limits allow."""

@@ -53,9 +53,10 @@ from headrace.frames import (
 from headrace_cache.admin import manage
 from headrace_cache.connection import Connection, Limits, Reply
 from headrace_cache.disk import DiskTier
+from headrace_cache.grants import NOWHERE, Loan, Outcome
 from headrace_cache.management import Management
 from headrace_cache.metrics import Metrics
-from headrace_cache.store import NOWHERE, Loan, Outcome, Store
+from headrace_cache.store import Store
 from headrace_cache.tiers import Tiers, Wanted
 
 __all__ = ["CacheServer", "Limits"]
@@ -176,9 +177,9 @@ class CacheServer:
         now_ms = self.clock.now_ms()
         for connection in list(self._connections.values()):
             connection.sweep(now_ms)
-        for seat in self.store.leases.overdue(now_ms - self.limits.lease_ms_max):
+        for seat in self.store.overdue(now_ms - self.limits.lease_ms_max):
             if seat in self._connections:
-                log.warning("client keeps what it was lent, connection closed")
+                log.warning("client keeps what it was lent or has ahead, connection closed")
                 self._connections[seat].abort()
         self._end_gone()
 
@@ -308,10 +309,16 @@ class CacheServer:
         self, connection: Connection, request: Reserve, began_ns: int, began_s: float
     ) -> Reply:
         self._check_arena(connection)
-        reservation = self.store.reserve(connection.seat, request.entries, self.clock.now_ms())
+        seat, now_ms = connection.seat, self.clock.now_ms()
+        reservation = self.store.reserve(seat, request.entries, now_ms, request.using)
+        count, size_bytes = request.ahead
+        ahead: tuple[int, tuple[int, ...]] = (0, ())
+        if count and size_bytes:
+            tenant = request.entries[0].tenant
+            ahead = self.store.reserve_ahead(seat, tenant, count, size_bytes, now_ms)
         self._trim_soon()
         held = reservation.outcomes.count(Outcome.PRESENT)
-        reserved = Reserved(request.id, reservation.ticket, reservation.places, held)
+        reserved = Reserved(request.id, reservation.ticket, reservation.places, held, *ahead)
         reply = Reply("reserve", reserved, began_s)
         reply.span = _put_span(request, reservation.outcomes, began_ns)
         return reply

@@ -7,96 +7,30 @@ before anything comes in (`room.py`), so that the budget always holds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from headrace.checksum import checksum
 from headrace.frames import KINDS, EntryFacts, EntryKey
 from headrace.types import Band
 from headrace_cache.arena import NOBODY, Arena
-from headrace_cache.index import Index, Record, Tier
+from headrace_cache.grants import Loan, Outcome, Reservation
+from headrace_cache.index import Index, Tier
 from headrace_cache.leases import Leases
 from headrace_cache.policy.eviction import NO_SLOT, EvictionPolicy
 from headrace_cache.policy.quota import Quotas, Share
-from headrace_cache.room import Room, charged_bytes
+from headrace_cache.room import Room
 from headrace_cache.tallies import Tallies, Tally
-
-TOKEN_MS_DEFAULT = 1.0
-"""What a token is taken to cost where nobody measured."""
+from headrace_cache.writes import Writes
 
 RESERVED_SHARE_MAX = 0.5
 """Of the budget, that entries being written take together."""
 
-_RAM = int(Tier.RAM)
-_WRITTEN = int(Tier.RAM | Tier.PENDING)
-"""As plain numbers: operations on flags take ten times as long."""
-
-NOWHERE = -1
 OURSELVES = 0
 """Holds what the service itself reads or writes."""
 
 Evicted = Callable[[EntryFacts, memoryview], None]
 """Told what leaves, and its bytes, before they are gone."""
-
-
-class Outcome(StrEnum):
-    """What became of an entry that was put."""
-
-    KEPT = "kept"
-    PRESENT = "present"
-    BUSY = "busy"
-    """Somebody else is writing it."""
-    TOO_LARGE = "too_large"
-    OUTRANKED = "outranked"
-    """Worth less than all that would have to leave, or than what may leave."""
-    SKIPPED = "skipped"
-    """Too much is being written already."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loan:
-    """The leading run found for a list of keys, lent.
-
-    `more`: cut short by the caller's limit. `saved_us` is what computing it would take; `tiers`
-    (RAM or DISK) where its entries lay, if not all in RAM.
-    """
-
-    lease: int
-    places: tuple[int, ...]
-    sizes: tuple[int, ...]
-    crcs: tuple[int, ...]
-    more: bool
-    saved_us: int
-    tiers: tuple[int, ...] = ()
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A place for each entry, NOWHERE for those that are not to be written, and why."""
-
-    ticket: int
-    places: tuple[int, ...]
-    outcomes: tuple[Outcome, ...]
-
-
-class _Writing(NamedTuple):
-    """An entry between reserve and commit."""
-
-    slot: int
-    place: int
-    pin_ms: int
-
-
-def _cost_us(facts: EntryFacts) -> int:
-    """What computing an entry again takes."""
-    return math.ceil(1000 * (facts.cost_ms or facts.cost_tokens * TOKEN_MS_DEFAULT))
 
 
 class Store:
@@ -118,8 +52,6 @@ class Store:
         """
         assert budget_bytes > 0, "settings see to a budget"
         self.budget_bytes = budget_bytes
-        self.reserved_bytes_max = reserved_bytes_max or int(budget_bytes * RESERVED_SHARE_MAX)
-        self.reserved_bytes = 0
         self.arena = arena or Arena(budget_bytes)
         self.index = Index()
         self.tallies = Tallies()
@@ -132,7 +64,16 @@ class Store:
         self._policy = policy
         self._room = Room(self.index, policy, self.arena, self.leases, self.quotas)
         self._room.leaving = self._leaving
-        self._tickets: dict[int, dict[int, list[_Writing]]] = {}  # by holder and number
+        self.writes = Writes(
+            self.index,
+            policy,
+            self._room,
+            self.arena,
+            self.leases,
+            self.tallies,
+            budget_bytes,
+            reserved_bytes_max or int(budget_bytes * RESERVED_SHARE_MAX),
+        )
 
     def __len__(self) -> int:
         return self.index.counts[Tier.RAM]
@@ -212,139 +153,62 @@ class Store:
 
     def end(self, holder: int, number: int) -> None:
         """End a lease, or give up a ticket. A number that `holder` has not is of no effect."""
-        for writing in self._tickets.get(holder, {}).pop(number, ()):
-            self._give_up(writing)
-        if not self._tickets.get(holder, True):
-            del self._tickets[holder]
+        self.writes.end(holder, number)
         for place in self.leases.end(holder, number):
             self._room.let_go(place)
 
     def end_all(self, holder: int) -> None:
         """End all that `holder` has."""
-        for number in [*self._tickets.get(holder, {}), *self.leases.numbers(holder)]:
+        for number in (*self.writes.tickets(holder), *self.leases.numbers(holder)):
             self.end(holder, number)
+
+    def overdue(self, since_ms: int) -> set[int]:
+        """Who was lent something, or has places ahead, since before then."""
+        return {*self.leases.overdue(since_ms), *self.writes.advances.overdue(since_ms)}
 
     # writing
 
-    def reserve(self, holder: int, entries: Sequence[EntryFacts], now_ms: int) -> Reservation:
-        """Places for `holder` to write `entries` to, parents first; room is made for them."""
-        at_once = self._reserve_at_once(entries, now_ms)
-        if at_once is not None:
-            ticket = self.leases.new_number()
-            self._tickets.setdefault(holder, {})[ticket] = at_once
-            given = tuple(each.place for each in at_once)
-            return Reservation(ticket, given, (Outcome.KEPT,) * len(entries))
-        writing: list[_Writing] = []
-        places: list[int] = []
-        outcomes: list[Outcome] = []
-        refused: set[bytes] = set()
-        for facts in entries:
-            # a tail is of no use without its head
-            if facts.parent and facts.parent in refused:
-                place, outcome = self._refuse(facts, Outcome.OUTRANKED)
-            else:
-                place, outcome = self._reserve_one(facts, now_ms)
-            if place != NOWHERE:
-                slot = self.arena.owner(place)
-                writing.append(_Writing(slot, place, facts.pin_ms))
-            elif outcome not in (Outcome.PRESENT, Outcome.BUSY):
-                refused.add(facts.key.hash)
-            places.append(place)
-            outcomes.append(outcome)
-        ticket = self.leases.new_number() if writing else 0
-        if writing:
-            self._tickets.setdefault(holder, {})[ticket] = writing
-        return Reservation(ticket, tuple(places), tuple(outcomes))
+    @property
+    def reserved_bytes(self) -> int:
+        """Charged for what is being written, or had ahead."""
+        return self.writes.reserved_bytes
 
-    def _reserve_at_once(self, entries: Sequence[EntryFacts], now_ms: int) -> list[_Writing] | None:
-        """What `_reserve_one` does for each; None if they are not all new, or have no room yet."""
-        index, tenant = self.index, entries[0].tenant
-        keys = {facts.key for facts in entries}
-        if len(keys) < len(entries) or any(facts.tenant != tenant for facts in entries):
-            return None
-        if any(index.find(key, _WRITTEN) != NO_SLOT for key in keys):
-            return None
-        charges = [charged_bytes(facts.size_bytes) for facts in entries]
-        if self.reserved_bytes + sum(charges) > self.reserved_bytes_max:
-            return None
-        number = index.tenant(tenant)
-        sizes = [facts.size_bytes for facts in entries]
-        places = self._room.make_at_once(number, sizes, sum(charges), now_ms)
-        if places is None:
-            return None
-        self.reserved_bytes += sum(charges)
-        slots, told = index.enter_all(entries, number, list(map(_cost_us, entries)), charges)
-        self._policy.admit_all(slots, told, now_ms)
-        self.arena.own_all(places, slots)
-        pins = [facts.pin_ms for facts in entries]
-        return list(map(_Writing, slots, places, pins))
+    def reserve(
+        self, holder: int, entries: Sequence[EntryFacts], now_ms: int, using: int = 0
+    ) -> Reservation:
+        """Places for `holder` to write `entries` to, parents first; room is made for them.
 
-    def _reserve_one(self, facts: EntryFacts, now_ms: int) -> tuple[int, Outcome]:
-        slot = self.index.find(facts.key, _WRITTEN)
-        if slot != NO_SLOT and self.index.tiers[slot] & _RAM:
-            self._renew(slot, facts, now_ms)
-            return NOWHERE, Outcome.PRESENT
-        if slot != NO_SLOT:
-            return NOWHERE, Outcome.BUSY
-        charge = charged_bytes(facts.size_bytes)
-        record = self._record(facts)
-        if not self.quotas.can_hold(record.tenant, charge):
-            return self._refuse(facts, Outcome.TOO_LARGE)
-        # one entry may always be written, however small the budget is
-        if self.reserved_bytes and self.reserved_bytes + charge > self.reserved_bytes_max:
-            return self._refuse(facts, Outcome.SKIPPED)
-        slot = self.index.enter(facts.key, record, Tier.PENDING)
-        self._policy.admit(slot, self.index.facts(slot, charge), now_ms)
-        place = self._room.make(slot, facts.size_bytes, now_ms)
-        if place is None:
-            self.index.leave(slot, Tier.PENDING)
-            return self._refuse(facts, Outcome.OUTRANKED)
-        self.reserved_bytes += charge
-        return place, Outcome.KEPT
+        With `using`, a ticket of `reserve_ahead`, it is those places and no others.
+        """
+        if using:
+            return self.writes.name(holder, using, entries, now_ms)
+        return self.writes.reserve(holder, entries, now_ms)
 
-    def _renew(self, slot: int, facts: EntryFacts, now_ms: int) -> None:
-        self._policy.renew(slot, facts.band)
-        self.index.raise_band(slot, facts.band)
-        if facts.pin_ms:
-            self._policy.pin(slot, now_ms + facts.pin_ms)
-        for tally in self._tallies(slot):
-            tally.present += 1
+    def reserve_ahead(
+        self, holder: int, tenant: str, count: int, size_bytes: int, now_ms: int
+    ) -> tuple[int, tuple[int, ...]]:
+        """A ticket, and up to `count` places for entries of `tenant` that `holder` names later.
+
+        No ticket (0) where there are none to be had.
+        """
+        return self.writes.reserve_ahead(holder, tenant, count, size_bytes, now_ms)
 
     def commit(self, holder: int, ticket: int, crcs: Sequence[int], now_ms: int) -> int:
         """What `ticket` reserved is written, with `crcs`, -1 for what is given up; how many stay.
 
         A ticket that `holder` has not is of no effect; one with another number of CRCs is given up.
         """
-        writings = self._tickets.get(holder, {}).get(ticket, [])
-        if not writings or len(writings) != len(crcs):
-            self.end(holder, ticket)
-            return 0
-        self._tickets[holder].pop(ticket)
-        if not self._tickets[holder]:
-            del self._tickets[holder]
-        for writing, crc in zip(writings, crcs, strict=True):
-            if crc < 0:
-                self._give_up(writing)
-        written = [(each, crc) for each, crc in zip(writings, crcs, strict=True) if crc >= 0]
-        self._settle([each for each, _ in written], [crc for _, crc in written], now_ms)
-        return len(written)
-
-    def _settle(self, writings: Sequence[_Writing], crcs: Sequence[int], now_ms: int) -> None:
-        slots, sizes = [each.slot for each in writings], self.index.size_bytes
-        self.index.written(slots, [each.place for each in writings], crcs)
-        self.reserved_bytes -= sum(charged_bytes(sizes[slot]) for slot in slots)
+        writings = self.writes.commit(holder, ticket, crcs)
         for writing in writings:
             if writing.pin_ms:
                 self._policy.pin(writing.slot, now_ms + writing.pin_ms)
+        slots = [each.slot for each in writings]
         for told in (self.settled, self.moved):
             if told is not None:
                 for slot in slots:
                     told(slot)
         self.tallies.note_kept(self.index, slots)
-
-    def _give_up(self, writing: _Writing) -> None:
-        self.reserved_bytes -= charged_bytes(self.index.size_bytes[writing.slot])
-        self._room.give_up(writing.slot, writing.place)
+        return len(slots)
 
     def put(self, facts: EntryFacts, data: bytes | memoryview, now_ms: int) -> Outcome:
         """Reserve, copy and commit one entry."""
@@ -435,27 +299,9 @@ class Store:
             layout=record.layout.to_bytes(8) if record.layout else b"",
         )
 
-    def _record(self, facts: EntryFacts) -> Record:
-        return Record(
-            facts.parent,
-            facts.depth,
-            facts.size_bytes,
-            facts.crc,
-            facts.band,
-            self.index.tenant(facts.tenant),
-            _cost_us(facts),
-            int.from_bytes(facts.layout),
-        )
-
     def _tallies(self, slot: int) -> tuple[Tally, Tally]:
         index = self.index
         return self.tallies.both(KINDS[index.kind[slot]], index.tenant_name(index.tenant_of[slot]))
-
-    def _refuse(self, facts: EntryFacts, outcome: Outcome) -> tuple[int, Outcome]:
-        tenant = self.index.tenant_name(self.index.tenant(facts.tenant))
-        for tally in self.tallies.both(facts.key.kind, tenant):
-            tally.refused += 1
-        return NOWHERE, outcome
 
     def stats(self) -> dict[str, Any]:
         """Everything counted, as nested maps of numbers."""
@@ -464,6 +310,7 @@ class Store:
             "budget_bytes": self.budget_bytes,
             "used_bytes": self.used_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "ahead_bytes": self.writes.advances.bytes,
             "pinned_bytes": self._policy.pinned_bytes,
             "leases": len(self.leases),
             "entries": len(self),
@@ -479,16 +326,11 @@ class Store:
         size_bytes = sum(index.size_bytes[slot] for slot in resident)
         self.tallies.check_integrity(len(resident), size_bytes)
         places = {index.ram_place[slot]: slot for slot in resident}
-        reserved = 0
-        for tickets in self._tickets.values():
-            for writing in (each for ticket in tickets.values() for each in ticket):
-                assert index.tiers[writing.slot] == Tier.PENDING, "what is written is not read"
-                places[writing.place] = writing.slot
-                reserved += charged_bytes(index.size_bytes[writing.slot])
-        assert reserved == self.reserved_bytes, "reservations add up"
+        places |= dict(self.writes.owned())
         for place, _, live in self.arena.extents():
             if live and self.arena.owner(place) != NOBODY:
                 assert places.pop(place) == self.arena.owner(place), "owners know their places"
         assert not places, "each entry has its extent"
         index.check_integrity()
+        self.writes.check_integrity()
         self._room.check_integrity()

@@ -71,6 +71,17 @@ class Tallies:
                 tally.bytes += size_bytes
                 tally.kept += len(some)
 
+    def note_present(self, index: Index, slot: int) -> None:
+        """`slot` was written again."""
+        tenant = index.tenant_name(index.tenant_of[slot])
+        for tally in self.both(KINDS[index.kind[slot]], tenant):
+            tally.present += 1
+
+    def note_refused(self, kind: str, tenant: str) -> None:
+        """An entry was not taken in."""
+        for tally in self.both(kind, tenant):
+            tally.refused += 1
+
     def note_evicted(self, index: Index, slots: Sequence[int]) -> None:
         """`slots` leave to make room."""
         for tallies, some, size_bytes in self._by_owner(index, slots):

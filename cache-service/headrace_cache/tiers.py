@@ -27,10 +27,11 @@ from headrace.types import Band
 from headrace_cache.disk import DiskTier
 from headrace_cache.disk_catalog import Place
 from headrace_cache.disk_reads import Loaded
+from headrace_cache.grants import Loan
 from headrace_cache.index import Tier
 from headrace_cache.policy.eviction import NO_SLOT, NOT_PINNED
 from headrace_cache.promises import decode_shares, encode_shares
-from headrace_cache.store import OURSELVES, Loan, Store
+from headrace_cache.store import OURSELVES, Store
 
 PROMOTED_BYTES_MAX = 64 * 1024 * 1024
 """Read from disk for one request."""

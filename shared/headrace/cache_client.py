@@ -213,6 +213,7 @@ class CacheClient:
         written = await write_entries(self._puts, entries, trace, timeout_s)
         self.counts.puts_failed += written.failed
         self.counts.puts_sent += len(entries) - written.failed
+        self.counts.puts_ahead += written.ahead
         return written.held == len(entries)
 
     async def put(self, entries: Sequence[Entry], trace: Mapping[str, str] | None = None) -> bool:

@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from headrace.arena_view import ArenaView
+from headrace.cache_ahead import Kept
 from headrace.clock import Clock
 from headrace.errors import WireError
 from headrace.frame_codec import decode_answer, encode
@@ -61,6 +62,8 @@ class ClientCounts:
     puts_sent: int = 0
     puts_failed: int = 0
     puts_dropped: int = 0
+    puts_ahead: int = 0
+    """Of those sent: written to places that were had ahead."""
     failures: int = 0
     skipped: int = 0
 
@@ -139,6 +142,8 @@ class Connection(FrameProtocol[Answer]):
         self._pending: dict[int, asyncio.Future[tuple[Answer, Parts]]] = {}
         self._places: dict[int, Sequence[memoryview]] = {}
         """By request: the caller's memory, for an answer whose entries have its lengths."""
+        self.kept = Kept(self.give_back)
+        """Places to write to that the service gave ahead."""
         self._returning: set[asyncio.Task[None]] = set()
 
     def _choose(self, answer: Answer) -> Sequence[Place]:
@@ -160,10 +165,16 @@ class Connection(FrameProtocol[Answer]):
         future = self._pending.get(message.id)
         if future is not None and not future.done():
             future.set_result((message, parts))
-        elif isinstance(message, Lent):
+        else:
+            self._return(message)
+
+    def _return(self, message: Answer) -> None:
+        """Give back what an answer grants that nobody waits for any more."""
+        if isinstance(message, Lent):
             self.give_back(message.lease)
         elif isinstance(message, Reserved):
             self.give_back(message.ticket)
+            self.give_back(message.ahead)
 
     def give_back(self, lease: int) -> None:
         """Tell the service that what it lent or reserved is not used any more. Never waits."""
@@ -190,6 +201,7 @@ class Connection(FrameProtocol[Answer]):
 
     def _end(self) -> None:
         self.arena = None
+        self.kept.drop()  # closed by now: the service takes back all at once
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(ConnectionResetError("the cache service hung up"))
@@ -215,15 +227,18 @@ class Connection(FrameProtocol[Answer]):
             head = encode(request)
             if payload or not self.try_send(head):
                 await self.send([head, *payload], stall_s)
-            return await future
+            answer = await future
+        except BaseException:
+            # it may have come in the moment in which the wait was given up; nor is it an error then
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._return(future.result()[0])
+            raise
         finally:
             del self._pending[request.id]
             self._places.pop(request.id, None)
             if self._filling == request.id:
                 self.abort()
-            # an outcome that nobody waits for any more is no error
-            if future.done() and not future.cancelled():
-                future.exception()
+        return answer
 
 
 @dataclass(frozen=True, slots=True)

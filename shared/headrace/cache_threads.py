@@ -25,6 +25,9 @@ from headrace.frames import Buffer
 COPIERS = 2
 """Threads in a process; two saturate what a few cores share of the memory."""
 
+COPIERS_ASIDE = COPIERS if (os.cpu_count() or 1) > COPIERS else 1
+"""That copy while others have work: on two cores, one of them is for the service."""
+
 INLINE_BYTES_MAX = 1024 * 1024
 """What is checked or copied in the event loop: a fifth of a millisecond; more is for threads."""
 
@@ -53,10 +56,13 @@ async def in_threads(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
     return calls.results
 
 
-async def copy_all(targets: Sequence[memoryview | None], sources: Sequence[Buffer]) -> list[int]:
+async def copy_all(
+    targets: Sequence[memoryview | None], sources: Sequence[Buffer], *, aside: bool = False
+) -> list[int]:
     """Copy each of `sources` to its target, if it has one; the CRC-32C of each.
 
-    Raises ValueError where a target has another length.
+    `aside`: the caller's process and the service have work to do meanwhile. Raises ValueError where
+    a target has another length.
     """
     copies = Copies.of(targets, sources)
     sizes = list(map(len, sources))
@@ -74,14 +80,22 @@ async def copy_all(targets: Sequence[memoryview | None], sources: Sequence[Buffe
     if sum(sizes) <= INLINE_BYTES_MAX:
         copies.run()
     else:
-        await _together(copies, len(sizes))
+        await _together(copies, len(sizes), copies.await_begin if aside else None)
     return copies.crcs
 
 
-async def _together(share: _Share, count: int) -> None:
-    """Have the copiers do `share`, of `count` parts. Raises what one of them raised."""
-    batch = _Batch(share)
-    _copiers().begin(batch, min(COPIERS, count))
+async def _together(
+    share: _Share, count: int, await_begin: Callable[[], None] | None = None
+) -> None:
+    """Have the copiers do `share`, of `count` parts. Raises what one of them raised.
+
+    With `await_begin` they do it aside, and that waits until they are at it: as long as Python's
+    lock is held here, none of them would come to begin.
+    """
+    batch, copiers = _Batch(share), _copiers()
+    copiers.begin(batch, min(COPIERS if await_begin is None else COPIERS_ASIDE, count))
+    if await_begin is not None and copiers.running < COPIERS_ASIDE:
+        await_begin()
     try:
         await asyncio.shield(batch.done)
     finally:
@@ -162,17 +176,27 @@ class _Copiers:
 
     def __init__(self) -> None:
         self._batches: SimpleQueue[_Batch] = SimpleQueue()
+        self._busy = [False] * COPIERS
         for number in range(COPIERS):
             name = f"headrace-copier-{number}"
-            threading.Thread(target=self._work_for_ever, name=name, daemon=True).start()
+            args = (number,)
+            threading.Thread(target=self._work_for_ever, args=args, name=name, daemon=True).start()
+
+    @property
+    def running(self) -> int:
+        """How many of the threads have work."""
+        return sum(self._busy)
 
     def begin(self, batch: _Batch, helpers: int) -> None:
         for _ in range(helpers):
             self._batches.put(batch)
 
-    def _work_for_ever(self) -> None:
+    def _work_for_ever(self, number: int) -> None:
         while True:
-            self._batches.get().run()
+            batch = self._batches.get()
+            self._busy[number] = True
+            batch.run()
+            self._busy[number] = False
 
 
 _started: list[_Copiers] = []

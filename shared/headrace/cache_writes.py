@@ -1,7 +1,7 @@
 """Writing a batch of entries: into reserved places of the arena where it is mapped, else as a put.
 
-Invariant: bytes are copied only for what the service has a place for; a batch whose copying failed
-or was given up is never committed.
+Invariant: bytes are copied only to places that are this connection's until it commits or gives
+them back; a batch whose copying failed or was given up is never committed.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
 from headrace.arena_view import ArenaView
+from headrace.cache_ahead import Ahead, wish_of
 from headrace.cache_entries import Entry, PutEntry, batches, facts_of
 from headrace.cache_lane import Connection, Lane
 from headrace.cache_threads import copy_all, in_threads
 from headrace.checksum import checksum
 from headrace.errors import WireError
-from headrace.frames import Buffer, Commit, Counted, Put, Reserve, Reserved
+from headrace.frames import NONE_AHEAD, Buffer, Commit, Counted, Put, Reserve, Reserved
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,8 @@ class Written:
 
     held: int = 0
     failed: int = 0
+    ahead: int = 0
+    """Written to places that were had ahead."""
 
 
 async def write_entries(
@@ -58,10 +61,9 @@ async def write_entries(
         return Written(failed=len(entries))
     if connection.arena is not None:
         writer = _InPlace(lane, connection, connection.arena, trace, timeout_s)
-        first_bytes_max = PIECE_BYTES_MAX if connection.writers else FIRST_BYTES_MAX
         connection.writers += 1
         try:
-            return await writer.write(batches(entries, PIECE_BYTES_MAX, first_bytes_max))
+            return await writer.write(entries)
         finally:
             connection.writers -= 1
     return await _send_all(lane, connection, entries, trace, timeout_s)
@@ -134,8 +136,23 @@ async def _send(
     return answered.answer.count if answered is not None else None
 
 
+class _Filled(NamedTuple):
+    """A piece that is copied: how many entries it had, and what commits them."""
+
+    entries: int
+    ticket: int
+    crcs: Sequence[int]
+
+
+_Asked = asyncio.Task[Reserved | None]
+
+
 class _InPlace:
-    """Reserve, copy, commit: while one piece is copied, the next ones' places are made free."""
+    """Reserve, copy, commit: while one piece is copied, the next ones' places are made free.
+
+    Where there are places from before (`cache_ahead.py`), the first piece goes there at once, and
+    what they are for is told meanwhile.
+    """
 
     def __init__(
         self,
@@ -150,40 +167,71 @@ class _InPlace:
         self._arena = arena
         self._trace = trace
         self._timeout_s = timeout_s
+        self._wish = NONE_AHEAD
+        self._asked: deque[tuple[Sequence[Entry], _Asked]] = deque()
 
-    async def write(self, pieces: Sequence[Sequence[Entry]]) -> Written:
+    async def write(self, entries: Sequence[Entry]) -> Written:
+        """Raises what a `fill` raises."""
+        if not entries:
+            return Written()
+        self._wish = wish_of(entries)
+        ahead = self._connection.kept.take(entries)
+        pieces = deque(self._cut(entries, ahead))
         written = Written()
-        asked: deque[asyncio.Task[Reserved | None]] = deque()
-        filled: list[tuple[int, int, Sequence[int]]] = []  # entries, ticket and CRCs, by piece
+        filled: list[_Filled] = []
+        naming: list[_Asked] = []
         try:
-            for index, piece in enumerate(pieces):
-                for later in pieces[index + len(asked) : index + AHEAD_MAX]:
-                    asked.append(asyncio.ensure_future(self._reserve(later)))
-                reserved = await asked[0]
-                asked.popleft()
-                if reserved is None:
-                    written.failed += len(piece)
-                    continue
-                written.held += reserved.held
-                if reserved.ticket:
-                    crcs = await self._fill_or_give_back(piece, reserved)
-                    filled.append((len(piece), reserved.ticket, crcs))
+            if ahead is not None:
+                first = pieces.popleft()
+                naming.append(self._ask(first, last=not pieces, using=ahead.ticket))
+                self._ask_some(pieces)
+                filled.append(await self._fill(first, ahead.ticket, ahead.places, aside=True))
+                written.ahead = len(first)
+            while self._ask_some(pieces):
+                piece, answer = self._asked[0]
+                reserved = await answer
+                self._asked.popleft()
+                written.failed += 0 if reserved is not None else len(piece)
+                written.held += reserved.held if reserved is not None else 0
+                if reserved is not None and reserved.ticket:
+                    filled.append(await self._fill(piece, reserved.ticket, reserved.places))
         except BaseException:
             commits = self._begin_commits(filled)
             await asyncio.sleep(0)  # they are sent; nobody waits for their answers
-            await self._give_up([*asked, *commits])
+            await self._give_up([*naming, *(answer for _, answer in self._asked), *commits])
             raise
-        answers = await asyncio.gather(*self._begin_commits(filled))
-        for (count, _, _), held in zip(filled, answers, strict=True):
+        for (count, _, _), held in zip(
+            filled, await asyncio.gather(*self._begin_commits(filled)), strict=True
+        ):
             written.held += held or 0
             written.failed += count if held is None else 0
+        for named in naming:
+            told = await named
+            written.held += told.held if told is not None else 0
         return written
 
-    def _begin_commits(
-        self, filled: Sequence[tuple[int, int, Sequence[int]]]
-    ) -> list[asyncio.Task[int | None]]:
+    def _cut(self, entries: Sequence[Entry], ahead: Ahead | None) -> list[Sequence[Entry]]:
+        if ahead is not None:
+            count = ahead.fits(entries)
+            return [entries[:count], *batches(entries[count:], PIECE_BYTES_MAX)]
+        alone = self._connection.writers == 1
+        return [*batches(entries, PIECE_BYTES_MAX, FIRST_BYTES_MAX if alone else 0)]
+
+    def _ask_some(self, pieces: deque[Sequence[Entry]]) -> bool:
+        """Ask for places for some of `pieces`, which are taken out; whether answers are to come."""
+        while pieces and len(self._asked) < AHEAD_MAX:
+            piece = pieces.popleft()
+            self._asked.append((piece, self._ask(piece, last=not pieces)))
+        return bool(self._asked)
+
+    def _ask(self, piece: Sequence[Entry], *, last: bool, using: int = 0) -> _Asked:
+        """The last one asks for places ahead of the next batch, too."""
+        wish = self._wish if last else NONE_AHEAD
+        return asyncio.ensure_future(self._reserve(piece, using, wish))
+
+    def _begin_commits(self, filled: Sequence[_Filled]) -> list[asyncio.Task[int | None]]:
         """All at a time: each would wake the service while it makes the next piece's places."""
-        return [asyncio.ensure_future(self._commit(ticket, crcs)) for _, ticket, crcs in filled]
+        return [asyncio.ensure_future(self._commit(each.ticket, each.crcs)) for each in filled]
 
     async def _give_up(self, tasks: Collection[asyncio.Task[Any]]) -> None:
         """Wait no more. What is reserved is given back now, or when its answer comes."""
@@ -193,25 +241,34 @@ class _InPlace:
             if isinstance(answer, Reserved):
                 self._connection.give_back(answer.ticket)
 
-    async def _reserve(self, piece: Sequence[Entry]) -> Reserved | None:
+    async def _reserve(
+        self, piece: Sequence[Entry], using: int, wish: tuple[int, int]
+    ) -> Reserved | None:
         facts = tuple(map(facts_of, piece))
         asked = await self._lane.ask(
-            lambda message_id, _: Reserve(message_id, facts, self._trace),
+            lambda message_id, _: Reserve(message_id, facts, self._trace, using, wish),
             Reserved,
             self._timeout_s,
             on=self._connection,
         )
-        return asked.answer if asked is not None else None
+        if asked is None:
+            return None
+        self._connection.kept.keep(asked.answer, wish, piece[0].tenant)
+        return asked.answer
 
-    async def _fill_or_give_back(self, piece: Sequence[Entry], reserved: Reserved) -> list[int]:
+    async def _fill(
+        self, piece: Sequence[Entry], ticket: int, places: Sequence[int], *, aside: bool = False
+    ) -> _Filled:
+        """Copy what was given a place. Where that fails, the places are given back."""
+        crcs: list[int] = []
         try:
-            return await _fill(self._arena, piece, reserved.places)
+            crcs = await _fill(self._arena, piece, places, aside=aside)
         except WireError as error:
             log.warning("the cache service gives places it has not", error=error.message)
-            return []
         except BaseException:
-            self._connection.give_back(reserved.ticket)
+            self._connection.give_back(ticket)
             raise
+        return _Filled(len(piece), ticket, crcs)
 
     async def _commit(self, ticket: int, crcs: Sequence[int]) -> int | None:
         asked = await self._lane.ask(
@@ -223,7 +280,9 @@ class _InPlace:
         return asked.answer.count if asked is not None else None
 
 
-async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int]) -> list[int]:
+async def _fill(
+    arena: ArenaView, batch: Sequence[Entry], places: Sequence[int], *, aside: bool
+) -> list[int]:
     """The CRC of each entry that was given a place, written there. Raises WireError."""
     given = [
         (entry, arena.view(place, entry.size_bytes))
@@ -237,5 +296,5 @@ async def _fill(arena: ArenaView, batch: Sequence[Entry], places: Sequence[int])
 
     ready = [entry.data for entry, _ in given if isinstance(entry, PutEntry)]
     if len(ready) == len(given):
-        return await copy_all([view for _, view in given], ready)
+        return await copy_all([view for _, view in given], ready, aside=aside)
     return await in_threads(work, [entry.size_bytes for entry, _ in given])

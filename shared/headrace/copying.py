@@ -32,6 +32,9 @@ CHECKED_BYTES = 512 * 1024
 VARIABLE = "HEADRACE_KERNELS"
 """`off`: no C of our own, as for the worker's kernels."""
 
+BEGIN_TRIES = 100
+"""Times that the processor is offered to others while nobody has begun."""
+
 _JOB_WORDS = 4
 """Of a job in C: target, source, size, and the CRC that is its answer."""
 
@@ -121,6 +124,10 @@ class Copies:
         jobs, following = self._jobs.buffer_info()[0], self._next.buffer_info()[0]
         self._library.headrace_copy(jobs, self._count, following)
 
+    def await_begin(self) -> None:
+        """Wait, without Python's lock, until somebody runs; for some 50 microseconds at most."""
+        self._library.headrace_await_begin(self._next.buffer_info()[0], BEGIN_TRIES)
+
     def stop(self) -> None:
         """Whoever runs begins nothing more."""
         self._next[0] = self._count
@@ -168,6 +175,8 @@ class _Library:
         pointer = ctypes.c_void_p
         library.headrace_copy.argtypes = (pointer, ctypes.c_int64, pointer)
         library.headrace_copy.restype = None
+        library.headrace_await_begin.argtypes = (pointer, ctypes.c_int64)
+        library.headrace_await_begin.restype = None
         self.found, self.state = library, "native"
 
 

@@ -21,6 +21,7 @@ from headrace.frames import (
     KEYS_MAX,
     KINDS,
     LAYOUT_BYTES,
+    NONE_AHEAD,
     PAYLOAD_BYTES_MAX,
     PIN_MS_MAX,
     RAM,
@@ -54,7 +55,7 @@ from headrace.policy.hashing import HASH_BYTES
 from headrace.types import Band
 from headrace.wire import Fields, pack
 
-MAGIC = b"HRC\x02"
+MAGIC = b"HRC\x03"
 """The last byte is the format's version."""
 
 HEADER_BYTES_MAX = 1024 * 1024
@@ -84,8 +85,11 @@ def _body(message: Request | Answer) -> dict[str, Any]:
                 "tenant": message.tenant,
             }
         case Put() | Reserve():
-            rows = [_encode_facts(facts) for facts in message.entries]
-            return {"entries": rows, "trace": dict(message.trace)}
+            columns = _encode_entries(message.entries)
+            body: dict[str, Any] = {"entries": columns, "trace": dict(message.trace)}
+            if isinstance(message, Reserve):
+                body |= {"using": message.using, "ahead": message.ahead}
+            return body
         case Has() | Verify():
             return _encode_keys(message.keys)
         case Ask():
@@ -115,9 +119,15 @@ def _encode_keys(keys: Sequence[EntryKey]) -> dict[str, Any]:
     return {"kind": keys[0].kind, "hashes": b"".join(key.hash for key in keys)}
 
 
-def _encode_facts(facts: EntryFacts) -> list[Any]:
-    key, *rest = facts
-    return [*key, *rest]
+def _encode_entries(entries: Sequence[EntryFacts]) -> list[Sequence[Any]]:
+    """A column for each field, of one value where all are equal, as most are in a chain."""
+    keys, *rest = zip(*entries, strict=True)
+    kinds, hashes = zip(*keys, strict=True)
+    return [_short(kinds), hashes, *map(_short, rest)]
+
+
+def _short(column: Sequence[Any]) -> Sequence[Any]:
+    return column[:1] if column.count(column[0]) == len(column) else column
 
 
 def decode_request(header: bytes) -> Request:
@@ -193,13 +203,15 @@ _FACTS_TYPES = (str, bytes, bytes, int, int, int, int, str, int, float, bytes, i
 
 
 def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
-    """A field of all rows at a time: most of a put's decoding is this."""
-    rows = f.get("entries", list)
-    if not 1 <= len(rows) <= KEYS_MAX:
-        raise WireError(f"entries: {len(rows)} are not 1 to {KEYS_MAX}")
-    if not all(isinstance(row, list) and len(row) == len(_FACTS_TYPES) for row in rows):
+    """A column at a time: most of a put's decoding is this."""
+    columns = f.get("entries", list)
+    if len(columns) != len(_FACTS_TYPES) or not all(type(column) is list for column in columns):
         raise WireError("entry: its fields are not those agreed")
-    columns = list(zip(*rows, strict=True))
+    count = len(columns[1])
+    if not 1 <= count <= KEYS_MAX:
+        raise WireError(f"entries: {count} are not 1 to {KEYS_MAX}")
+    if not all(len(column) in (1, count) for column in columns):
+        raise WireError("entry: a field is of some entries only")
     if not all(
         set(map(type, column)) == {kind} for column, kind in zip(columns, _FACTS_TYPES, strict=True)
     ):
@@ -221,10 +233,11 @@ def _decode_entries(f: Fields) -> tuple[EntryFacts, ...]:
     for check, values in ((_kind, kinds), (_tenant, tenants), (_layout, layouts)):
         for value in set(values):
             check(value)
-    keys = map(EntryKey, kinds, hashes)
-    named = map(_BANDS.__getitem__, bands)
-    rest = (tenants, tokens, times, layouts, pins)
-    return tuple(map(EntryFacts, keys, parents, depths, sizes, crcs, named, *rest))
+    named = [_BANDS[band] for band in bands]
+    rest = (parents, depths, sizes, crcs, named, tenants, tokens, times, layouts, pins)
+    wide = (column if len(column) == count else column * count for column in (kinds, *rest))
+    keys = map(EntryKey, next(wide), hashes)
+    return tuple(map(EntryFacts, keys, *wide))
 
 
 def _within(what: str, numbers: Sequence[int], least: int, most: int) -> None:
@@ -265,7 +278,22 @@ def _decode_reserved(f: Fields, message_id: int) -> Reserved:
     places = f.integers("places")
     if len(places) > KEYS_MAX or not all(place >= -1 for place in places):
         raise WireError("reserved: a place is out of range")
-    return Reserved(message_id, f.get("ticket", int), places, f.get("held", int))
+    places_ahead = f.integers("ahead_places")
+    if len(places_ahead) > KEYS_MAX or not all(place >= 0 for place in places_ahead):
+        raise WireError("reserved: a place ahead is out of range")
+    ticket, held, ahead = f.get("ticket", int), f.get("held", int), f.get("ahead", int)
+    return Reserved(message_id, ticket, places, held, ahead, places_ahead)
+
+
+def _decode_reserve(f: Fields, message_id: int) -> Reserve:
+    ahead = f.integers("ahead")
+    if len(ahead) != len(NONE_AHEAD):
+        raise WireError("reserve: places ahead are a number and a size")
+    count, size_bytes = ahead
+    if not (0 <= count <= KEYS_MAX and 0 <= size_bytes <= ENTRY_BYTES_MAX):
+        raise WireError(f"reserve: {count} places of {size_bytes} bytes are out of range")
+    using = f.get("using", int)
+    return Reserve(message_id, _decode_entries(f), _trace(f), using, (count, size_bytes))
 
 
 def _decode_commit(f: Fields, message_id: int) -> Commit:
@@ -292,7 +320,7 @@ _REQUESTS: dict[str, Callable[[Fields, int], Request]] = {
     "lend": lambda f, message_id: _decode_get(f, message_id, Lend),
     "release": lambda f, message_id: Release(message_id, f.get("lease", int)),
     "put": lambda f, message_id: Put(message_id, _decode_entries(f), _trace(f)),
-    "reserve": lambda f, message_id: Reserve(message_id, _decode_entries(f), _trace(f)),
+    "reserve": _decode_reserve,
     "commit": _decode_commit,
     "has": lambda f, message_id: Has(message_id, _decode_keys(f)),
     "verify": lambda f, message_id: Verify(message_id, _decode_keys(f)),

@@ -38,6 +38,8 @@ KINDS = (KV, PROMPT)
 RAM = 0
 DISK = 1
 
+NONE_AHEAD = (0, 0)
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -154,15 +156,25 @@ class Put(Message):
 
 @dataclass(frozen=True, slots=True)
 class Reserve(Message):
-    """Asks for places in the arena to write `entries` to; Commit follows."""
+    """Asks for places in the arena to write `entries` to; Commit follows.
+
+    `using` is the ticket of places had ahead, which the entries are written to in order; 0: none.
+    `ahead` asks for such places for a later batch of the same tenant: how many, and of what size.
+    """
 
     entries: tuple[EntryFacts, ...]
     trace: Mapping[str, str] = field(default_factory=dict)
+    using: int = 0
+    ahead: tuple[int, int] = NONE_AHEAD
 
 
 @dataclass(frozen=True, slots=True)
 class Commit(Message):
-    """The places of `ticket` are written: a CRC for each that was given, or -1 to give it up."""
+    """The places of `ticket` are written: a CRC for each that was given, or -1 to give it up.
+
+    Of places had ahead, a CRC for each entry: the answer that says which of them are wanted may not
+    be here yet.
+    """
 
     ticket: int
     crcs: tuple[int, ...]
@@ -242,11 +254,14 @@ class Reserved(Message):
     """Answers Reserve: a place for each entry, -1 for those that are not to be written.
 
     `ticket` is 0 where no place was given; `held` counts the entries that are there already.
+    `ahead_places` are had ahead, with ticket `ahead`; none where there is no room for them.
     """
 
     ticket: int
     places: tuple[int, ...]
     held: int
+    ahead: int = 0
+    ahead_places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

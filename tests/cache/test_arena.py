@@ -80,6 +80,46 @@ def test_memory_is_had_from_the_system_as_it_is_needed(
     arena.close()
 
 
+@pytest.mark.parametrize(
+    ("said", "given"),
+    [
+        ("always within_size [advise] never deny force", True),
+        ("always within_size advise [never] deny force", False),
+        ("always within_size advise never [deny] force", False),
+        (None, False),
+    ],
+)
+def test_huge_pages_are_asked_for_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str | None, given: bool
+) -> None:
+    """What the kernel says is told; memory is there either way, and no more than was grown."""
+    if said is not None:
+        (tmp_path / "shmem_enabled").write_text(said)
+    monkeypatch.setattr(arena_module, "HUGE_PAGES", tmp_path)
+    monkeypatch.setattr(arena_module, "GROWTH_BYTES", 64 * KB)
+    arena = Arena(32 << 20, tmp_path)
+    assert arena.huge_pages is given
+    places = [take(arena, 5000 * KB) for _ in range(6)]
+    for number, place in enumerate(places):
+        arena.view(place, 5000 * KB)[:] = bytes([number]) * (5000 * KB)
+    for number, place in enumerate(places):
+        assert arena.view(place, 5000 * KB) == bytes([number]) * (5000 * KB)
+    arena.check_integrity()
+    arena.close()
+
+
+def test_a_kernel_that_makes_no_pages_ahead_makes_them_when_they_are_ensured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "shmem_enabled").write_text("[always]")
+    monkeypatch.setattr(arena_module, "HUGE_PAGES", tmp_path)
+    monkeypatch.setattr(arena_module, "MADV_POPULATE_WRITE", 9999)
+    arena = Arena(32 << 20, tmp_path)
+    arena.view(take(arena, 100 * KB), 100 * KB)[:] = b"x" * (100 * KB)
+    assert Path(arena.path).stat().st_blocks * 512 >= arena_module.GROWTH_BYTES
+    arena.close()
+
+
 def test_a_full_file_system_is_an_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What there is can be used on; nothing is promised that has no memory behind it."""
     monkeypatch.setattr(arena_module, "GROWTH_BYTES", 64 * KB)

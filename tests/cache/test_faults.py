@@ -25,5 +25,6 @@ def test_nothing_wrong_is_served_whatever_happens() -> None:
     result = json.loads(done.stdout)
     assert result["wrong"] == 0, result["wrong_names"]
     assert result["hits"] > 100
+    assert result["ahead"] > 0, "places had ahead were used, and died with their holders"
     assert result["errors"] == result["service_deaths"] == result["service_tracebacks"] == 0
     assert result["disk"]["written"] > 0 and result["disk"]["job_failures"] == 0

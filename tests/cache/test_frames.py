@@ -71,6 +71,7 @@ REQUESTS: list[Request] = [
     Lend(8, KEYS, None, TRACE, b"8 bytes.", "acme"),
     Release(9, 4),
     Reserve(10, ENTRIES, TRACE),
+    Reserve(14, ENTRIES[:1], TRACE, 3, (32, 368_640)),
     Commit(11, 4, (5, -1)),
     Hello(12),
     Manage(13, {"what": "list"}),
@@ -81,7 +82,7 @@ ANSWERS: list[Answer] = [
     Known(4, (True, False)),
     Stats(6, {"by_kind": {"kv": {"entries": 1}}}),
     Lent(8, (10, 20), (7, 8), False, (0, 1), 4, (4096, 8192)),
-    Reserved(10, 4, (4096, -1), 1),
+    Reserved(10, 4, (4096, -1), 1, 5, (8192, 12288)),
     Welcome(12, "/dev/shm/arena", b"n" * 16, 1 << 20, 3),
 ]
 
@@ -202,7 +203,7 @@ def test_a_malformed_frame_is_named(stream: bytes, message: str) -> None:
 def test_each_fact_of_an_entry_is_checked(field: int, value: Any) -> None:
     """A NaN cost would disorder the eviction heap; a huge size would take the memory."""
     header = unpack(header_of(REQUESTS[2]))
-    header["entries"][0][field] = value
+    header["entries"][field][0] = value
     with pytest.raises(WireError):
         decode_request(pack(header))
 
@@ -238,6 +239,9 @@ def test_each_field_of_a_get_is_checked(change: dict[str, Any]) -> None:
         (4, {"places": [1]}),
         (4, {"places": [1, -1]}),
         (5, {"places": [-2]}),
+        (5, {"ahead_places": [-1]}),
+        (5, {"ahead_places": [1] * (KEYS_MAX + 1)}),
+        (5, {"ahead": "5"}),
         (6, {"nonce": b"short"}),
         (6, {"path": "x" * 2000}),
     ],
@@ -245,6 +249,32 @@ def test_each_field_of_a_get_is_checked(change: dict[str, Any]) -> None:
 def test_each_field_of_an_answer_is_checked(answer: int, change: dict[str, Any]) -> None:
     with pytest.raises(WireError):
         decode_answer(pack(unpack(header_of(ANSWERS[answer])) | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ahead": [1]},
+        {"ahead": [-1, 5]},
+        {"ahead": [KEYS_MAX + 1, 5]},
+        {"ahead": [1, ENTRY_BYTES_MAX + 1]},
+        {"using": None},
+        {"entries": []},
+        {"entries": [[]] * 12},
+        {"entries": [["kv"] * 2] * 12},
+        {"entries": ["kv"] * 12},
+    ],
+)
+def test_each_field_of_a_reserve_is_checked(change: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        decode_request(pack(unpack(header_of(Reserve(1, ENTRIES))) | change))
+
+
+def test_a_field_of_some_entries_only_is_refused() -> None:
+    header = unpack(header_of(Reserve(1, ENTRIES)))
+    header["entries"][3] = header["entries"][3][:2]
+    with pytest.raises(WireError, match="some entries"):
+        decode_request(pack(header))
 
 
 def test_each_crc_of_a_commit_is_checked() -> None:

@@ -23,9 +23,9 @@ from headrace.cache_entries import keys_of
 from headrace.frames import KV, RAM, parse_address
 from headrace.policy.hashing import block_hashes, group_of, root_hash
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, BlockNews, pack_tokens
+from headrace_cache.grants import Loan
 from headrace_cache.index import Index
 from headrace_cache.server import CacheServer
-from headrace_cache.store import Loan
 from headrace_cache.tiers import Wanted
 from headrace_gateway.policy.shared_index import SharedIndex
 from headrace_gateway.tenants import salt_of

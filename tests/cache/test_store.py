@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from cache.builders import data_of, facts_of, hash_of, make_store
 from headrace.frames import KINDS, KV, PROMPT, EntryKey
 from headrace.types import Band
+from headrace_cache.grants import NOWHERE, Loan, Outcome
 from headrace_cache.index import OTHER_TENANTS, TENANTS_MAX
 from headrace_cache.policy.names import POLICIES
 from headrace_cache.policy.quota import Share
 from headrace_cache.room import charged_bytes
-from headrace_cache.store import NOWHERE, OURSELVES, Loan, Outcome, Store
+from headrace_cache.store import OURSELVES, Store
 
 NO_LIMIT = 1 << 40
 
@@ -347,7 +348,7 @@ def test_a_chain_taken_in_at_once_is_as_its_entries_one_by_one(
     """Two stores, one of which never takes the short way, are told the same."""
     rng = random.Random(seed)
     short, long = (make_store(room_for(60, 3_000)) for _ in range(2))
-    monkeypatch.setattr(long, "_reserve_at_once", lambda *_: None)
+    monkeypatch.setattr(long.writes, "_reserve_at_once", lambda *_: None)
     for now_ms in range(150):
         name, length = rng.randrange(40), rng.randint(1, 12)
         sizes = [3_000] * length  # of one size, so that nothing depends on where they lie

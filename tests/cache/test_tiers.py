@@ -32,11 +32,11 @@ from headrace.cache_entries import keys_of
 from headrace.errors import WireError
 from headrace.frames import KV, parse_address
 from headrace_cache.disk import BUDGET_BYTES_MIN, DiskTier
+from headrace_cache.grants import Loan
 from headrace_cache.policy.quota import Share
 from headrace_cache.promises import decode_shares, encode_shares
 from headrace_cache.room import charged_bytes
 from headrace_cache.server import CacheServer
-from headrace_cache.store import Loan
 from headrace_cache.tiers import Wanted
 
 PATIENCE_S = 20.0

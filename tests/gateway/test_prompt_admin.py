@@ -101,6 +101,24 @@ async def test_a_key_sees_its_own_tenant_and_an_admin_everybody(tmp_path: Path) 
         assert set(whole["by_tenant"]) >= {"red", "blue"}
 
 
+async def test_a_wrong_query_is_told_by_its_field(tmp_path: Path) -> None:
+    async with administered(tmp_path) as (g, _):
+        for query, field in (
+            ("limit=banana", "limit"),
+            ("limit=0", "limit"),
+            ("kind=video", "kind"),
+            ("prefix=xyz", "prefix"),
+            ("cursor=99999999999999999999", "cursor"),
+        ):
+            status, refused = await call(g, "k-red", "GET", f"/entries?{query}")
+            assert (status, refused["error"]["param"]) == (400, field)
+            assert refused["error"]["message"].startswith(f"{field}: ")
+        named = {"hashes": ["0" * 64], "ttl": "soon"}
+        status, refused = await call(g, "k-red", "POST", "/pin", named)
+        assert status == 400
+        assert refused["error"]["message"] == "ttl: a time like 90s, 30m, 12h or 1d"
+
+
 async def test_entries_are_pinned_by_hash_and_by_prompt(tmp_path: Path) -> None:
     """A prompt is named with its tenant's salt: nobody pins, or finds out about, another's."""
     async with administered(tmp_path) as (g, _):

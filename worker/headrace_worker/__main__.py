@@ -10,7 +10,7 @@ import sys
 import structlog
 import torch
 
-from headrace import logs, loops, telemetry
+from headrace import logs, loops, telemetry, turns
 from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
@@ -176,6 +176,7 @@ def main() -> None:
         if os.environ["RANK"] != "0":
             rank.follow_over_torch(settings)
     telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
+    turns.ask(turns.SHORT_NS)  # of what answers; the engine's threads take the usual ones
     try:
         loops.run(serve(settings))
     except (ModelError, SettingsError) as error:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import structlog
 import torch
 
+from headrace import turns
 from headrace.clock import Clock
 from headrace_worker.engine import Engine
 from headrace_worker.results import StepResult
@@ -94,6 +95,7 @@ class EngineThread:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
+        turns.ask(turns.USUAL_NS)
         # those that compute with this thread are made by it, and inherit that
         own = threading.get_native_id()
         niceness = os.getpriority(os.PRIO_PROCESS, own) + self._nice

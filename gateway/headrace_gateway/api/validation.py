@@ -30,17 +30,18 @@ def missing(param: str) -> CallerError:
 
 
 def validate(kind: type[R], body: Mapping[str, Any]) -> R:
-    """`body` as a `kind`. Raises CallerError naming the field in `param`."""
+    """`body`, or a query, as a `kind`. Raises CallerError naming the field in `param`."""
+    fields = dict(body)
     try:
-        return kind.model_validate(dict(body))
+        return kind.model_validate(fields)
     except ValidationError as error:
-        raise _field_error(error, body) from error
+        raise _field_error(error, fields) from error
 
 
 def _field_error(error: ValidationError, body: Mapping[str, Any]) -> CallerError:
     """The problem deepest in the body: with alternatives (string or list) it is what was meant."""
     problems = [
-        (_field_path(e["loc"], body, missing=e["type"] == "missing"), e["type"], e["msg"])
+        (_field_path(e["loc"], body, missing=e["type"] == "missing"), e["type"], _reason(e["msg"]))
         for e in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     path, kind, _ = max(problems, key=lambda problem: len(problem[0]))
@@ -51,6 +52,11 @@ def _field_error(error: ValidationError, body: Mapping[str, Any]) -> CallerError
         param=where or None,
         code="missing_required_parameter" if kind == "missing" else "invalid_value",
     )
+
+
+def _reason(message: str) -> str:
+    """Without pydantic's word for what our own checks said."""
+    return message.removeprefix("Value error, ")
 
 
 def _field_path(
