@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from headrace.types import TokenLogprobs
 from headrace_worker.executor import Steps
+from headrace_worker.native.program import Scored
 from headrace_worker.parallel.vocabulary import OPEN, Verdict
 from headrace_worker.parallel.wishes import wishes_of
 from headrace_worker.policy.plan import PlanItem
@@ -102,12 +103,15 @@ class Runner:
             return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
 
 
-def _read(answer: torch.Tensor | Verdict, begun: _Begun) -> list[Ran]:
+def _read(answer: torch.Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
     """Scores and tokens of a plan's wanted rows."""
+    settled = tops = None
     if isinstance(answer, Verdict):
         logits, settled = answer.whole, answer.tokens.tolist()
+    elif isinstance(answer, Scored):
+        logits, tops = answer.logits, answer.tops.tolist()
     else:
-        logits, settled = answer, None
+        logits = answer
     ran = [Ran() for _ in begun.items]
     at, place = 0, 0  # among all wanted rows, and among those whose logits are here
     left: list[tuple[Ran, int, int, Row]] = []
@@ -125,8 +129,10 @@ def _read(answer: torch.Tensor | Verdict, begun: _Begun) -> list[Ran]:
                 place += 1
             at += 1
     if 0 < len(left) < len(logits):
-        logits = logits[[place for _, _, place, _ in left]]
-    chosen = sample(logits, [row for *_, row in left]) if left else []
+        places = [place for _, _, place, _ in left]
+        logits = logits[places]
+        tops = None if tops is None else [tops[place] for place in places]
+    chosen = sample(logits, [row for *_, row in left], tops) if left else []
     for (got, index, _, _), choice in zip(left, chosen, strict=True):
         got.chosen[index] = choice
     return ran

@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-constexpr int32_t ABI_VERSION = 1;
+constexpr int32_t ABI_VERSION = 2;
 
 // Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
 constexpr int PANEL = 16;
@@ -81,12 +81,14 @@ struct Model {
 
 struct Step {
   const int64_t* tokens;     // [rows]
-  const float* const* cos;   // [ropes] tables [rows, rotated]
+  const int64_t* positions;  // [rows]
+  const float* const* cos;   // [ropes] tables [positions, rotated]
   const float* const* sin;   // the first half negated
   const int64_t* sampled;    // rows that go through the head; null for all
   int32_t sampled_rows;
   int32_t unused;
   float* logits;  // [sampled_rows, vocab]
+  int64_t* tops;  // [sampled_rows], the first highest logit of each, -1 where that is not finite
 };
 
 // One instruction set's kernels.

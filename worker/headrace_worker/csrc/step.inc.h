@@ -5,10 +5,17 @@
 // from the embedding to the logits, whatever the model's dtype: only weights and the KV pool are
 // rounded. Every thread goes through the same phases; see team.h.
 
+// The first of the highest numbers among some, and where it stands; NaN where one of them is.
+struct Top {
+  float peak;
+  int at;
+};
+
 struct StepRoom {
   std::vector<float> x, normed, qkv, mixed, inner;
   RowRoom rows, normed_rows;  // what attention and gates give; what norms give
   AttentionRoom attention;
+  std::vector<Top> tops;
 
   void fit(std::vector<float>& values, size_t count) {
     if (values.size() < count) values.resize(count);
@@ -88,7 +95,7 @@ HR_INLINE void place_head(const Running& s, const Layer& l, int layer, int r, in
     if (l.q_norm != nullptr) rms_norm(head, h < m.heads ? l.q_norm : l.k_norm, m.head_dim, m.eps, head);
     if (l.rope >= 0) {
       const int rotated = m.rotated[l.rope];
-      const int64_t at = static_cast<int64_t>(r) * rotated;
+      const int64_t at = s.step.positions[r] * rotated;
       turn_head(head, s.step.cos[l.rope] + at, s.step.sin[l.rope] + at, rotated);
     }
   }
@@ -214,6 +221,58 @@ static void make_room(StepRoom& room, const Model& m, int rows) {
   room.normed_rows.rows_for(m.head, rows, nullptr);
 }
 
+constexpr int TOP_BLOCK = 256;
+constexpr int TOP_PART = 8192;
+
+// Of x [first, last), which is not empty.
+static Top top_of(const float* x, int first, int last) {
+  Top best{-INFINITY, first};
+  for (int start = first, stop; start < last; start = stop) {
+    stop = start + TOP_BLOCK < last ? start + TOP_BLOCK : last;
+    vf highest = set1(-INFINITY), poison = zero();
+    int i = start;
+    for (; i + W <= stop; i += W) {
+      highest = max(load(x + i), highest);
+      poison = fma(load(x + i), zero(), poison);
+    }
+    float peak = largest(highest), broken = sum(poison);
+    for (; i < stop; ++i) {
+      peak = x[i] > peak ? x[i] : peak;
+      broken += x[i] * 0.0f;
+    }
+    if (broken != broken)  // it may be an infinity
+      for (i = start; i < stop; ++i)
+        if (x[i] != x[i]) return {x[i], i};
+    if (peak <= best.peak) continue;
+    for (i = start; x[i] != peak; ++i) {
+    }
+    best = {peak, i};
+  }
+  return best;
+}
+
+// The token of each row's first highest logit.
+static void find_tops(Running& s) {
+  const int vocab = s.m.vocab, parts = (vocab + TOP_PART - 1) / TOP_PART, rows = s.step.sampled_rows;
+  Top* tops = s.room.tops.data();
+  s.team.phase(
+      rows * parts, 1,
+      [&](int first, int last) {
+        for (int item = first; item < last; ++item) {
+          const int start = item % parts * TOP_PART, stop = start + TOP_PART < vocab ? start + TOP_PART : vocab;
+          tops[item] = top_of(s.step.logits + static_cast<int64_t>(item / parts) * vocab, start, stop);
+        }
+      },
+      [&] {
+        for (int r = 0; r < rows; ++r) {
+          const Top* best = tops + r * parts;
+          for (const Top* other = best; other < tops + (r + 1) * parts; ++other)
+            if (other->peak > best->peak || other->peak != other->peak) best = other;
+          s.step.tops[r] = std::isfinite(best->peak) ? best->at : -1;
+        }
+      });
+}
+
 static void run_step(const Model& m, const Pool& p, const Batch& batch, const Step& step) {
   if (batch.rows == 0) return;
   static StepRoom room;
@@ -222,6 +281,7 @@ static void run_step(const Model& m, const Pool& p, const Batch& batch, const St
   Tiles tiles(batch, m.kv_heads, m.heads / m.kv_heads);
   ready(room.attention, team, tiles, m.head_dim);
   make_room(room, m, batch.rows);
+  room.tops.resize(static_cast<size_t>(step.sampled_rows) * ((m.vocab + TOP_PART - 1) / TOP_PART));
   Running s{team, m, p, batch, step, room, tiles, batch.rows};
   float *x = room.x.data(), *normed = room.normed.data();
   team.run([&](int thread) {
@@ -239,6 +299,7 @@ static void run_step(const Model& m, const Pool& p, const Batch& batch, const St
       const Rows a = room.normed_rows.rows_for(m.head, step.sampled_rows, normed);
       norm_rows(s, a, m.norm, step.sampled_rows, step.sampled);
       multiply(team, m.head, a, step.sampled_rows, nullptr, step.logits, [] {});
+      find_tops(s);
     }
     HR_END(thread, PART_HEAD);
   });

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISAS = ("none", "avx2", "avx512")
 
 FORMAT_F32, FORMAT_Q8, FORMAT_Q4 = 0, 1, 2
@@ -101,12 +101,14 @@ class Step(Structure):
 
     _fields_ = (
         ("tokens", c_void_p),
+        ("positions", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("sampled", c_void_p),
         ("sampled_rows", c_int32),
         ("unused", c_int32),
         ("logits", c_void_p),
+        ("tops", c_void_p),
     )
 
 

@@ -13,19 +13,20 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
+from headrace_worker.attention.interface import AttentionBackend
 from headrace_worker.model import Decoder
 from headrace_worker.model.layers import Layer, Mlp
 from headrace_worker.model.linear import DenseEmbedding
 from headrace_worker.model.norms import weights_of
-from headrace_worker.model.rope import Angles
 from headrace_worker.native import abi
-from headrace_worker.native.attention import NativeBackend
+from headrace_worker.native.abi import address_of
+from headrace_worker.native.angles import AngleTable
+from headrace_worker.native.attention import NativeBackend, Placed
 from headrace_worker.native.linear import PANEL, NativeLinear
-from headrace_worker.probing import one_thread
 from headrace_worker.step_inputs import StepInputs
 
 
@@ -63,6 +64,17 @@ def program_of(model: Decoder, backend: AttentionBackend) -> Program | None:
     return Program(model, backend, [part for part in parts if part is not None], model.head)
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What came of a step's M wanted rows: float32 logits [M, vocab], and `tops` [M].
+
+    `tops`: the token of each row's first highest logit, -1 where that is not finite.
+    """
+
+    logits: Tensor
+    tops: NDArray[np.int64]
+
+
 class Program:
     """One model over one pool."""
 
@@ -72,8 +84,11 @@ class Program:
         c = model.config
         self._backend = backend
         self._vocab = c.vocab_size
-        self._alive: list[object] = [model]
-        self._angles = [Angles(rope, c.context_tokens, torch.float32) for rope in c.ropes]
+        self._tables = [AngleTable(rope, c.context_tokens) for rope in c.ropes]
+        where = np.array([table.addresses for table in self._tables], np.int64).T.copy()
+        self._alive: list[object] = [model, where]
+        self._cos = address_of(where)
+        self._sin = self._cos + 8 * len(self._tables)
         layers = [
             self._layer(cast(Layer, layer), part, c.window_of(i), c.heads)
             for i, (layer, part) in enumerate(zip(model.layers, parts, strict=True))
@@ -126,29 +141,24 @@ class Program:
             window=window,
         )
 
-    def run(self, inputs: StepInputs) -> Tensor | None:
-        """Float32 logits of the wanted rows [M, vocab]; None where there are none."""
-        slots, positions = torch.from_numpy(inputs.slots), torch.from_numpy(inputs.positions)
-        attend = self._backend.prepare(
-            AttentionBatch(inputs.block_tables, inputs.lengths, inputs.query_starts, slots)
-        )
-        with (
-            one_thread()
-        ):  # a pool of torch's would spin for milliseconds against the kernels' team
-            turns = [angles(positions) for angles in self._angles]
-        tables = np.array(
-            [cos.data_ptr() for cos, _ in turns] + [sin.data_ptr() for _, sin in turns], np.int64
-        )
+    def run(self, inputs: StepInputs) -> Scored | None:
+        """What comes of the wanted rows; None where there are none."""
+        length = max(inputs.lengths)
+        for table in self._tables:
+            table.reach(length)
         wanted = inputs.wanted_rows
-        logits = torch.empty(wanted, self._vocab)
-        at = abi.address_of(tables)
+        logits, tops = torch.empty(wanted, self._vocab), np.empty(wanted, np.int64)
+        placed = Placed(inputs.block_tables, inputs.lengths, inputs.query_starts, inputs.slots)
         step = abi.Step(
-            tokens=abi.address_of(inputs.tokens),
-            cos=at,
-            sin=at + 8 * len(turns),
-            sampled=None if inputs.rows is None else abi.address_of(inputs.rows),
-            sampled_rows=wanted,
-            logits=logits.data_ptr(),
+            address_of(inputs.tokens),
+            address_of(inputs.positions),
+            self._cos,
+            self._sin,
+            None if inputs.rows is None else address_of(inputs.rows),
+            wanted,
+            0,
+            logits.data_ptr(),
+            address_of(tops),
         )
-        self._backend.library.step(self._model, self._backend.pool, attend.batch, step)
-        return logits if wanted else None
+        self._backend.library.step(self._model, self._backend.pool, placed.batch, step)
+        return Scored(logits, tops) if wanted else None
