@@ -77,7 +77,7 @@ class Executor:
         """
         if self._program is not None:
             scored = self._program.run(inputs)
-            return None if scored is None else scored.logits
+            return None if scored is None else torch.from_numpy(scored.logits)
         device = self._device
         with torch.inference_mode():
             recorded = self._graphs.run(inputs) if self._graphs is not None else None

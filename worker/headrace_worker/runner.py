@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headrace.types import TokenLogprobs
 from headrace_worker.executor import Steps
@@ -23,6 +23,7 @@ from headrace_worker.parallel.wishes import wishes_of
 from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
+from headrace_worker.sampling.ranking import Floats
 from headrace_worker.sampling.sampler import Chosen, Row, sample
 from headrace_worker.step_inputs import inputs_of
 
@@ -91,25 +92,24 @@ class Runner:
         if self._steps.choosing_vocab:
             wishes = wishes_of(begun.wanted(), self._steps.choosing_vocab)
             inputs = inputs.wishing(wishes)
-        with torch.inference_mode():
-            self._steps.submit(inputs)
+        self._steps.submit(inputs)
         self._begun.append(begun)
 
     def finish(self) -> list[Ran]:
         """What came of the oldest plan: one entry for each item, in their order."""
         begun = self._begun.popleft()
-        with torch.inference_mode():
-            answer = self._steps.collect()
-            return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
+        answer = self._steps.collect()
+        return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
 
 
-def _read(answer: torch.Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
+def _read(answer: Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
     """Scores and tokens of a plan's wanted rows."""
     settled = tops = None
-    if isinstance(answer, Verdict):
-        logits, settled = answer.whole, answer.tokens.tolist()
-    elif isinstance(answer, Scored):
+    logits: Tensor | Floats
+    if isinstance(answer, Scored):  # no torch from here on: its code is cold after a step
         logits, tops = answer.logits, answer.tops.tolist()
+    elif isinstance(answer, Verdict):
+        logits, settled = answer.whole, answer.tokens.tolist()
     else:
         logits = answer
     ran = [Ran() for _ in begun.items]
@@ -138,7 +138,7 @@ def _read(answer: torch.Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
     return ran
 
 
-def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
+def _score(item: PlanItem, logits: Tensor | Floats, ask: Ask) -> list[TokenLogprobs | None]:
     span = item.scored_rows
     following = item.sequence.tokens[span.start + 1 : span.stop + 1]
     return position_logprobs(logits, following, ask.prompt_top)

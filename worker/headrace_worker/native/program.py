@@ -27,6 +27,7 @@ from headrace_worker.native.abi import address_of
 from headrace_worker.native.angles import AngleTable
 from headrace_worker.native.attention import NativeBackend, Placed
 from headrace_worker.native.linear import PANEL, NativeLinear
+from headrace_worker.sampling.ranking import Floats
 from headrace_worker.step_inputs import StepInputs
 
 
@@ -71,7 +72,7 @@ class Scored:
     `tops`: the token of each row's first highest logit, -1 where that is not finite.
     """
 
-    logits: Tensor
+    logits: Floats
     tops: NDArray[np.int64]
 
 
@@ -147,7 +148,7 @@ class Program:
         for table in self._tables:
             table.reach(length)
         wanted = inputs.wanted_rows
-        logits, tops = torch.empty(wanted, self._vocab), np.empty(wanted, np.int64)
+        logits, tops = np.empty((wanted, self._vocab), np.float32), np.empty(wanted, np.int64)
         placed = Placed(inputs.block_tables, inputs.lengths, inputs.query_starts, inputs.slots)
         step = abi.Step(
             address_of(inputs.tokens),
@@ -157,7 +158,7 @@ class Program:
             None if inputs.rows is None else address_of(inputs.rows),
             wanted,
             0,
-            logits.data_ptr(),
+            address_of(logits),
             address_of(tops),
         )
         self._backend.library.step(self._model, self._backend.pool, placed.batch, step)

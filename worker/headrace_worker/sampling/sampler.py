@@ -31,7 +31,7 @@ from headrace_worker.sampling.draw import draw
 from headrace_worker.sampling.edits import edit
 from headrace_worker.sampling.filters import keep, weigh
 from headrace_worker.sampling.logprobs import row_logprobs
-from headrace_worker.sampling.ranking import Floats
+from headrace_worker.sampling.ranking import Floats, rows_of
 from headrace_worker.sampling.uniform import uniforms
 
 
@@ -63,7 +63,7 @@ class Chosen:
 
 
 def sample(
-    logits: Tensor, rows: Sequence[Row], tops: Sequence[int] | None = None
+    logits: Tensor | Floats, rows: Sequence[Row], tops: Sequence[int] | None = None
 ) -> list[Chosen | None]:
     """One token per row of logits, float32 [M, vocab], which may be overwritten.
 
@@ -71,7 +71,7 @@ def sample(
     found here. None where a row has no finite maximum, or where its mask allows nothing that the
     model does.
     """
-    values: Floats = np.ascontiguousarray(logits.numpy(force=True))
+    values = rows_of(logits)
     assert values.dtype == np.float32 and len(values) == len(rows), "a float32 row of logits each"
     tops = _tops(values) if tops is None else tops
     numbers = numbers_of(rows)
