@@ -373,7 +373,10 @@ class Engine:
             return None
 
     def _apply(self, plan: Plan, ran: list[Ran], start_ns: int, end_ns: int) -> None:
-        self._note_pace(plan, (end_ns - start_ns) / 1e6)
+        (prompts, streams, guessed), took_ms = plan.row_counts(), (end_ns - start_ns) / 1e6
+        self._pace.note(prompts, streams, took_ms)
+        if not prompts:
+            self._economy.note(len(plan.items), guessed, took_ms)
         drawn: list[list[int]] = []
         for item, got in zip(plan.items, ran, strict=True):
             entry = self._entries.get(item.sequence.id)
@@ -383,11 +386,7 @@ class Engine:
             entry.note_step(item.start, item.count, start_ns, end_ns)
             scored = [logprobs for logprobs in got.scored if logprobs is not None]
             entry.prompt_logprobs += scored
-            tokens: list[int] = []
-            for choice in got.chosen:
-                if choice is None:
-                    break
-                tokens.append(choice.token)
+            tokens = got.tokens()
             drawn.append(tokens)
             if (item.samples and not tokens) or len(scored) < len(got.scored):
                 self._fail_choice(entry)
@@ -405,18 +404,6 @@ class Engine:
             entry = self._entries[outcome.sequence.id]
             entry.note_output(len(outcome.tokens), got.chosen, len(item.guess))
             self._report(outcome, end_ns)
-
-    def _note_pace(self, plan: Plan, took_ms: float) -> None:
-        prompts = streams = guessed = 0
-        for item in plan.items:
-            if item.count > 1:
-                prompts += item.count
-            else:
-                streams += item.rows
-                guessed += len(item.guess)
-        self._pace.note(prompts, streams, took_ms)
-        if not prompts:
-            self._economy.note(len(plan.items), guessed, took_ms)
 
     def _fail_choice(self, entry: Entry) -> None:
         """Ends a job for which no token could be chosen."""

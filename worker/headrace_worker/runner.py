@@ -55,6 +55,15 @@ class Ran:
     chosen: list[Chosen | None] = field(default_factory=list)
     scored: list[TokenLogprobs | None] = field(default_factory=list)
 
+    def tokens(self) -> list[int]:
+        """Those chosen before the first row that has none."""
+        found: list[int] = []
+        for choice in self.chosen:
+            if choice is None:
+                break
+            found.append(choice.token)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class _Begun:

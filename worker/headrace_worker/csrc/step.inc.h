@@ -104,17 +104,24 @@ HR_INLINE void place_head(const Running& s, const Layer& l, int layer, int r, in
   keep(s.pool, s.batch.slots[r], layer, value ? 1 : 0, h - (value ? turned : m.heads), head);
 }
 
+// Of the KV that attention will begin with, asked for with each panel of queries, keys and values.
+constexpr int LOTS_A_PANEL = 2;
+
 // Queries, keys and values, head by head: rotated where they stand, kept where they belong.
-static void make_heads(Running& s, const Layer& l, int layer, const Rows& a) {
+static void make_heads(Running& s, int thread, const Layer& l, int layer, const Rows& a) {
   const Model& m = s.m;
   const int heads = m.heads + 2 * m.kv_heads, width = heads * m.head_dim, panels = m.head_dim / PANEL;
   const int block = row_block(l.qkv), blocks = (s.rows + block - 1) / block;
   float* qkv = s.room.qkv.data();
+  Ahead ahead = first_ahead(s.team, thread, s.pool, s.batch, layer, l.window, s.tiles);
   s.team.phase(heads * blocks, 1, [&](int first, int last) {
     for (int item = first; item < last; ++item) {
       const int h = item % heads, start = item / heads * block;
       const int stop = start + block < s.rows ? start + block : s.rows;
-      for (int p = h * panels; p < (h + 1) * panels; ++p) multiply_panel(l.qkv, a, p, start, stop, nullptr, qkv);
+      for (int p = h * panels; p < (h + 1) * panels; ++p) {
+        multiply_panel(l.qkv, a, p, start, stop, nullptr, qkv);
+        for (int lot = 0; lot < LOTS_A_PANEL; ++lot) ahead.some();
+      }
       for (int r = start; r < stop; ++r)
         place_head(s, l, layer, r, h, qkv + static_cast<int64_t>(r) * width + h * m.head_dim);
     }
@@ -127,7 +134,8 @@ static void gate_rows(Running& s, const Matrix& w, const Rows& a, const Rows& ne
   const int inner = s.m.inner, panels = inner / PANEL, count = (panels + 1) / 2;
   const int block = row_block(w), blocks = (s.rows + block - 1) / block, tall = tile_rows(w.format);
   float* out = s.room.inner.data();
-  s.team.phase(count * blocks, s.team.grain(count), [&](int first, int last) {
+  const int grain = std::min(s.team.grain(count), std::max(1, panels_a_turn(w) / 4));
+  s.team.phase(count * blocks, grain, [&](int first, int last) {
     alignas(64) float gate[TILE_MAX * PANEL], up[TILE_MAX * PANEL];
     for (int item = first; item < last; ++item) {
       const int pair = item % count * 2, start = item / count * block;
@@ -182,7 +190,7 @@ static void run_layer(Running& s, int thread, int number) {
   const Layer& l = s.m.layer[number];
   StepRoom& room = s.room;
   const Rows into = room.normed_rows.rows_for(l.qkv, s.rows, room.normed.data());
-  make_heads(s, l, number, into);
+  make_heads(s, thread, l, number, into);
   HR_END(thread, PART_QKV);
   const Rows mixed = room.rows.rows_for(l.out, s.rows, room.mixed.data());
   attend_layer(s, thread, l, number, mixed);
