@@ -179,7 +179,7 @@ def test_a_step_that_raises_costs_its_own_jobs_only(
         def fail(self: Executor, *_: Any) -> Any:
             raise RuntimeError("out of luck")
 
-        patch.setattr(Executor, "forward", fail)
+        patch.setattr(Executor, "submit", fail)
         result = engine.step()
     assert {delta.job for delta in result.deltas} == {"a", "b"}
     for delta in result.deltas:

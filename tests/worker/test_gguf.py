@@ -97,6 +97,7 @@ def test_a_quantized_file_gives_the_reference_logits(tmp_path: Path, kind: str) 
                 packed = quantize(parameter.numpy(), quantization)
                 parameter.copy_(torch.from_numpy(dequantize(packed, quantization).copy()))
     assert_same_logits(load_model(tmp_path / "model.gguf", "m", "float32"), model)
+    assert GgufSource(tmp_path / "model.gguf").in_four_bits is (kind in ("Q4_0", "Q4_1"))
 
 
 def _nibbles(data: bytes) -> tuple[list[int], list[int]]:

@@ -197,7 +197,10 @@ def test_what_nothing_is_said_about_follows_processor_and_kernels(
     dtype: str,
     expected: tuple[str, torch.dtype],
 ) -> None:
-    """int8 where the kernels multiply it and nothing else is asked for; a dtype is kept exact."""
+    """int8 where the kernels multiply it and nothing else is asked for; a dtype is kept exact.
+
+    int4 in its place where the file is in 4 bits already.
+    """
     from headrace_worker.loading import load
 
     (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}")
@@ -205,6 +208,8 @@ def test_what_nothing_is_said_about_follows_processor_and_kernels(
     monkeypatch.setattr(load.native, "library", lambda: object() if kernels else None)
     mode = load.resolve_quantization("auto", dtype=dtype)
     assert (mode, resolve_dtype(dtype, mode=mode)) == expected
+    in_four_bits = load.resolve_quantization("auto", dtype=dtype, in_four_bits=True)
+    assert in_four_bits == {"int8": "int4"}.get(mode, mode)
     assert load.resolve_quantization("auto", torch.device("cuda"), dtype) == "none"
 
 

@@ -26,10 +26,13 @@ from headrace_worker.executor import Executor
 from headrace_worker.kv.pool import KvDtype, KvPool
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.model.config import ModelConfig
-from headrace_worker.native import build
+from headrace_worker.model.rope import Angles, plain, yarn
+from headrace_worker.native import build, pages
 from headrace_worker.native.abi import Library
+from headrace_worker.native.angles import AngleTable
 from headrace_worker.native.attention import NativeBackend
 from headrace_worker.native.linear import NativeLinear, quantize_q8, turned
+from headrace_worker.native.program import Scored
 from headrace_worker.quantization import int4
 from headrace_worker.step_inputs import StepInputs
 from worker.builders import (
@@ -309,7 +312,57 @@ def test_attention_does_not_know_how_it_is_asked(
         torch.set_num_threads(1)
 
 
+def test_weights_and_kv_lie_where_large_pages_can_be(library: Library) -> None:
+    """In private mappings, from the start of a large page on: shared ones get none by default."""
+    linear = NativeLinear.of_int8(library, torch.randn(64, 64), None)
+    pool = pages.mapped(1 << 20)
+    for address in (linear.matrix.panels, pool.ctypes.data):
+        spans = (line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines())
+        kinds = [kind for span, kind in spans if _holds(span, address)]
+        assert kinds == ["rw-p"]
+    assert pool.ctypes.data % pages.LARGE_PAGE_BYTES == 0
+
+
+def _holds(span: str, address: int) -> bool:
+    first, last = (int(end, 16) for end in span.split("-"))
+    return first <= address < last
+
+
 # --- whole steps
+
+
+def test_angles_by_position_are_those_of_the_rotary_table() -> None:
+    """Bit for bit, whichever of them are made together, for a scaled table too."""
+    for rope in (plain(16, 1e4), yarn(24, 1e4, factor=4, original_tokens=64, attention_factor=1.2)):
+        table = AngleTable(rope, 700)
+        for length in (1, 300, 257, 700):
+            table.reach(length)
+        places = torch.tensor([0, 1, 255, 256, 300, 699])
+        for made, wanted in zip(
+            (table.cos, table.sin), Angles(rope, 700, torch.float32)(places), strict=True
+        ):
+            assert torch.equal(torch.from_numpy(made)[places], wanted[:, 0])
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf"), float("-inf")])
+def test_the_first_highest_logit_is_found_as_numpy_finds_it(
+    library: Library, tiny_folder: Path, value: float
+) -> None:
+    """Also where a weight of the head is no number: then a row has no token."""
+    loaded = load_model(tiny_folder, "test", "float32", "none")
+    with torch.inference_mode():
+        loaded.model.head._panels.view(-1)[7] = value  # type: ignore[union-attr]
+    pool = KvPool(loaded.config, 3, torch.float32)
+    executor = Executor(loaded.model, attention_over(pool, loaded.config))
+    places = np.arange(40)
+    ids = np.array(random_tokens(40, 3), np.int64)
+    executor.submit(StepInputs(ids, places, places, [[0, 1, 2]], [40], [0, 40], None))
+    scored = executor.collect()
+    assert isinstance(scored, Scored)
+    tokens = scored.logits.argmax(axis=1)
+    finite = np.isfinite(scored.logits[np.arange(40), tokens])
+    assert scored.tops.tolist() == np.where(finite, tokens, -1).tolist()
+    assert finite.all() == np.isfinite(value) or value in (float("inf"), float("-inf"))
 
 
 def chunks_of(loaded: LoadedModel, tokens: list[int], cuts: list[int], kv: KvDtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -40,6 +41,8 @@ log = structlog.get_logger()
 
 KERNELS_CHARS_MAX = 200
 """Of the reason why there are none."""
+GC_YOUNG, GC_MIDDLE, GC_OLD = 20_000, 20, 20
+"""New objects, and collections of younger ones, between two collections."""
 
 
 def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
@@ -148,8 +151,19 @@ def _link(settings: WorkerSettings, engine: Engine) -> CacheLink:
     )
 
 
+def _settle_memory() -> None:
+    """What stands now stays: a full collection would go through all of torch, and no step with it.
+
+    Between two of them the engine's thread makes some hundred objects a step.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_YOUNG, GC_MIDDLE, GC_OLD)
+
+
 async def serve(settings: WorkerSettings) -> None:
     consumer, ranks = build(settings)
+    _settle_memory()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, consumer.drain)

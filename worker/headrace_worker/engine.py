@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from typing import TypeVar
 
 import structlog
@@ -227,10 +226,11 @@ class Engine:
         landed, busy_ns = _NO_PLAN, 0
         if self._flights and (not began or len(self._flights) == self._runner.depth):
             landed, busy_ns = self._land()
-        result, self._result = self._result, StepResult([], [], [])
-        result.blocks.extend(self._traffic.take())
-        result.lent.extend(self._traffic.take_lent())
-        return replace(result, work=self._work(landed, result, busy_ns))
+        made, self._result = self._result, StepResult([], [], [])
+        made.blocks.extend(self._traffic.take())
+        made.lent.extend(self._traffic.take_lent())
+        work = self._work(landed, made, busy_ns)
+        return StepResult(made.deltas, made.blocks, made.stories, work, made.lent, made.handed)
 
     def _begin(self, now: int) -> bool:
         """Plans a step and begins it; whether there was anything to plan."""
@@ -301,8 +301,10 @@ class Engine:
 
         Only when all here are decoding: beside a prompt's chunk there is no time to win.
         """
+        if not self._config.speculation or self._scheduler.waiting:
+            return {}
         running = [s for s in self._scheduler.running if s.id not in under_way]
-        if not self._config.speculation or not running or self._scheduler.waiting:
+        if not running:
             return {}
         if any(sequence.pending > 1 for sequence in running):
             return {}
@@ -343,7 +345,8 @@ class Engine:
             except GrammarFailure as failure:
                 self._fail_grammar(entry, failure)
         going = self._entries.keys() - set(self._flights.leaving)
-        return replace(plan, items=tuple(i for i in plan.items if i.sequence.id in going))
+        items = tuple(i for i in plan.items if i.sequence.id in going)
+        return plan if len(items) == len(plan.items) else replace(plan, items=items)
 
     def _fail_grammar(self, entry: Entry, failure: GrammarFailure) -> None:
         cause = failure.__cause__
@@ -352,8 +355,8 @@ class Engine:
 
     def _ask(self, item: PlanItem) -> Ask:
         entry = self._entries[item.sequence.id]
-        masks = self._masks.get(item.sequence.id, []) if item.samples else []
-        return Ask(entry.choosing, masks, max(0, entry.job.sampling.prompt_logprobs))
+        masks = self._masks.get(item.sequence.id) if item.samples else None
+        return replace(entry.ask, masks=masks) if masks else entry.ask
 
     def _guarded(self, plan: Plan, call: Callable[[], T]) -> T | None:
         """What `call` gives; None when it raised, and the plan's jobs have been failed."""
@@ -370,12 +373,10 @@ class Engine:
             return None
 
     def _apply(self, plan: Plan, ran: list[Ran], start_ns: int, end_ns: int) -> None:
-        prompts = sum(item.count for item in plan.items if item.count > 1)
-        streams = sum(item.rows for item in plan.items if item.count == 1)
-        self._pace.note(prompts, streams, (end_ns - start_ns) / 1e6)
-        if all(item.count == 1 for item in plan.items):
-            guessed = sum(len(item.guess) for item in plan.items)
-            self._economy.note(len(plan.items), guessed, (end_ns - start_ns) / 1e6)
+        (prompts, streams, guessed), took_ms = plan.row_counts(), (end_ns - start_ns) / 1e6
+        self._pace.note(prompts, streams, took_ms)
+        if not prompts:
+            self._economy.note(len(plan.items), guessed, took_ms)
         drawn: list[list[int]] = []
         for item, got in zip(plan.items, ran, strict=True):
             entry = self._entries.get(item.sequence.id)
@@ -385,15 +386,16 @@ class Engine:
             entry.note_step(item.start, item.count, start_ns, end_ns)
             scored = [logprobs for logprobs in got.scored if logprobs is not None]
             entry.prompt_logprobs += scored
-            chosen = list(takewhile(lambda choice: choice is not None, got.chosen))
-            drawn.append([choice.token for choice in chosen if choice is not None])
-            if (item.samples and not chosen) or len(scored) < len(got.scored):
+            tokens = got.tokens()
+            drawn.append(tokens)
+            if (item.samples and not tokens) or len(scored) < len(got.scored):
                 self._fail_choice(entry)
         items = {item.sequence.id: (item, got) for item, got in zip(plan.items, ran, strict=True)}
         outcomes = self._scheduler.apply(plan, drawn)
         for sequence in (item.sequence for item in plan.items):
             entry = self._entries.get(sequence.id)
-            if entry is not None and sequence.registered:
+            if entry is not None and sequence.registered > entry.looked_at:
+                entry.looked_at = sequence.registered
                 self._offer(entry, sequence.blocks[: sequence.registered], ended=False)
                 if entry.job.move_to:
                     entry.lent = self._traffic.lend(sequence, entry.lent)

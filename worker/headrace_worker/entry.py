@@ -27,6 +27,7 @@ from headrace.types import (
 from headrace_worker.policy.sequence import Sequence
 from headrace_worker.policy.speculation import Guesser
 from headrace_worker.results import JobStory
+from headrace_worker.runner import Ask
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.limits import refuse as refuse_sampling
 from headrace_worker.sampling.sampler import Chosen
@@ -94,12 +95,15 @@ class Entry:
             sequence.stop_ids,
             vocab_size,
         )
+        self.ask = Ask(self.choosing, (), max(0, job.sampling.prompt_logprobs))
         self.guesser = Guesser()
         self.imported: frozenset[bytes] = frozenset()
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.offered = 0
         """Leading blocks of which the cache service has been offered what it shall have."""
+        self.looked_at = 0
+        """Leading blocks that have been looked at for that while it runs."""
         self.lent = 0
         """Leading blocks that the worker which goes on with the job has been lent."""
         self.scheduled_ns = 0

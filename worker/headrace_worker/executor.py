@@ -17,7 +17,7 @@ from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
 from headrace_worker.decode_graphs import DecodeGraphs
 from headrace_worker.device import CPU
 from headrace_worker.model import Decoder
-from headrace_worker.native.program import Split, program_of
+from headrace_worker.native.program import Scored, Split, program_of
 from headrace_worker.parallel.vocabulary import Verdict
 from headrace_worker.step_inputs import StepInputs
 
@@ -42,7 +42,7 @@ class Steps(Protocol):
         """
         ...
 
-    def collect(self) -> Tensor | Verdict | None:
+    def collect(self) -> Tensor | Scored | Verdict | None:
         """What came of the oldest step's wanted rows: their logits, float32 [M, vocab], or tokens.
 
         None where M is 0.
@@ -70,7 +70,7 @@ class Executor:
         self._program = program_of(model, backend, split)
         self.passed_dtype = model.dtype if self._program is None else torch.float32
         """Of what stages hand each other."""
-        self._done: deque[Tensor | None] = deque()
+        self._done: deque[Tensor | Scored | None] = deque()
 
     def forward(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor | None:
         """Computes this part of a step.
@@ -79,10 +79,13 @@ class Executor:
         stage takes, [N, hidden]; from the last one float32 logits of the wanted rows [M, vocab],
         None where there are none.
         """
+        if self._program is not None:
+            if not self.model.last:
+                return self._program.pass_on(inputs, x)
+            scored = self._program.run(inputs, x)
+            return None if scored is None else torch.from_numpy(scored.logits)
         device = self._device
         with torch.inference_mode():
-            if self._program is not None:
-                return self._program.run(inputs, x)
             recorded = self._graphs.run(inputs) if self._graphs is not None else None
             if recorded is not None:
                 return recorded
@@ -107,7 +110,8 @@ class Executor:
 
     def submit(self, inputs: StepInputs) -> None:
         """Computes the whole step now."""
-        self._done.append(self.forward(inputs))
+        whole = self._program
+        self._done.append(self.forward(inputs) if whole is None else whole.run(inputs))
 
-    def collect(self) -> Tensor | None:
+    def collect(self) -> Tensor | Scored | None:
         return self._done.popleft()

@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headrace.types import TokenLogprobs
 from headrace_worker.executor import Steps
+from headrace_worker.native.program import Scored
 from headrace_worker.parallel.vocabulary import OPEN, Verdict
 from headrace_worker.parallel.wishes import wishes_of
 from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
+from headrace_worker.sampling.ranking import Floats
 from headrace_worker.sampling.sampler import Chosen, Row, sample
 from headrace_worker.step_inputs import inputs_of
 
@@ -52,6 +54,15 @@ class Ran:
 
     chosen: list[Chosen | None] = field(default_factory=list)
     scored: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def tokens(self) -> list[int]:
+        """Those chosen before the first row that has none."""
+        found: list[int] = []
+        for choice in self.chosen:
+            if choice is None:
+                break
+            found.append(choice.token)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +101,26 @@ class Runner:
         if self._steps.choosing_vocab:
             wishes = wishes_of(begun.wanted(), self._steps.choosing_vocab)
             inputs = inputs.wishing(wishes)
-        with torch.inference_mode():
-            self._steps.submit(inputs)
+        self._steps.submit(inputs)
         self._begun.append(begun)
 
     def finish(self) -> list[Ran]:
         """What came of the oldest plan: one entry for each item, in their order."""
         begun = self._begun.popleft()
-        with torch.inference_mode():
-            answer = self._steps.collect()
-            return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
+        answer = self._steps.collect()
+        return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
 
 
-def _read(answer: torch.Tensor | Verdict, begun: _Begun) -> list[Ran]:
+def _read(answer: Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
     """Scores and tokens of a plan's wanted rows."""
-    if isinstance(answer, Verdict):
+    settled = tops = None
+    logits: Tensor | Floats
+    if isinstance(answer, Scored):  # no torch from here on: its code is cold after a step
+        logits, tops = answer.logits, answer.tops.tolist()
+    elif isinstance(answer, Verdict):
         logits, settled = answer.whole, answer.tokens.tolist()
     else:
-        logits, settled = answer, None
+        logits = answer
     ran = [Ran() for _ in begun.items]
     at, place = 0, 0  # among all wanted rows, and among those whose logits are here
     left: list[tuple[Ran, int, int, Row]] = []
@@ -125,14 +138,16 @@ def _read(answer: torch.Tensor | Verdict, begun: _Begun) -> list[Ran]:
                 place += 1
             at += 1
     if 0 < len(left) < len(logits):
-        logits = logits[[place for _, _, place, _ in left]]
-    chosen = sample(logits, [row for *_, row in left]) if left else []
+        places = [place for _, _, place, _ in left]
+        logits = logits[places]
+        tops = None if tops is None else [tops[place] for place in places]
+    chosen = sample(logits, [row for *_, row in left], tops) if left else []
     for (got, index, _, _), choice in zip(left, chosen, strict=True):
         got.chosen[index] = choice
     return ran
 
 
-def _score(item: PlanItem, logits: torch.Tensor, ask: Ask) -> list[TokenLogprobs | None]:
+def _score(item: PlanItem, logits: Tensor | Floats, ask: Ask) -> list[TokenLogprobs | None]:
     span = item.scored_rows
     following = item.sequence.tokens[span.start + 1 : span.stop + 1]
     return position_logprobs(logits, following, ask.prompt_top)

@@ -26,7 +26,8 @@ class WorkerSettings(ServiceSettings):
     )
     quantization: Literal["auto", "none", "int8", "int4"] = Field(
         default="auto",
-        description="auto: int8 where the native kernels multiply it and dtype is auto, else none",
+        description="auto: int8 where the native kernels multiply it and dtype is auto (int4 for "
+        "a model file that is in 4 bits itself), else none",
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         default="auto", description="int8 halves the KV cache; auto: as the model computes"

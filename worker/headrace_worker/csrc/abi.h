@@ -97,15 +97,17 @@ struct Sums {
 
 struct Step {
   const int64_t* tokens;     // [rows]
-  const float* const* cos;   // [ropes] tables [rows, rotated]
+  const int64_t* positions;  // [rows]
+  const float* const* cos;   // [ropes] tables [positions, rotated]
   const float* const* sin;   // the first half negated
   const int64_t* sampled;    // rows that go through the head; null for all
   int32_t sampled_rows;
   int32_t unused;
-  float* logits;      // [sampled_rows, vocab]
-  const float* given; // [rows, hidden] what the stage before made; null for the first stage
-  float* passed;      // [rows, hidden] for the stage after; null for the last one
-  Sums* sums;         // null for a rank that has its layers alone
+  float* logits;       // [sampled_rows, vocab]
+  int64_t* tops;       // [sampled_rows], the first highest logit of each, -1 where that is not finite
+  const float* given;  // [rows, hidden] what the stage before made; null for the first stage
+  float* passed;       // [rows, hidden] for the stage after; null for the last one
+  Sums* sums;          // null for a rank that has its layers alone
 };
 
 // One instruction set's kernels.

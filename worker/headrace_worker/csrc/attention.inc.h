@@ -435,6 +435,31 @@ struct Mixed {
   const Rows* next = nullptr;
 };
 
+// Part `which` of `parts` of what a tile's span reads in a layer, nothing behind its last.
+HR_INLINE Ahead ahead_of(const Pool& pool, const Batch& batch, int layer, const Tile& tile, int index, int which,
+                         int parts) {
+  Ahead ahead;
+  const int end = tile.position + tile.last - tile.first, blocks = (end + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+  const int first = index * (SPAN / BLOCK_TOKENS);
+  const int32_t* table = batch.tables + batch.table_starts[tile.sequence];
+  ahead.bytes = static_cast<int>(2 * pool.chunk_bytes / parts);
+  for (int b = first; b < blocks && b < first + SPAN / BLOCK_TOKENS; ++b)
+    ahead.parts[ahead.count++] = chunk_of(pool, table[b], layer, 0) + which * ahead.bytes;
+  return ahead;
+}
+
+// The span with which a thread begins a layer's attention, where spans are shared out: to be asked for
+// before. Empty where they are not, or where it lies before the window.
+static Ahead first_ahead(const Team& team, int thread, const Pool& pool, const Batch& batch, int layer,
+                         int window, const Tiles& step) {
+  const int tiles = static_cast<int>(step.tiles.size());
+  if (!takes_spans_apart(team, step)) return {};
+  const int first = team.share(tiles * step.spans_max, thread), index = first / tiles;
+  const Tile& tile = step.tiles[first % tiles];
+  if (window != 0 && (index + 1) * SPAN <= tile.position - window + 1) return {};
+  return ahead_of(pool, batch, layer, tile, index, 0, 1);
+}
+
 // What a layer's attention reads and writes. q [rows, q_stride], out [rows, heads * size].
 struct Attention {
   const Pool& pool;
@@ -451,15 +476,8 @@ struct Attention {
     return window != 0 && tile.position - window + 1 > 0 ? (tile.position - window + 1) / SPAN : 0;
   }
   int end_of(const Tile& tile) const { return tile.position + tile.last - tile.first; }
-  // Part `which` of `parts` of what a tile's span reads, nothing behind its last.
   Ahead span(const Tile& tile, int index, int which, int parts) const {
-    Ahead ahead;
-    const int blocks = (end_of(tile) + BLOCK_TOKENS - 1) / BLOCK_TOKENS, first = index * (SPAN / BLOCK_TOKENS);
-    const int32_t* table = batch.tables + batch.table_starts[tile.sequence];
-    ahead.bytes = static_cast<int>(2 * pool.chunk_bytes / parts);
-    for (int b = first; b < blocks && b < first + SPAN / BLOCK_TOKENS; ++b)
-      ahead.parts[ahead.count++] = chunk_of(pool, table[b], layer, 0) + which * ahead.bytes;
-    return ahead;
+    return ahead_of(pool, batch, layer, tile, index, which, parts);
   }
 };
 

@@ -241,6 +241,15 @@ static void tile(const Matrix& m, const Rows& a, int panel, int row, int count, 
   }
 }
 
+// Panels that a thread takes at a time: as few as keep it busy for a while, since who is done first
+// waits for the other's last turn.
+constexpr int64_t TURN_BYTES = 16 << 10;
+HR_INLINE int panels_a_turn(const Matrix& m) {
+  const int64_t groups = padded(m.columns) / GROUP;
+  const int64_t bytes = m.format == FORMAT_F32 ? 4ll * PANEL * m.columns : groups * (m.format == FORMAT_Q8 ? Q8_BYTES : Q4_BYTES);
+  return bytes < TURN_BYTES ? static_cast<int>(TURN_BYTES / bytes) : 1;
+}
+
 // How many rows are taken through all panels before the next ones: their activations stay cached.
 HR_INLINE int row_block(const Matrix& m) {
   int64_t bytes = m.format == FORMAT_F32 ? 4ll * m.columns : (wide(m.format) ? 2ll : 1ll) * padded(m.columns);
@@ -285,7 +294,7 @@ static void multiply(Team& team, const Matrix& m, const Rows& a, int rows, const
                      const F& finish) {
   const int panels = panels_of(m.outs), block = row_block(m), blocks = (rows + block - 1) / block;
   team.phase(
-      panels * blocks, team.grain(panels),
+      panels * blocks, std::min(team.grain(panels), panels_a_turn(m)),
       [&](int first, int last) {
         for (int item = first; item < last; ++item) {
           const int start = item / panels * block, stop = start + block < rows ? start + block : rows;

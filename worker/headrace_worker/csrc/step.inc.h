@@ -8,10 +8,17 @@
 // from the embedding to the logits, whatever the model's dtype: only weights and the KV pool are
 // rounded. Every thread goes through the same phases; see team.h.
 
+// The first of the highest numbers among some, and where it stands; NaN where one of them is.
+struct Top {
+  float peak;
+  int at;
+};
+
 struct StepRoom {
   std::vector<float> x, normed, qkv, mixed, inner;
   RowRoom rows, normed_rows;  // what attention and gates give; what norms give
   AttentionRoom attention;
+  std::vector<Top> tops;
 
   void fit(std::vector<float>& values, size_t count) {
     if (values.size() < count) values.resize(count);
@@ -94,7 +101,7 @@ HR_INLINE void place_head(const Running& s, const Layer& l, int layer, int r, in
     if (l.q_norm != nullptr) rms_norm(head, h < m.heads ? l.q_norm : l.k_norm, m.head_dim, m.eps, head);
     if (l.rope >= 0) {
       const int rotated = m.rotated[l.rope];
-      const int64_t at = static_cast<int64_t>(r) * rotated;
+      const int64_t at = s.step.positions[r] * rotated;
       turn_head(head, s.step.cos[l.rope] + at, s.step.sin[l.rope] + at, rotated);
     }
   }
@@ -103,17 +110,24 @@ HR_INLINE void place_head(const Running& s, const Layer& l, int layer, int r, in
   keep(s.pool, s.batch.slots[r], layer, value ? 1 : 0, h - (value ? turned : m.heads), head);
 }
 
+// Of the KV that attention will begin with, asked for with each panel of queries, keys and values.
+constexpr int LOTS_A_PANEL = 2;
+
 // Queries, keys and values, head by head: rotated where they stand, kept where they belong.
-static void make_heads(Running& s, const Layer& l, int layer, const Rows& a) {
+static void make_heads(Running& s, int thread, const Layer& l, int layer, const Rows& a) {
   const Model& m = s.m;
   const int heads = m.heads + 2 * m.kv_heads, width = heads * m.head_dim, panels = m.head_dim / PANEL;
   const int block = row_block(l.qkv), blocks = (s.rows + block - 1) / block;
   float* qkv = s.room.qkv.data();
+  Ahead ahead = first_ahead(s.team, thread, s.pool, s.batch, layer, l.window, s.tiles);
   s.team.phase(heads * blocks, 1, [&](int first, int last) {
     for (int item = first; item < last; ++item) {
       const int h = item % heads, start = item / heads * block;
       const int stop = start + block < s.rows ? start + block : s.rows;
-      for (int p = h * panels; p < (h + 1) * panels; ++p) multiply_panel(l.qkv, a, p, start, stop, nullptr, qkv);
+      for (int p = h * panels; p < (h + 1) * panels; ++p) {
+        multiply_panel(l.qkv, a, p, start, stop, nullptr, qkv);
+        for (int lot = 0; lot < LOTS_A_PANEL; ++lot) ahead.some();
+      }
       for (int r = start; r < stop; ++r)
         place_head(s, l, layer, r, h, qkv + static_cast<int64_t>(r) * width + h * m.head_dim);
     }
@@ -126,7 +140,8 @@ static void gate_rows(Running& s, const Matrix& w, const Rows& a, const Rows& ne
   const int inner = s.m.inner, panels = inner / PANEL, count = (panels + 1) / 2;
   const int block = row_block(w), blocks = (s.rows + block - 1) / block, tall = tile_rows(w.format);
   float* out = s.room.inner.data();
-  s.team.phase(count * blocks, s.team.grain(count), [&](int first, int last) {
+  const int grain = std::min(s.team.grain(count), std::max(1, panels_a_turn(w) / 4));
+  s.team.phase(count * blocks, grain, [&](int first, int last) {
     alignas(64) float gate[TILE_MAX * PANEL], up[TILE_MAX * PANEL];
     for (int item = first; item < last; ++item) {
       const int pair = item % count * 2, start = item / count * block;
@@ -196,7 +211,7 @@ static void run_layer(Running& s, int thread, int number) {
   const Layer& l = s.m.layer[number];
   StepRoom& room = s.room;
   const Rows into = room.normed_rows.rows_for(l.qkv, s.rows, room.normed.data());
-  make_heads(s, l, number, into);
+  make_heads(s, thread, l, number, into);
   HR_END(thread, PART_QKV);
   const Rows mixed = room.rows.rows_for(l.out, s.rows, room.mixed.data());
   attend_layer(s, thread, l, number, mixed);
@@ -259,7 +274,59 @@ static void begin(Running& s) {
   if (!alone) norm_rows(s, first, m.layer[0].attention_norm, s.rows, nullptr);
 }
 
-// What comes behind the layers: x for the next stage, or logits.
+constexpr int TOP_BLOCK = 256;
+constexpr int TOP_PART = 8192;
+
+// Of x [first, last), which is not empty.
+static Top top_of(const float* x, int first, int last) {
+  Top best{-INFINITY, first};
+  for (int start = first, stop; start < last; start = stop) {
+    stop = start + TOP_BLOCK < last ? start + TOP_BLOCK : last;
+    vf highest = set1(-INFINITY), poison = zero();
+    int i = start;
+    for (; i + W <= stop; i += W) {
+      highest = max(load(x + i), highest);
+      poison = fma(load(x + i), zero(), poison);
+    }
+    float peak = largest(highest), broken = sum(poison);
+    for (; i < stop; ++i) {
+      peak = x[i] > peak ? x[i] : peak;
+      broken += x[i] * 0.0f;
+    }
+    if (broken != broken)  // it may be an infinity
+      for (i = start; i < stop; ++i)
+        if (x[i] != x[i]) return {x[i], i};
+    if (peak <= best.peak) continue;
+    for (i = start; x[i] != peak; ++i) {
+    }
+    best = {peak, i};
+  }
+  return best;
+}
+
+// The token of each row's first highest logit.
+static void find_tops(Running& s) {
+  const int vocab = s.m.vocab, parts = (vocab + TOP_PART - 1) / TOP_PART, rows = s.step.sampled_rows;
+  Top* tops = s.room.tops.data();
+  s.team.phase(
+      rows * parts, 1,
+      [&](int first, int last) {
+        for (int item = first; item < last; ++item) {
+          const int start = item % parts * TOP_PART, stop = start + TOP_PART < vocab ? start + TOP_PART : vocab;
+          tops[item] = top_of(s.step.logits + static_cast<int64_t>(item / parts) * vocab, start, stop);
+        }
+      },
+      [&] {
+        for (int r = 0; r < rows; ++r) {
+          const Top* best = tops + r * parts;
+          for (const Top* other = best; other < tops + (r + 1) * parts; ++other)
+            if (other->peak > best->peak || other->peak != other->peak) best = other;
+          s.step.tops[r] = std::isfinite(best->peak) ? best->at : -1;
+        }
+      });
+}
+
+// What comes behind the layers: x for the next stage, or logits and their peaks.
 static void end(Running& s) {
   const Model& m = s.m;
   if (s.step.passed != nullptr) {
@@ -271,6 +338,7 @@ static void end(Running& s) {
     const Rows a = s.room.normed_rows.rows_for(m.head, s.step.sampled_rows, s.room.normed.data());
     norm_rows(s, a, m.norm, s.step.sampled_rows, s.step.sampled);
     multiply(s.team, m.head, a, s.step.sampled_rows, nullptr, s.step.logits, [] {});
+    find_tops(s);
   }
 }
 
@@ -285,6 +353,7 @@ static void run_step(const Model& m, const Pool& p, const Batch& batch, const St
   Tiles tiles(batch, m.kv_heads, m.heads / m.kv_heads);
   ready(room.attention, team, tiles, m.head_dim);
   make_room(room, m, batch.rows);
+  room.tops.resize(static_cast<size_t>(step.sampled_rows) * ((m.vocab + TOP_PART - 1) / TOP_PART));
   Running s{team, m, p, batch, step, room, tiles, batch.rows};
   team.run([&](int thread) {
     HR_BEGIN(thread);

@@ -16,8 +16,6 @@ a block in bfloat16 where comparing bits takes 0.1 ms.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Iterable
 
 import numpy as np
@@ -35,22 +33,12 @@ from headrace_worker.kv.payload import (
     block_bytes,
 )
 from headrace_worker.model.config import ModelConfig
+from headrace_worker.native.pages import mapped
 
 __all__ = ["LAYOUT_VERSION", "KvDtype", "KvPool", "quantize"]
 
 _SCALE_MIN = 1e-30
 """Keeps zeros from being divided by zero."""
-
-
-def _lazy_zeros(size_bytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory that takes no time and no room until it is written, in large pages if it can.
-
-    `torch.zeros` writes all of it: 5 s of a worker's start for a pool of 4 GB.
-    """
-    memory = mmap.mmap(-1, size_bytes)
-    with contextlib.suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +71,7 @@ class KvPool:
         self.padding_block = blocks
         self.exact = kv_dtype == "auto"
         size_bytes = (blocks + 1) * self.block_bytes(config, dtype, kv_dtype)
-        memory = _lazy_zeros(size_bytes) if memory is None else memory
+        memory = mapped(size_bytes) if memory is None else memory  # torch.zeros would write it
         assert len(memory) == size_bytes, "memory for all blocks and the padding one"
         self._bytes = memory.reshape(blocks + 1, -1)
         stored = torch.from_numpy(self._bytes).view(dtype if self.exact else torch.int8)

@@ -34,6 +34,11 @@ TYPES = frozenset(
 """Tensor types that are read; each is dequantized as the file is loaded."""
 
 
+FOUR_BITS = frozenset({"Q4_0", "Q4_1"})
+"""Grids that quantization/int4.py finds again. Beside them a file has norms and routers in F32."""
+_NOT_LAYERS = ("token_embd.weight", "output.weight")
+
+
 class GgufSource:
     """An opened GGUF file. Raises ModelError when it is not one, or cannot be run."""
 
@@ -48,6 +53,12 @@ class GgufSource:
         self._check_types()
         self._places = places(of, self._file.tensors.values(), experts)
         self.config = read_config(of, facts, self._places, self._table)
+        kinds = {
+            tensor.kind.name
+            for tensor in self._file.tensors.values()
+            if len(tensor.shape) > 1 and tensor.name not in _NOT_LAYERS
+        }
+        self.in_four_bits = bool(kinds & FOUR_BITS) and kinds <= FOUR_BITS | {"F32"}
 
     def _check_whole(self) -> None:
         parts = self._file.metadata.get("split.count", 1)

@@ -57,6 +57,8 @@ class HfSource:
     Files stay mapped while it lives: a weight that keeps its type is never copied.
     """
 
+    in_four_bits = False
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._facts = _read_json(folder / "config.json")

@@ -97,9 +97,10 @@ def load_model(
     raise ModelError. `group`: the ranks that hold the other parts of the same layers.
     `device`: where weights go. Raises ModelError, saying what is wrong and what would work.
     """
-    mode = resolve_quantization(quantization, device, dtype)
-    kind = resolve_dtype(dtype, device, mode)
+    resolve_dtype(dtype, device, resolve_quantization(quantization, device, dtype))  # or it raises
     source = _open(path)
+    mode = resolve_quantization(quantization, device, dtype, in_four_bits=source.in_four_bits)
+    kind = resolve_dtype(dtype, device, mode)
     facts = source.tokenizer()
     config = _served(source.config, context_tokens)
     held = None if part is None else part(config)
@@ -162,16 +163,19 @@ def resolve_dtype(
 
 
 def resolve_quantization(
-    name: str, device: torch.device = CPU, dtype: str = "auto"
+    name: str, device: torch.device = CPU, dtype: str = "auto", *, in_four_bits: bool = False
 ) -> Quantization:
-    """`name` itself; "auto" is int8 where nothing is said of `dtype` either, the native kernels are
+    """`name` itself; "auto" rounds where nothing is said of `dtype` either, the native kernels are
     there and the CPU does not multiply bfloat16 by itself: see ADR 4.
 
-    Raises ModelError where it is no way to quantize, or not on `device`.
+    That is to int4 where the model's file is `in_four_bits`, else to int8. Raises ModelError where
+    `name` is no way to quantize, or not on `device`.
     """
     if name == "auto":
         free = dtype == "auto" and device.type == "cpu" and not _native_bfloat16()
-        return "int8" if free and native.library() is not None else "none"
+        if not free or native.library() is None:
+            return "none"
+        return "int4" if in_four_bits else "int8"
     if name in MODES and name != "none" and device.type != "cpu":
         raise ModelError(
             f"HEADRACE_QUANTIZATION={name} multiplies with kernels for CPUs, not on {device}"

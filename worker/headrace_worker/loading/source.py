@@ -50,6 +50,8 @@ class Source(Tensors, Protocol):
 
     config: ModelConfig
     files: tuple[Path, ...]
+    in_four_bits: bool
+    """Whether its linear layers, but for the head, stand on grids of 16 levels for 32 columns."""
 
     def index(self) -> list[str]:
         """Name, type and shape of each tensor, a line each, sorted."""

@@ -112,12 +112,14 @@ class Step(Structure):
 
     _fields_ = (
         ("tokens", c_void_p),
+        ("positions", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("sampled", c_void_p),
         ("sampled_rows", c_int32),
         ("unused", c_int32),
         ("logits", c_void_p),
+        ("tops", c_void_p),
         ("given", c_void_p),
         ("passed", c_void_p),
         ("sums", POINTER(Sums)),

@@ -7,10 +7,12 @@ what its longest and its shortest sequences really have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace_worker.attention.interface import AttentionBatch
@@ -58,27 +60,40 @@ class NativeBackend:
         return NativeAttend(self, batch)
 
 
+class Placed:
+    """Who the rows of a step belong to, as the kernels take it: `batch`, and what it points to."""
+
+    def __init__(
+        self,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        slots: NDArray[np.int64],
+    ) -> None:
+        """As in AttentionBatch."""
+        sizes = [len(table) for table in tables]
+        blocks = np.fromiter(chain.from_iterable(tables), np.int32, sum(sizes))
+        small = np.array((*starts, *lengths, *accumulate(sizes[:-1], initial=0)), np.int32)
+        count, start = len(lengths), address_of(small)
+        self._alive = (blocks, small, slots)
+        self.batch = Batch(
+            count,
+            len(slots),
+            start,
+            start + 4 * (count + 1),
+            address_of(blocks),
+            start + 4 * (2 * count + 1),
+            address_of(slots),
+        )
+
+
 class NativeAttend:
-    """The `Attend` of one step; `batch` is what the kernels take of it."""
+    """The `Attend` of one step."""
 
     def __init__(self, backend: NativeBackend, batch: AttentionBatch) -> None:
         self._backend = backend
-        sizes = [len(table) for table in batch.block_tables]
-        tables = np.fromiter(chain.from_iterable(batch.block_tables), np.int32, sum(sizes))
-        small = np.array(
-            (*batch.query_starts, *batch.lengths, *accumulate(sizes[:-1], initial=0)), np.int32
-        )
-        count = len(batch.lengths)
-        start = address_of(small)
-        self._alive = (tables, small, batch.slots)
-        self.batch = Batch(
-            sequences=count,
-            rows=len(batch.slots),
-            starts=start,
-            lengths=start + 4 * (count + 1),
-            tables=address_of(tables),
-            table_starts=start + 4 * (2 * count + 1),
-            slots=batch.slots.data_ptr(),
+        self._placed = Placed(
+            batch.block_tables, batch.lengths, batch.query_starts, batch.slots.numpy()
         )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,7 +101,7 @@ class NativeAttend:
         out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=torch.float32)
         backend.library.attend(
             backend.pool,
-            self.batch,
+            self._placed.batch,
             layer,
             backend.config.scale,
             backend.config.window_of(layer),

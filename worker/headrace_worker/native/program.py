@@ -18,23 +18,25 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from headrace_worker.attention.interface import AttentionBackend, AttentionBatch
+from headrace_worker.attention.interface import AttentionBackend
 from headrace_worker.model import Decoder
 from headrace_worker.model.layers import Layer, Mlp
 from headrace_worker.model.linear import DenseEmbedding
 from headrace_worker.model.norms import weights_of
-from headrace_worker.model.rope import Angles
 from headrace_worker.native import abi
-from headrace_worker.native.attention import NativeBackend
+from headrace_worker.native.abi import address_of
+from headrace_worker.native.angles import AngleTable
+from headrace_worker.native.attention import NativeBackend, Placed
 from headrace_worker.native.linear import PANEL, NativeLinear
 from headrace_worker.native.sums import StepSums
 from headrace_worker.parallel.collective import Group, SharedGroup
 from headrace_worker.parallel.shape import Part
 from headrace_worker.parallel.sharded import SummedEmbedding, SummedLinear
-from headrace_worker.probing import one_thread
+from headrace_worker.sampling.ranking import Floats
 from headrace_worker.step_inputs import StepInputs
 
 
@@ -109,6 +111,17 @@ def program_of(
     return Program(model, backend, [part for part in parts if part is not None], split)
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What came of a step's M wanted rows: float32 logits [M, vocab], and `tops` [M].
+
+    `tops`: the token of each row's first highest logit, -1 where that is not finite.
+    """
+
+    logits: Floats
+    tops: NDArray[np.int64]
+
+
 class Program:
     """One model, or a rank's part of one, over one pool."""
 
@@ -120,15 +133,17 @@ class Program:
         split: Split | None = None,
     ) -> None:
         c = model.config
-        self._last = model.last
         self._sums = None
         if split is not None and split.adds_up:
             assert isinstance(split.group, SharedGroup), "asked before"
             self._sums = StepSums(split.group)
         self._backend = backend
         self._vocab = c.vocab_size
-        self._alive: list[object] = [model]
-        self._angles = [Angles(rope, c.context_tokens, torch.float32) for rope in c.ropes]
+        self._tables = [AngleTable(rope, c.context_tokens) for rope in c.ropes]
+        where = np.array([table.addresses for table in self._tables], np.int64).T.copy()
+        self._alive: list[object] = [model, where]
+        self._cos = address_of(where)
+        self._sin = self._cos + 8 * len(self._tables)
         layers = [
             self._layer(cast(Layer, layer), part, c.window_of(i), c.heads)
             for i, (layer, part) in enumerate(zip(model.layers, parts, strict=True))
@@ -181,44 +196,47 @@ class Program:
             window=window,
         )
 
-    def run(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor | None:
-        """Float32 logits of the wanted rows [M, vocab]; None where there are none.
+    def run(self, inputs: StepInputs, x: Tensor | None = None) -> Scored | None:
+        """What comes of the wanted rows; None where there are none. For the last stage.
 
-        `x`, float32 [N, hidden], is what the stage before made; stages before the last one give
-        what they make of it. Raises PeerError.
+        `x`, float32 [N, hidden], is what the stage before made, None for the first. Raises
+        PeerError.
         """
-        slots, positions = torch.from_numpy(inputs.slots), torch.from_numpy(inputs.positions)
-        attend = self._backend.prepare(
-            AttentionBatch(inputs.block_tables, inputs.lengths, inputs.query_starts, slots)
+        wanted = inputs.wanted_rows
+        logits, tops = np.empty((wanted, self._vocab), np.float32), np.empty(wanted, np.int64)
+        step = self._step(inputs, x, wanted)
+        step.logits, step.tops = address_of(logits), address_of(tops)
+        self._compute(inputs, step)
+        return Scored(logits, tops) if wanted else None
+
+    def pass_on(self, inputs: StepInputs, x: Tensor | None) -> Tensor:
+        """What a stage before the last one makes, float32 [N, hidden]. Raises PeerError."""
+        passed = torch.empty(len(inputs.tokens), self._model.hidden)
+        step = self._step(inputs, x, 0)
+        step.passed = passed.data_ptr()
+        self._compute(inputs, step)
+        return passed
+
+    def _step(self, inputs: StepInputs, x: Tensor | None, wanted: int) -> abi.Step:
+        assert x is None or x.is_contiguous(), "stages hand on whole tensors"
+        return abi.Step(
+            address_of(inputs.tokens),
+            address_of(inputs.positions),
+            self._cos,
+            self._sin,
+            None if inputs.rows is None else address_of(inputs.rows),
+            wanted,
+            given=None if x is None else x.data_ptr(),
         )
-        with (
-            one_thread()
-        ):  # a pool of torch's would spin for milliseconds against the kernels' team
-            turns = [angles(positions) for angles in self._angles]
-        tables = np.array(
-            [cos.data_ptr() for cos, _ in turns] + [sin.data_ptr() for _, sin in turns], np.int64
-        )
-        wanted = inputs.wanted_rows if self._last else 0
-        logits = torch.empty(wanted, self._vocab)
-        passed = None if self._last else torch.empty(len(inputs.tokens), self._model.hidden)
-        given = None if x is None else x.contiguous()
-        at = abi.address_of(tables)
-        step = abi.Step(
-            tokens=abi.address_of(inputs.tokens),
-            cos=at,
-            sin=at + 8 * len(turns),
-            sampled=None if inputs.rows is None else abi.address_of(inputs.rows),
-            sampled_rows=wanted,
-            logits=logits.data_ptr(),
-            given=None if given is None else given.data_ptr(),
-            passed=None if passed is None else passed.data_ptr(),
-        )
+
+    def _compute(self, inputs: StepInputs, step: abi.Step) -> None:
+        length = max(inputs.lengths)
+        for table in self._tables:
+            table.reach(length)
+        placed = Placed(inputs.block_tables, inputs.lengths, inputs.query_starts, inputs.slots)
         library, pool = self._backend.library, self._backend.pool
         if self._sums is None:
-            library.step(self._model, pool, attend.batch, step)
-        else:
-            with self._sums.lent() as step.sums:
-                library.step(self._model, pool, attend.batch, step)
-        if passed is not None:
-            return passed
-        return logits if wanted else None
+            library.step(self._model, pool, placed.batch, step)
+            return
+        with self._sums.lent() as step.sums:
+            library.step(self._model, pool, placed.batch, step)

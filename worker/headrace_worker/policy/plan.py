@@ -86,6 +86,17 @@ class Plan:
     def tokens(self) -> int:
         return sum(item.rows for item in self.items)
 
+    def row_counts(self) -> tuple[int, int, int]:
+        """Rows of prompts' chunks; of streams, guesses included; of these the guesses."""
+        prompts = streams = guessed = 0
+        for item in self.items:
+            if item.count > 1:
+                prompts += item.count
+            else:
+                streams += item.rows
+                guessed += len(item.guess)
+        return prompts, streams, guessed
+
     @property
     def shape(self) -> StepShape:
         prefill = rows = context = 0

@@ -170,8 +170,9 @@ class Sequence:
 
     def is_late(self, now: int) -> bool:
         """Whether a deadline has passed: `priority.is_late` on this engine's clock."""
-        deadlines = (self.done_by_ms, None if self.output_tokens else self.ttft_by_ms)
-        return any(deadline is not None and now >= deadline for deadline in deadlines)
+        if self.done_by_ms is not None and now >= self.done_by_ms:
+            return True
+        return self.ttft_by_ms is not None and now >= self.ttft_by_ms and not self.output_tokens
 
     def note_step(self, computed: bool, now: int) -> None:
         """The step that begins at `now` computes some of it, or leaves it out."""

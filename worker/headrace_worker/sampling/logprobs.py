@@ -15,18 +15,18 @@ from torch import Tensor
 
 from headrace.types import TokenLogprobs
 from headrace_worker.sampling.draw import total
-from headrace_worker.sampling.ranking import Floats, leading
+from headrace_worker.sampling.ranking import Floats, leading, rows_of
 
 
 def position_logprobs(
-    logits: Tensor, tokens: Sequence[int], top: int
+    logits: Tensor | Floats, tokens: Sequence[int], top: int
 ) -> list[TokenLogprobs | None]:
     """What raw `logits`, float32 [N, vocab], say of the token that follows each row.
 
     `tokens`: [N]. `top`: how many of the most probable tokens to name. None where a row has no
     finite maximum. A token that the model rules out has logprob -inf.
     """
-    values: Floats = logits.numpy(force=True)
+    values = rows_of(logits)
     assert len(values) == len(tokens), "a token for each row"
     room = np.empty(values.shape[1], np.float32)
     found: list[TokenLogprobs | None] = []

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -25,6 +26,13 @@ CANDIDATES = 256
 """Values looked at first where it is not known how many are needed."""
 
 _WIDEN = 8
+
+
+def rows_of(logits: Tensor | Floats) -> Floats:
+    """Float32 [M, vocab] as numpy has it, the same memory where that is possible."""
+    values = logits.numpy(force=True) if isinstance(logits, Tensor) else logits
+    rows: Floats = np.ascontiguousarray(values)
+    return rows
 
 
 def leading(values: Floats, count: int) -> Indices:

@@ -31,7 +31,7 @@ from headrace_worker.sampling.draw import draw
 from headrace_worker.sampling.edits import edit
 from headrace_worker.sampling.filters import keep, weigh
 from headrace_worker.sampling.logprobs import row_logprobs
-from headrace_worker.sampling.ranking import Floats
+from headrace_worker.sampling.ranking import Floats, rows_of
 from headrace_worker.sampling.uniform import uniforms
 
 
@@ -62,28 +62,39 @@ class Chosen:
     logprobs: TokenLogprobs | None = None
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
+def sample(
+    logits: Tensor | Floats, rows: Sequence[Row], tops: Sequence[int] | None = None
+) -> list[Chosen | None]:
     """One token per row of logits, float32 [M, vocab], which may be overwritten.
 
-    None where a row has no finite maximum, or where its mask allows nothing that the model does.
+    `tops`: the token of each row's first highest logit, -1 where that is not finite; None: to be
+    found here. None where a row has no finite maximum, or where its mask allows nothing that the
+    model does.
     """
-    values: Floats = np.ascontiguousarray(logits.numpy(force=True))
+    values = rows_of(logits)
     assert values.dtype == np.float32 and len(values) == len(rows), "a float32 row of logits each"
+    tops = _tops(values) if tops is None else tops
+    numbers = numbers_of(rows)
+    room: Floats | None = None
+    chosen: list[Chosen | None] = []
+    for raw, row, top, drawn_by in zip(values, rows, tops, numbers, strict=True):
+        if top < 0:
+            chosen.append(None)
+        elif drawn_by is None and not row.edits and not row.choosing.wants_logprobs:
+            chosen.append(Chosen(top))
+        else:
+            room = np.empty(values.shape[1], np.float32) if room is None else room
+            with np.errstate(over="ignore", under="ignore"):
+                chosen.append(_choose(raw, row, top, drawn_by, room))
+    return chosen
+
+
+def _tops(values: Floats) -> list[int]:
+    """Of float32 [M, vocab]: the index of each row's first highest number; -1 if not finite."""
     tokens = values.argmax(axis=1)
     peaks = values[np.arange(len(values)), tokens]
-    finite = np.isfinite(peaks).tolist()
-    numbers = numbers_of(rows)
-    room = np.empty(values.shape[1], np.float32)
-    chosen: list[Chosen | None] = []
-    with np.errstate(over="ignore", under="ignore"):
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            if not finite[i]:
-                chosen.append(None)
-            elif numbers[i] is None and not row.edits and not row.choosing.wants_logprobs:
-                chosen.append(Chosen(token))
-            else:
-                chosen.append(_choose(values[i], row, peaks[i], token, numbers[i], room))
-    return chosen
+    found: list[int] = np.where(np.isfinite(peaks), tokens, -1).tolist()
+    return found
 
 
 def numbers_of(rows: Sequence[Row]) -> list[list[float] | None]:
@@ -99,14 +110,10 @@ def numbers_of(rows: Sequence[Row]) -> list[list[float] | None]:
 
 
 def _choose(
-    raw: Floats,
-    row: Row,
-    peak: np.float32,
-    token: int,
-    numbers: list[float] | None,
-    room: Floats,
+    raw: Floats, row: Row, token: int, numbers: list[float] | None, room: Floats
 ) -> Chosen | None:
-    """Of one row of `raw` logits, float32 [vocab], with its highest logit and that one's token."""
+    """Of one row of `raw` logits, float32 [vocab], of which that of `token` is the highest."""
+    peak: np.float32 = raw[token]
     choosing, logits, best = row.choosing, raw, peak
     if row.edits:
         if choosing.wants_logprobs:
