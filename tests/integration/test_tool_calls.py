@@ -40,7 +40,7 @@ async def test_required_calls_are_valid_and_a_result_is_answered(
     client: openai.AsyncOpenAI,
 ) -> None:
     """A round trip: call, arguments as a model, result, answer in words."""
-    # a machine that has no second for the grammar's check answers 429, after which clients try again
+    # a machine without a second for the check of a grammar answers 429: clients try again
     client = client.with_options(max_retries=3)
     first = await client.chat.completions.parse(
         model=MODEL, messages=QUESTION, tools=TOOLS, tool_choice="required", temperature=0,
