@@ -38,6 +38,7 @@ from tokenizers import Tokenizer, models
 from bench._fleet import Fleet
 from bench._load import percentile, spread
 from headrace import keys, scripts, wire, wire_reports
+from headrace.garbage import settle_memory
 from headrace.streams import Scripts, connect, parse_entries
 from headrace.types import (
     BLOCK_KEY_BYTES,
@@ -59,7 +60,6 @@ from headrace.types import (
     pack_tokens,
 )
 from headrace.wire_reports import encode_done, encode_news
-from headrace_gateway.__main__ import settle_memory
 from headrace_gateway.policy.dispatch import DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.workload import WorkerFacts

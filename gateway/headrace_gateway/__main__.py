@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 
@@ -13,6 +12,7 @@ from aiohttp import web
 from headrace import config, logs, loops, telemetry
 from headrace.clock import SystemClock
 from headrace.errors import SettingsError
+from headrace.garbage import settle_memory
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.app import make_app, make_runner
 from headrace_gateway.fleet import Fleet
@@ -22,8 +22,6 @@ from headrace_gateway.tenants import Tenants, load_tenants
 log = structlog.get_logger()
 
 BACKLOG = 1_024
-GC_YOUNG, GC_MIDDLE, GC_OLD = 20_000, 20, 20
-"""New objects, and collections of younger ones, between two collections."""
 
 
 async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
@@ -57,16 +55,6 @@ async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
     finally:
         await runner.cleanup()
         await fleet.stop()
-
-
-def settle_memory() -> None:
-    """What stands now stays: collections look at what requests make, and seldom.
-
-    With Python's defaults a full one takes some 50 ms here, and every stream waits for it.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_YOUNG, GC_MIDDLE, GC_OLD)
 
 
 def main() -> None:

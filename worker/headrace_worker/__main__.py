@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from headrace.cache_directory import open_cache
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.errors import ModelError, SettingsError
+from headrace.garbage import settle_memory
 from headrace.types import WorkerRole
 from headrace_worker import metrics, native, startup, step_log
 from headrace_worker.allocator import keep_freed_memory
@@ -41,8 +41,6 @@ log = structlog.get_logger()
 
 KERNELS_CHARS_MAX = 200
 """Of the reason why there are none."""
-GC_YOUNG, GC_MIDDLE, GC_OLD = 20_000, 20, 20
-"""New objects, and collections of younger ones, between two collections."""
 
 
 def build(settings: WorkerSettings) -> tuple[Consumer, Ranks | None]:
@@ -151,19 +149,9 @@ def _link(settings: WorkerSettings, engine: Engine) -> CacheLink:
     )
 
 
-def _settle_memory() -> None:
-    """What stands now stays: a full collection would go through all of torch, and no step with it.
-
-    Between two of them the engine's thread makes some hundred objects a step.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_YOUNG, GC_MIDDLE, GC_OLD)
-
-
 async def serve(settings: WorkerSettings) -> None:
     consumer, ranks = build(settings)
-    _settle_memory()
+    settle_memory()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, consumer.drain)
