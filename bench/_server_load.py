@@ -117,6 +117,7 @@ WORKLOADS = {
         Workload("unique-8", streams=8, requests=24),
         Workload("unique-32", streams=32, requests=64),
         Workload("shared", streams=8, requests=24, prefix=1_024, prompt=32, output=32),
+        Workload("cold", streams=8, requests=16, prompt=1_056, output=32),
         Workload("prefill", streams=2, requests=6, prompt=2_048, output=16),
         Workload("trace", requests=40, prompt=2_048, output=256, rate=0.5),
     )

@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-constexpr int32_t ABI_VERSION = 2;
+constexpr int32_t ABI_VERSION = 4;
 
 // Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
 constexpr int PANEL = 16;
@@ -23,12 +23,17 @@ enum Format : int32_t {
                    // 16 zero points in bfloat16
 };
 
-// y = x W^T + bias. W [outs, columns]; quantized columns are padded to whole groups.
+constexpr int CUTS_MAX = 3;
+
+// y = x W^T + bias. W [outs, columns]; quantized columns are padded to whole groups. Its columns are
+// summed in runs, which are added up two by two: `cuts` + 1 of them, 1, 2 or 4, each but the last up to
+// its `cut`, in groups (FORMAT_F32: in columns). So ranks that hold whole runs come to the same bits.
 struct Matrix {
   int32_t format;
   int32_t outs;
   int32_t columns;
-  int32_t unused;
+  int32_t cuts;
+  int32_t cut[CUTS_MAX + 1];
   const uint8_t* panels;
   const float* bias;  // [outs] or null
 };

@@ -2,7 +2,8 @@
 //
 // Invariant: a row's result depends on that row alone, bit for bit, in whatever batch or tile it
 // stands. Within a group the sum is over integers; groups are added in the order of the columns, by
-// one accumulator for each output. So tiles of several rows only share the loads of the weights.
+// one accumulator for each output and run of columns (see Matrix), and runs two by two. So tiles of
+// several rows only share the loads of the weights.
 //
 // Quantized formats round each row to int8 by groups of 32 columns, as llama.cpp's Q8_0 does, not by
 // whole rows: an outlier then spoils 31 neighbours and not all of the row. In 8 bits each group is
@@ -120,85 +121,107 @@ static void quantize_part(const float* x, const Rows& a, int row, int first, int
 
 static void quantize_row(const float* x, const Rows& a, int row) { quantize_part(x, a, row, 0, a.groups); }
 
+// Takes a run's sums in: acc becomes the sum of all runs up to number `run` that it makes a pair of.
+template <int R>
+HR_INLINE void pair_up(int run, vf (&acc)[R][NV], vf (&kept)[2][R][NV]) {
+  int level = 0;
+  for (; run & 1; run >>= 1, ++level)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) acc[r][v] = add(kept[level][r][v], acc[r][v]);
+  if (level > 1) return;
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) kept[level][r][v] = acc[r][v];
+}
+
+// out [R][16]: of each run of columns what `sum_of(first, last, acc)` adds to zeros, paired up.
+template <int R, typename F>
+HR_INLINE void sum_runs(const Matrix& m, int columns, float* out, const F& sum_of) {
+  vf acc[R][NV], kept[2][R][NV];
+  int first = 0;
+  for (int run = 0;; ++run) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) acc[r][v] = zero();
+    const int last = run < m.cuts ? m.cut[run] : columns;
+    sum_of(first, last, acc);
+    first = last;
+    if (m.cuts == 0) break;
+    pair_up<R>(run, acc, kept);
+    if (run == m.cuts) break;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) store(out + r * PANEL + v * W, acc[r][v]);
+}
+
 // Products of R rows with one panel: out [R][16].
 
 template <int R>
 static void tile_f32(const Matrix& m, const Rows& a, int panel, int row, float* out) {
   const float* w = reinterpret_cast<const float*>(m.panels) + static_cast<int64_t>(panel) * m.columns * PANEL;
   const float* x = a.x + row * a.stride;
-  vf acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = zero();
-  for (int k = 0; k < m.columns; ++k) {
-    vf weight[NV];
-    for (int v = 0; v < NV; ++v) weight[v] = load(w + k * PANEL + v * W);
+  sum_runs<R>(m, m.columns, out, [&](int first, int last, vf(&acc)[R][NV]) __attribute__((always_inline)) {
+    for (int k = first; k < last; ++k) {
+      vf weight[NV];
+      for (int v = 0; v < NV; ++v) weight[v] = load(w + k * PANEL + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      vf value = set1(x[r * a.stride + k]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(weight[v], value, acc[r][v]);
+      for (int r = 0; r < R; ++r) {
+        vf value = set1(x[r * a.stride + k]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(weight[v], value, acc[r][v]);
+      }
     }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) store(out + r * PANEL + v * W, acc[r][v]);
+  });
 }
 
 template <int R>
 static void tile_q8(const Matrix& m, const Rows& a, int panel, int row, float* out) {
   const uint8_t* w = m.panels + static_cast<int64_t>(panel) * a.groups * Q8_BYTES;
   const uint8_t* bytes = a.bytes + row * a.stride;
-  const int64_t first = static_cast<int64_t>(row) * a.groups;
-  vf acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = zero();
-  for (int g = 0; g < a.groups; ++g, w += Q8_BYTES) {
-    vi s[R][NV];
+  const int64_t start = static_cast<int64_t>(row) * a.groups;
+  sum_runs<R>(m, a.groups, out, [&](int first, int last, vf(&acc)[R][NV]) __attribute__((always_inline)) {
+    for (int g = first; g < last; ++g, w += Q8_BYTES) {
+      vi s[R][NV];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < NV; ++v) s[r][v] = iset1(a.offsets[first + r * a.groups + g]);
-    dot_q8<R>(w, bytes + g * GROUP * (WIDE_Q8 ? 2 : 1), a.stride, s);
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(w + GROUP * PANEL);
-    vf scale[NV];
-    for (int v = 0; v < NV; ++v) scale[v] = bf16(scales + v * W);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < NV; ++v) s[r][v] = iset1(a.offsets[start + r * a.groups + g]);
+      dot_q8<R>(w, bytes + g * GROUP * (WIDE_Q8 ? 2 : 1), a.stride, s);
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(w + GROUP * PANEL);
+      vf scale[NV];
+      for (int v = 0; v < NV; ++v) scale[v] = bf16(scales + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      vf row_scale = set1(a.scales[first + r * a.groups + g]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(mul(to_float(s[r][v]), row_scale), scale[v], acc[r][v]);
+      for (int r = 0; r < R; ++r) {
+        vf row_scale = set1(a.scales[start + r * a.groups + g]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(mul(to_float(s[r][v]), row_scale), scale[v], acc[r][v]);
+      }
     }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) store(out + r * PANEL + v * W, acc[r][v]);
+  });
 }
 
 template <int R>
 static void tile_q4(const Matrix& m, const Rows& a, int panel, int row, float* out) {
   const uint8_t* w = m.panels + static_cast<int64_t>(panel) * a.groups * Q4_BYTES;
   const uint8_t* bytes = a.bytes + row * a.stride;
-  const int64_t first = static_cast<int64_t>(row) * a.groups;
-  vf acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = zero();
-  for (int g = 0; g < a.groups; ++g, w += Q4_BYTES) {
-    vi s[R][NV];
-    dot_q4<R>(w, bytes + g * GROUP, a.stride, s);
-    const uint16_t* factors = reinterpret_cast<const uint16_t*>(w + GROUP * PANEL / 2);
-    vf scale[NV], zero_point[NV];
-    for (int v = 0; v < NV; ++v) {
-      scale[v] = bf16(factors + v * W);
-      // a weight is (q - 8) * scale + zero
-      zero_point[v] = fma(set1(-8.0f), scale[v], bf16(factors + PANEL + v * W));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      vf row_scale = set1(a.scales[first + r * a.groups + g]);
-      vf row_sum = set1(a.sums[first + r * a.groups + g]);
+  const int64_t start = static_cast<int64_t>(row) * a.groups;
+  sum_runs<R>(m, a.groups, out, [&](int first, int last, vf(&acc)[R][NV]) __attribute__((always_inline)) {
+    for (int g = first; g < last; ++g, w += Q4_BYTES) {
+      vi s[R][NV];
+      dot_q4<R>(w, bytes + g * GROUP, a.stride, s);
+      const uint16_t* factors = reinterpret_cast<const uint16_t*>(w + GROUP * PANEL / 2);
+      vf scale[NV], zero_point[NV];
       for (int v = 0; v < NV; ++v) {
-        acc[r][v] = fma(mul(to_float(s[r][v]), row_scale), scale[v], acc[r][v]);
-        acc[r][v] = fma(zero_point[v], row_sum, acc[r][v]);
+        scale[v] = bf16(factors + v * W);
+        // a weight is (q - 8) * scale + zero
+        zero_point[v] = fma(set1(-8.0f), scale[v], bf16(factors + PANEL + v * W));
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        vf row_scale = set1(a.scales[start + r * a.groups + g]);
+        vf row_sum = set1(a.sums[start + r * a.groups + g]);
+        for (int v = 0; v < NV; ++v) {
+          acc[r][v] = fma(mul(to_float(s[r][v]), row_scale), scale[v], acc[r][v]);
+          acc[r][v] = fma(zero_point[v], row_sum, acc[r][v]);
+        }
       }
     }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) store(out + r * PANEL + v * W, acc[r][v]);
+  });
 }
 
 #define HR_TILE(kind, rows)         \

@@ -15,7 +15,7 @@ struct Top {
 };
 
 struct StepRoom {
-  std::vector<float> x, normed, qkv, mixed, inner;
+  std::vector<float> x, normed, qkv, mixed, inner, product;
   RowRoom rows, normed_rows;  // what attention and gates give; what norms give
   AttentionRoom attention;
   std::vector<Top> tops;
@@ -182,17 +182,24 @@ static void attend_layer(Running& s, int thread, const Layer& l, int layer, cons
   });
 }
 
-static void meet(Running& s) {
-  if (s.step.sums != nullptr) add_up(*s.step.sums, s.room.x.data(), static_cast<int64_t>(s.rows) * s.m.hidden);
+static void meet(Running& s, float* x) {
+  if (s.step.sums != nullptr) add_up(*s.step.sums, x, static_cast<int64_t>(s.rows) * s.m.hidden);
 }
 
-// x += rows W^T + bias, on all ranks together; `finish()` is called once x is there.
+// x += rows W^T + bias, on all ranks together; `finish()` is called once x is there. What ranks add up
+// is the product alone: with x among it, it would be another order of sums than one process has.
 template <typename F>
 static void add_product(Running& s, const Matrix& w, const Rows& a, const F& finish) {
   float* x = s.room.x.data();
-  const bool other = s.step.sums != nullptr && s.step.sums->rank > 0;  // the first rank brings x in
-  multiply(s.team, w, a, s.rows, other ? nullptr : x, x, [&] {
-    meet(s);
+  if (s.step.sums == nullptr) {
+    multiply(s.team, w, a, s.rows, x, x, finish);
+    return;
+  }
+  float* product = s.room.product.data();
+  multiply(s.team, w, a, s.rows, nullptr, product, [&] {
+    meet(s, product);
+    const int64_t count = static_cast<int64_t>(s.rows) * s.m.hidden;
+    for (int64_t i = 0; i < count; ++i) x[i] = product[i] + x[i];
     finish();
   });
 }
@@ -232,9 +239,10 @@ static void run_layer(Running& s, int thread, int number) {
 }
 
 // Sizes everything for a step, so that later nothing moves while others read it.
-static void make_room(StepRoom& room, const Model& m, int rows) {
+static void make_room(StepRoom& room, const Model& m, int rows, bool adds_up) {
   const size_t count = rows;
   room.fit(room.x, count * m.hidden);
+  if (adds_up) room.fit(room.product, count * m.hidden);
   room.fit(room.normed, count * m.hidden);
   room.fit(room.qkv, count * (m.heads + 2 * m.kv_heads) * m.head_dim);
   room.fit(room.mixed, count * m.heads * m.head_dim);
@@ -269,7 +277,7 @@ static void begin(Running& s) {
         }
       },
       [&] {
-        if (!alone) meet(s);
+        if (!alone) meet(s, x);
       });
   if (!alone) norm_rows(s, first, m.layer[0].attention_norm, s.rows, nullptr);
 }
@@ -352,7 +360,7 @@ static void run_step(const Model& m, const Pool& p, const Batch& batch, const St
   Team& team = turn.team();
   Tiles tiles(batch, m.kv_heads, m.heads / m.kv_heads);
   ready(room.attention, team, tiles, m.head_dim);
-  make_room(room, m, batch.rows);
+  make_room(room, m, batch.rows, waits);
   room.tops.resize(static_cast<size_t>(step.sampled_rows) * ((m.vocab + TOP_PART - 1) / TOP_PART));
   Running s{team, m, p, batch, step, room, tiles, batch.rows};
   team.run([&](int thread) {

@@ -2,7 +2,7 @@
 // and flags are those of parallel/collective.py, whose other sums the same ranks go through before and
 // after.
 //
-// Invariant: sums are taken in the order of the ranks, so all of them leave with the same bits. A rank
+// Invariant: sums are taken in one order, so all ranks leave with the same bits. A rank
 // that does not come in time is named, and from then on nobody is waited for: what the step gives is
 // worth nothing.
 #pragma once

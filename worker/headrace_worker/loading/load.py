@@ -7,7 +7,7 @@ one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from headrace_worker.loading.source import Source, Tensors
 from headrace_worker.model import Decoder, ModelConfig, architecture
 from headrace_worker.model.linear import DenseEmbedding, DenseLinear, Embedding, Linear
 from headrace_worker.model.weights import Weights
+from headrace_worker.native.linear import NativeLinear
+from headrace_worker.native.order import orders
 from headrace_worker.parallel.collective import Group
 from headrace_worker.parallel.shape import Part
 from headrace_worker.parallel.sharded import ShardedTensors, ShardedWeights
@@ -109,7 +111,7 @@ def load_model(
     memory.require_model(
         local, tensors.largest_values(), str(kind)[6:], mode, free=free_bytes(device)
     )
-    weights = _Weights(tensors, kind, mode, progress, device)
+    weights = _Weights(tensors, kind, mode, progress, device, orders(config, held))
     model = _build(local, weights, held, group)
     weights.check_all_taken()
     record = ModelRecord(
@@ -223,8 +225,11 @@ class _Weights:
         quantization: Quantization,
         progress: Progress | None,
         device: torch.device,
+        cuts: Mapping[str, tuple[int, ...]],
     ) -> None:
+        """`cuts`: of the columns of matrices that are no experts, by name: see native/order.py."""
         self._device = device
+        self._cuts = cuts
         self._source = source
         self.dtype = dtype
         self._quantization = quantization
@@ -270,7 +275,10 @@ class _Weights:
             if bias
         ]
         role = Role.of(names[0])
-        return self._linear(torch.cat(parts), torch.cat(biases) if bias else None, role)
+        linear = self._linear(torch.cat(parts), torch.cat(biases) if bias else None, role)
+        if isinstance(linear, NativeLinear) and ".experts." not in names[0]:
+            linear.cut(self._cuts.get(names[0].rsplit(".", 1)[-1], ()))
+        return linear
 
     def tied_head(self, embedding: Tensor) -> Linear:
         head = self._linear(embedding, None, Role.HEAD)

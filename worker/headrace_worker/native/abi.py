@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 4
 ISAS = ("none", "avx2", "avx512")
 
 FORMAT_F32, FORMAT_Q8, FORMAT_Q4 = 0, 1, 2
@@ -23,13 +23,14 @@ KV_F32, KV_BF16, KV_INT8 = 0, 1, 2
 
 
 class Matrix(Structure):
-    """W [outs, columns] in panels of a format, and its bias."""
+    """W [outs, columns] in panels of a format, where its columns are cut, and its bias."""
 
     _fields_ = (
         ("format", c_int32),
         ("outs", c_int32),
         ("columns", c_int32),
-        ("unused", c_int32),
+        ("cuts", c_int32),
+        ("cut", c_int32 * 4),
         ("panels", c_void_p),
         ("bias", c_void_p),
     )

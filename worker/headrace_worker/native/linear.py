@@ -5,7 +5,7 @@ activations in groups of 32 columns, each with its scale, as llama.cpp's Q8_0, b
 with a Hadamard matrix before they are rounded (and the weights divided by 32, so that the product
 stays): it spreads an outlier over its group. 4 bits: the same weights as quantization/int4.py,
 multiplied with activations in 8 bits. Products within a group are summed as integers, groups in
-float32 in the order of the columns.
+float32 in the order of the columns, in one run or in several: see order.py.
 """
 
 from __future__ import annotations
@@ -114,6 +114,14 @@ class NativeLinear:
             bias=None if self._bias is None else self._bias.data_ptr(),
         )
         """Points into this object's tensors."""
+
+    def cut(self, columns: tuple[int, ...]) -> None:
+        """Sums the columns in runs that end there, 0, 1 or 3 of them, and at the last; in groups."""
+        assert len(columns) in (0, 1, 3) and not any(c % GROUP for c in columns), "see order.py"
+        unit = 1 if self.matrix.format == FORMAT_F32 else GROUP
+        self.matrix.cuts = len(columns)
+        for i, column in enumerate(columns):
+            self.matrix.cut[i] = column // unit
 
     @classmethod
     def of_float32(cls, library: Library, weight: Tensor, bias: Tensor | None) -> NativeLinear:

@@ -244,11 +244,15 @@ class SharedGroup:
 
 
 def _sum(parts: list[Tensor], out: Tensor) -> None:
-    """Adds up in the order of the list, in float32; `out` is none of them."""
+    """Adds up in float32, in the order of the list, four of them two by two as csrc/sums.cpp does;
+    `out` is none of them."""
     if len(parts) == 2:
         torch.add(parts[0], parts[1], out=out)
         return
     if out.dtype is torch.float32:
+        if len(parts) == 4:
+            torch.add(parts[0] + parts[1], parts[2] + parts[3], out=out)
+            return
         torch.add(parts[0], parts[1], out=out)
         for part in parts[2:]:
             out.add_(part)
