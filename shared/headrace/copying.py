@@ -32,9 +32,6 @@ CHECKED_BYTES = 512 * 1024
 VARIABLE = "HEADRACE_KERNELS"
 """`off`: no C of our own, as for the worker's kernels."""
 
-BEGIN_TRIES = 100
-"""Times that the processor is offered to others while nobody has begun."""
-
 _JOB_WORDS = 4
 """Of a job in C: target, source, size, and the CRC that is its answer."""
 
@@ -124,9 +121,11 @@ class Copies:
         jobs, following = self._jobs.buffer_info()[0], self._next.buffer_info()[0]
         self._library.headrace_copy(jobs, self._count, following)
 
-    def await_begin(self) -> None:
-        """Wait, without Python's lock, until somebody runs; for some 50 microseconds at most."""
-        self._library.headrace_await_begin(self._next.buffer_info()[0], BEGIN_TRIES)
+    def run_part(self, first: int, last: int) -> None:
+        """Do the entries from `first` up to `last`, which nobody else does; as `run`."""
+        begun = array("q", [0])
+        jobs = self._jobs.buffer_info()[0] + first * _JOB_WORDS * self._jobs.itemsize
+        self._library.headrace_copy(jobs, last - first, begun.buffer_info()[0])
 
     def stop(self) -> None:
         """Whoever runs begins nothing more."""
@@ -175,8 +174,6 @@ class _Library:
         pointer = ctypes.c_void_p
         library.headrace_copy.argtypes = (pointer, ctypes.c_int64, pointer)
         library.headrace_copy.restype = None
-        library.headrace_await_begin.argtypes = (pointer, ctypes.c_int64)
-        library.headrace_await_begin.restype = None
         self.found, self.state = library, "native"
 
 

@@ -8,7 +8,6 @@
 // (M. Adler, "crc32c.c", 2013, has the idea).
 
 #include <immintrin.h>
-#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -121,11 +120,6 @@ FAST static void work(struct job *job) {
 }
 
 API int headrace_copying_runs_here(void) { return __builtin_cpu_supports("sse4.2") != 0; }
-
-// Waits until some job has been begun, or for `tries` at giving the processor to somebody else.
-API void headrace_await_begin(const int64_t *next, int64_t tries) {
-    while (tries-- > 0 && !__atomic_load_n(next, __ATOMIC_RELAXED)) sched_yield();
-}
 
 // Does the jobs from *next on, taking one after the other; any number of threads may call it with
 // the same arguments. Who sets *next to `count` has them begin no further one.
