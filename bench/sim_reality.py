@@ -160,7 +160,8 @@ class Judged:
 
 def calibrated(args: argparse.Namespace) -> Judged:
     """Pieces on real workers that are calibrated before, between and after them."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(args.steps or temporary)
         logs, real = StepLogs(Path(folder)), Reality()
         env = {"HEADRACE_MAX_JOBS": str(args.max_jobs), "HEADRACE_STEP_LOG": folder}
         with a_fleet(args, env) as fleet:
@@ -188,21 +189,26 @@ def costs(logs: StepLogs, pieces: int) -> list[CostModel]:
     turn. Prints how they compare."""
     calibrations = [1 + 2 * number for number in range(pieces + 1)]
     cost = logs.model(calibrations)
-    print(cost.to_json())
+    print(f"{cost.to_json()}\nsteps, and how many times as long as that says they took")
+    print(f"pilot: {_compared(logs, 0, cost)}")
+    for number, part in enumerate(calibrations, 1):
+        print(f"calibration {number}: {_compared(logs, part, cost)}")
     said = [logs.slowness(part, cost) for part in calibrations]
-    print(f"steps of the pilot took {logs.slowness(0, cost):.3f} of what that says")
-    print("those of each calibration " + ", ".join(f"{each:.3f}" for each in said))
     found = []
-    for piece in range(pieces):
-        times = (said[piece] + said[piece + 1]) / 2
+    for number in range(pieces):
+        times = (said[number] + said[number + 1]) / 2
         found.append(slower(cost, times))
-        taken = logs.taken(2 + 2 * piece, found[-1])
-        kinds = ", ".join(
-            f"{kind} {took / by_cost:.3f} ({took / 1000:.0f} s)"
-            for kind, (took, by_cost) in sorted(taken.items())
-        )
-        print(f"piece {piece + 1} is simulated at {times:.3f}; its own steps against that: {kinds}")
+        own = _compared(logs, 2 + 2 * number, found[-1])
+        print(f"piece {number + 1} is simulated at {times:.3f}; its own steps by that: {own}")
     return found
+
+
+def _compared(logs: StepLogs, part: int, cost: CostModel) -> str:
+    kinds = ", ".join(
+        f"{kind} {took / by_cost:.3f} ({took / 1000:.0f} s)"
+        for kind, (took, by_cost) in sorted(logs.taken(part, cost).items())
+    )
+    return f"{logs.slowness(part, cost):.3f}: {kinds}"
 
 
 def a_fleet(args: argparse.Namespace, env: dict[str, str]) -> Fleet:
@@ -325,6 +331,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="HEADRACE_X=VALUE")
     parser.add_argument("--real", type=Path, help="reality as an earlier run's --json has it")
+    parser.add_argument("--steps", type=Path, help="an empty folder for the workers' logs of steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.real:

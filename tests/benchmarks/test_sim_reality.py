@@ -65,7 +65,8 @@ def test_a_piece_is_simulated_as_slow_as_the_machine_was_around_it(
     assert_alike(first, slower(TRUTH, 1.1))
     assert_alike(second, slower(TRUTH, 1.35))
     said = capsys.readouterr().out
-    assert "calibration 0.8" in said and "its own steps against that: decode 1.00" in said
+    assert "pilot: 3.2" in said and "calibration 1: 0.8" in said
+    assert "is simulated at 0.89" in said and "its own steps by that: 1.00" in said
 
 
 def test_the_steps_of_what_is_judged_are_in_no_model(
