@@ -260,3 +260,29 @@ async def test_a_batch_of_copies_that_is_given_up_begins_no_further_one(native: 
     copies.stop()
     copies.run()
     assert not any(map(any, memory))
+
+
+@needs_compiler
+async def test_a_batch_copied_by_turns_lets_the_loop_go_on_between_them(
+    native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two cores: nothing but the event loop's own thread copies, some of the entries at a time.
+    Who gives up the wait has the rest uncopied."""
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 1)
+    monkeypatch.setattr(cache_threads, "TURN_BYTES_MAX", LARGE)
+    sources = [data_of(number, size) for number, size in enumerate([LARGE, LARGE // 2, 7, LARGE])]
+    memory = [memoryview(bytearray(len(source))) for source in sources]
+    copying_all = asyncio.ensure_future(copy_all(memory, sources, aside=True))
+    turns = []
+    while not copying_all.done():
+        await asyncio.sleep(0)
+        turns.append([bytes(each) == source for each, source in zip(memory, sources, strict=True)])
+    assert copying_all.result() == list(map(checksum, sources))
+    assert turns[0] == [True, False, False, False] and turns[-1] == [True] * 4
+    for each in memory:
+        each[:] = bytes(len(each))
+    given_up = asyncio.ensure_future(copy_all(memory, sources, aside=True))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait({given_up})
+    assert bytes(memory[0]) == sources[0] and not any(memory[3])
