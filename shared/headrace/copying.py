@@ -32,6 +32,9 @@ CHECKED_BYTES = 512 * 1024
 VARIABLE = "HEADRACE_KERNELS"
 """`off`: no C of our own, as for the worker's kernels."""
 
+LINE_BYTES = 64
+WORD_BYTES = 8
+
 _JOB_WORDS = 4
 """Of a job in C: target, source, size, and the CRC that is its answer."""
 
@@ -81,6 +84,19 @@ def _address(buffer: Buffer) -> int:
     if isinstance(buffer, memoryview) and (buffer.readonly or not buffer.contiguous):
         return 0
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def copy_numbers(to: int, source: int, size_bytes: int, width: int, most: int) -> int | None:
+    """Copy numbers of 2 or 4 bytes from one address to another, which do not overlap, in C.
+
+    The CRC-32C of the copy; -1 where a number in it, without its sign bit, is above `most` when its
+    bits are read as an integer, as infinities and what is no number are. None, and nothing is
+    copied, where that is not to be done in C. The caller keeps both places where they are.
+    """
+    library = _library.found
+    if library is None or to % LINE_BYTES or size_bytes % WORD_BYTES or width not in (2, 4):
+        return None
+    return int(library.headrace_copy_numbers(to, source, size_bytes, width, most))
 
 
 class Copies:
@@ -174,6 +190,9 @@ class _Library:
         pointer = ctypes.c_void_p
         library.headrace_copy.argtypes = (pointer, ctypes.c_int64, pointer)
         library.headrace_copy.restype = None
+        numbers = (pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32)
+        library.headrace_copy_numbers.argtypes = numbers
+        library.headrace_copy_numbers.restype = ctypes.c_int64
         self.found, self.state = library, "native"
 
 
