@@ -1,8 +1,8 @@
 """Bandwidth of the cache service against this machine's memcpy: `python -m bench cache`.
 
 Client and service are processes of their own. `shm` reads and writes in place, `unix` and `tcp`
-send entries as frames. A client keeps one, two or four batches in flight. Every put is of new keys,
-so that once the budget is full each also evicts.
+send entries as frames. A client keeps one, two or four batches in flight; workers keep
+WORKERS_IN_FLIGHT. Every put is of new keys, so that once the budget is full each also evicts.
 What is got is checked by CRC, as always; `get` copies it into the client's own memory, `view` uses
 it where it lies. A put is all of it: naming the entries, their places, the copy, the checksum, and
 whatever leaves for them; a get is from the call to checked bytes in the caller's memory.
@@ -38,11 +38,13 @@ from headrace.arena_view import HEADER_BYTES
 from headrace.cache_client import CacheClient, PutEntry, WriteEntry
 from headrace.cache_threads import COPIERS
 from headrace.copying import Copies, copy_checked
+from headrace_worker.put_queue import BATCHES_MAX
 
 BUDGET_BYTES = 1 << 30
 RING_BYTES = 256 << 20
 START_S_MAX = 20.0
 CHAINS_READ = 16
+WORKERS_IN_FLIGHT = BATCHES_MAX
 
 
 async def wait_ready(client: CacheClient) -> None:
@@ -286,7 +288,8 @@ def compare(
                 f"{what} {rate / 1e9:.2f} GB/s ({100 * rate / most:.0f} %)"
                 for what, rate in rates.items()
             )
-            print(f"{way:>6}, {in_flight} in flight: {text}", flush=True)
+            usual = ", as workers have" if in_flight == WORKERS_IN_FLIGHT else ""
+            print(f"{way:>6}, {in_flight} in flight{usual}: {text}", flush=True)
     after = copy_rates(*sizes, args.seconds)["memcpy"]
     print(f"memcpy {after / 1e9:.2f} GB/s, at the end")
     possible["memcpy at the end"] = after

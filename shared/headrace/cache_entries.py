@@ -35,14 +35,14 @@ GROWTH = 4
 class WriteEntry(NamedTuple):
     """An entry whose bytes are copied when their place is known.
 
-    `fill(view)` writes all `size_bytes` of them into `view`. It may run in a thread, and not at
-    all where the service has the entry or no room; in vain where that turns out meanwhile. The
-    other fields are EntryFacts'.
+    `fill(view)` writes all `size_bytes` of them into `view`, and gives their CRC if it has it by
+    the way. It may run in a thread, and not at all where the service has the entry or no room; in
+    vain where that turns out meanwhile. The other fields are EntryFacts'.
     """
 
     hash: bytes
     size_bytes: int
-    fill: Callable[[memoryview], None]
+    fill: Callable[[memoryview], int | None]
     parent: bytes = b""
     depth: int = 0
     band: Band = Band.STANDARD
@@ -55,8 +55,8 @@ class WriteEntry(NamedTuple):
 
     def fill_checked(self, view: memoryview) -> int:
         """`fill`, and the CRC of what is in `view` then."""
-        self.fill(view)
-        return checksum(view)
+        crc = self.fill(view)
+        return checksum(view) if crc is None else crc
 
     def payload(self) -> Buffer:
         """The bytes, for a service whose arena is not mapped here."""

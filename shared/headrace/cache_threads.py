@@ -31,6 +31,10 @@ COPIERS_ASIDE = COPIERS if (os.cpu_count() or 1) > COPIERS else 1
 INLINE_BYTES_MAX = 1024 * 1024
 """What is checked or copied in the event loop: a fifth of a millisecond; more is for threads."""
 
+TURN_BYTES_MAX = 2 * 1024 * 1024
+"""Copied in the event loop by turns, which last a quarter of a millisecond then. On two cores a
+thread would be woken where the service computes, and wait for that."""
+
 T = TypeVar("T")
 
 
@@ -79,23 +83,29 @@ async def copy_all(
         return await in_threads(work, sizes)
     if sum(sizes) <= INLINE_BYTES_MAX:
         copies.run()
+    elif aside and COPIERS_ASIDE == 1 and max(sizes) <= TURN_BYTES_MAX:
+        await _by_turns(copies, sizes)
     else:
-        await _together(copies, len(sizes), copies.await_begin if aside else None)
+        await _together(copies, len(sizes), aside=aside)
     return copies.crcs
 
 
-async def _together(
-    share: _Share, count: int, await_begin: Callable[[], None] | None = None
-) -> None:
-    """Have the copiers do `share`, of `count` parts. Raises what one of them raised.
+async def _by_turns(copies: Copies, sizes: Sequence[int]) -> None:
+    """Copy in the event loop, which does something else every TURN_BYTES_MAX."""
+    first, size_bytes = 0, 0
+    for number, size in enumerate(sizes):
+        if size_bytes + size > TURN_BYTES_MAX:
+            copies.run_part(first, number)
+            first, size_bytes = number, 0
+            await asyncio.sleep(0)
+        size_bytes += size
+    copies.run_part(first, len(sizes))
 
-    With `await_begin` they do it aside, and that waits until they are at it: as long as Python's
-    lock is held here, none of them would come to begin.
-    """
-    batch, copiers = _Batch(share), _copiers()
-    copiers.begin(batch, min(COPIERS if await_begin is None else COPIERS_ASIDE, count))
-    if await_begin is not None and copiers.running < COPIERS_ASIDE:
-        await_begin()
+
+async def _together(share: _Share, count: int, *, aside: bool = False) -> None:
+    """Have the copiers do `share`, of `count` parts. Raises what one of them raised."""
+    batch = _Batch(share)
+    _copiers().begin(batch, min(COPIERS_ASIDE if aside else COPIERS, count))
     try:
         await asyncio.shield(batch.done)
     finally:
@@ -176,27 +186,17 @@ class _Copiers:
 
     def __init__(self) -> None:
         self._batches: SimpleQueue[_Batch] = SimpleQueue()
-        self._busy = [False] * COPIERS
         for number in range(COPIERS):
             name = f"headrace-copier-{number}"
-            args = (number,)
-            threading.Thread(target=self._work_for_ever, args=args, name=name, daemon=True).start()
-
-    @property
-    def running(self) -> int:
-        """How many of the threads have work."""
-        return sum(self._busy)
+            threading.Thread(target=self._work_for_ever, name=name, daemon=True).start()
 
     def begin(self, batch: _Batch, helpers: int) -> None:
         for _ in range(helpers):
             self._batches.put(batch)
 
-    def _work_for_ever(self, number: int) -> None:
+    def _work_for_ever(self) -> None:
         while True:
-            batch = self._batches.get()
-            self._busy[number] = True
-            batch.run()
-            self._busy[number] = False
+            self._batches.get().run()
 
 
 _started: list[_Copiers] = []

@@ -150,8 +150,8 @@ _Asked = asyncio.Task[Reserved | None]
 class _InPlace:
     """Reserve, copy, commit: while one piece is copied, the next ones' places are made free.
 
-    Where there are places from before (`cache_ahead.py`), the first piece goes there at once, and
-    what they are for is told meanwhile.
+    Where there are places from before (`cache_ahead.py`), the first piece goes there at once: what
+    they are for is told first, so that the service enters it meanwhile.
     """
 
     def __init__(
@@ -259,9 +259,14 @@ class _InPlace:
     async def _fill(
         self, piece: Sequence[Entry], ticket: int, places: Sequence[int], *, aside: bool = False
     ) -> _Filled:
-        """Copy what was given a place. Where that fails, the places are given back."""
+        """Copy what was given a place. Where that fails, the places are given back.
+
+        `aside`: once what the service is to do meanwhile is on its way.
+        """
         crcs: list[int] = []
         try:
+            if aside:
+                await asyncio.sleep(0)
             crcs = await _fill(self._arena, piece, places, aside=aside)
         except WireError as error:
             log.warning("the cache service gives places it has not", error=error.message)

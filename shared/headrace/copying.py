@@ -32,8 +32,8 @@ CHECKED_BYTES = 512 * 1024
 VARIABLE = "HEADRACE_KERNELS"
 """`off`: no C of our own, as for the worker's kernels."""
 
-BEGIN_TRIES = 100
-"""Times that the processor is offered to others while nobody has begun."""
+LINE_BYTES = 64
+WORD_BYTES = 8
 
 _JOB_WORDS = 4
 """Of a job in C: target, source, size, and the CRC that is its answer."""
@@ -86,6 +86,19 @@ def _address(buffer: Buffer) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
+def copy_numbers(to: int, source: int, size_bytes: int, width: int, most: int) -> int | None:
+    """Copy numbers of 2 or 4 bytes from one address to another, which do not overlap, in C.
+
+    The CRC-32C of the copy; -1 where a number in it, without its sign bit, is above `most` when its
+    bits are read as an integer, as infinities and what is no number are. None, and nothing is
+    copied, where that is not to be done in C. The caller keeps both places where they are.
+    """
+    library = _library.found
+    if library is None or to % LINE_BYTES or size_bytes % WORD_BYTES or width not in (2, 4):
+        return None
+    return int(library.headrace_copy_numbers(to, source, size_bytes, width, most))
+
+
 class Copies:
     """A batch of copies in C, or of checksums where there is no target; `crcs` are the answers.
 
@@ -124,9 +137,11 @@ class Copies:
         jobs, following = self._jobs.buffer_info()[0], self._next.buffer_info()[0]
         self._library.headrace_copy(jobs, self._count, following)
 
-    def await_begin(self) -> None:
-        """Wait, without Python's lock, until somebody runs; for some 50 microseconds at most."""
-        self._library.headrace_await_begin(self._next.buffer_info()[0], BEGIN_TRIES)
+    def run_part(self, first: int, last: int) -> None:
+        """Do the entries from `first` up to `last`, which nobody else does; as `run`."""
+        begun = array("q", [0])
+        jobs = self._jobs.buffer_info()[0] + first * _JOB_WORDS * self._jobs.itemsize
+        self._library.headrace_copy(jobs, last - first, begun.buffer_info()[0])
 
     def stop(self) -> None:
         """Whoever runs begins nothing more."""
@@ -175,8 +190,9 @@ class _Library:
         pointer = ctypes.c_void_p
         library.headrace_copy.argtypes = (pointer, ctypes.c_int64, pointer)
         library.headrace_copy.restype = None
-        library.headrace_await_begin.argtypes = (pointer, ctypes.c_int64)
-        library.headrace_await_begin.restype = None
+        numbers = (pointer, pointer, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint32)
+        library.headrace_copy_numbers.argtypes = numbers
+        library.headrace_copy_numbers.restype = ctypes.c_int64
         self.found, self.state = library, "native"
 
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,6 +213,51 @@ def native() -> None:
     assert copying.state() == "native"
 
 
+def aligned(size_bytes: int) -> memoryview:
+    """Memory from a whole line of the cache on."""
+    memory = memoryview(bytearray(size_bytes + copying.LINE_BYTES))
+    start = -copying._address(memory) % copying.LINE_BYTES
+    return memory[start : start + size_bytes]
+
+
+@needs_compiler
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    words=st.integers(1, 3000),
+    width=st.sampled_from([2, 4]),
+    wrong=st.one_of(st.none(), st.integers(0, 100_000)),
+    sign=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_numbers_are_looked_through_as_they_are_copied(
+    native: None, words: int, width: int, wrong: int | None, sign: bool, seed: int
+) -> None:
+    """One too many, wherever it stands and whatever its sign, and there is no CRC."""
+    kind, bits = {2: ("H", 16), 4: ("I", 32)}[width]
+    most, signed = {2: 0x7F7F, 4: 0x7F7FFFFF}[width], 1 << (bits - 1)
+    dice = random.Random(seed)
+    numbers = array(
+        kind, [dice.randint(0, most) | dice.choice((0, signed)) for _ in range(8 * words // width)]
+    )
+    if wrong is not None:
+        numbers[wrong % len(numbers)] = most + 1 | signed * sign
+    source, target = memoryview(numbers).cast("B"), aligned(8 * words)
+    places = (copying._address(target), copying._address(source))
+    crc = copying.copy_numbers(*places, len(source), width, most)
+    assert bytes(target) == bytes(source)
+    assert crc == (checksum(source) if wrong is None else -1)
+
+
+@needs_compiler
+def test_what_c_does_not_look_through_is_left_alone(native: None) -> None:
+    """Off a line's start, of no whole words, or numbers of another kind."""
+    target, source = aligned(128), bytearray(b"1" * 64)
+    place, from_ = copying._address(target), copying._address(source)
+    for to, size, width in ((place + 8, 64, 2), (place, 60, 2), (place, 64, 1)):
+        assert copying.copy_numbers(to, from_, size, width, 0x7F7F) is None
+    assert not any(target)
+
+
 @needs_compiler
 def test_a_target_that_c_cannot_write_is_not_passed_over(native: None) -> None:
     """Python's way says what is wrong with it; in C it would be a checksum without a copy."""
@@ -260,3 +306,29 @@ async def test_a_batch_of_copies_that_is_given_up_begins_no_further_one(native: 
     copies.stop()
     copies.run()
     assert not any(map(any, memory))
+
+
+@needs_compiler
+async def test_a_batch_copied_by_turns_lets_the_loop_go_on_between_them(
+    native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two cores: nothing but the event loop's own thread copies, some of the entries at a time.
+    Who gives up the wait has the rest uncopied."""
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 1)
+    monkeypatch.setattr(cache_threads, "TURN_BYTES_MAX", LARGE)
+    sources = [data_of(number, size) for number, size in enumerate([LARGE, LARGE // 2, 7, LARGE])]
+    memory = [memoryview(bytearray(len(source))) for source in sources]
+    copying_all = asyncio.ensure_future(copy_all(memory, sources, aside=True))
+    turns = []
+    while not copying_all.done():
+        await asyncio.sleep(0)
+        turns.append([bytes(each) == source for each, source in zip(memory, sources, strict=True)])
+    assert copying_all.result() == list(map(checksum, sources))
+    assert turns[0] == [True, False, False, False] and turns[-1] == [True] * 4
+    for each in memory:
+        each[:] = bytes(len(each))
+    given_up = asyncio.ensure_future(copy_all(memory, sources, aside=True))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait({given_up})
+    assert bytes(memory[0]) == sources[0] and not any(memory[3])

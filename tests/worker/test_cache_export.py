@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace import copying
+from headrace.checksum import checksum
 from headrace.types import BLOCK_TOKENS, CacheMode
 from headrace_worker.kv import traffic
 from headrace_worker.kv.export import Export, ExportFacts, State, WithdrawnError
@@ -74,6 +77,34 @@ def test_numbers_that_are_not_finite_are_never_written(tiny: LoadedModel) -> Non
     with pytest.raises(WithdrawnError):
         take_export(second)
     assert second.state is State.DROPPED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [None, torch.nan, torch.inf, -torch.inf])
+def test_a_block_is_summed_and_looked_through_by_the_way(
+    tiny: LoadedModel, dtype: torch.dtype, wrong: float | None
+) -> None:
+    """Where the arena has it, at a line's start; elsewhere by those who wait for it."""
+    copying.prepare()
+    pool = KvPool(tiny.config, 4, dtype)
+    pool.tensor[2] = torch.randn(pool.tensor.shape[1:])
+    if wrong is not None:
+        pool.tensor[2, -1, -1, -1] = wrong
+    memory = np.zeros(pool.payload_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    for offset in (start, start + 1):
+        place = memory[offset : offset + pool.payload_bytes]
+        export = Export(FACTS, len(place), partial(pool.copy_block, 2), pool.accepts)
+        if wrong is not None:
+            with pytest.raises(WithdrawnError):
+                export.fill(memoryview(place))
+            assert export.state is State.DROPPED
+            continue
+        crc = export.fill(memoryview(place))
+        assert place.tobytes() == pool.export_block(2)
+        assert crc in (None, checksum(place.tobytes()))
+        if copying.state() == "native":
+            assert (crc is None) == (offset != start)
 
 
 def test_a_job_that_fails_withdraws_what_it_offered(tiny: LoadedModel) -> None:

@@ -20,7 +20,7 @@ from headrace import keys, telemetry, wire
 from headrace.cache_client import CacheClient
 from headrace.streams import parse_entries
 from headrace.types import Delta, Job
-from headrace_worker import cache_link
+from headrace_worker import put_queue
 from headrace_worker.cache_link import CacheLink, Fetched
 from headrace_worker.engine import Engine
 from headrace_worker.kv.export import Export, State
@@ -227,7 +227,7 @@ async def test_a_full_queue_drops_the_newest(
     tiny: LoadedModel, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those before it are its parents."""
-    monkeypatch.setattr(cache_link, "PUT_BLOCKS_MAX", 4)
+    monkeypatch.setattr(put_queue, "BLOCKS_MAX", 4)
     engine = make_engine(tiny)
     async with running_link(engine, service) as link:
         exports = steps_of(engine, make_job("a", PROMPT))

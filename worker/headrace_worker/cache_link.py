@@ -23,10 +23,9 @@ from headrace.types import BLOCK_TOKENS, Job
 from headrace_worker.cache_counts import CacheCounts
 from headrace_worker.kv.export import Export, State, WithdrawnError
 from headrace_worker.policy.fetching import NO_TIER, Fetch, Reason, Speeds, Wanted, plan
+from headrace_worker.put_queue import BATCHES_MAX, PutQueue
 from headrace_worker.results import BlockPayload, MissingRun, Outlook
 
-PUT_BLOCKS_MAX = 512
-PUT_BATCH = 32
 ROUNDS_MAX = 8
 """Parts of one lookup; each is planned on what the one before took."""
 LOOKUP_MS_MAX = 500
@@ -102,7 +101,7 @@ class CacheLink:
         self._block_bytes = block_bytes
         self._limit_ms = limit_ms
         self._clock = clock or SystemClock()
-        self._pending: asyncio.Queue[Export] = asyncio.Queue(PUT_BLOCKS_MAX)
+        self._puts = PutQueue()
         self._writes: dict[str, _Writes] = {}
         self.speeds = Speeds()
         self.counts = CacheCounts()
@@ -191,9 +190,7 @@ class CacheLink:
     def store_later(self, exports: Sequence[Export]) -> None:
         """Queue `exports` for writing; what does not fit is dropped and counted."""
         for export in exports:
-            try:
-                self._pending.put_nowait(export)
-            except asyncio.QueueFull:
+            if not self._puts.offer(export):
                 export.drop()
                 self.counts.unwritten_blocks += 1
                 continue
@@ -201,18 +198,21 @@ class CacheLink:
                 self._writes.setdefault(export.facts.job, _Writes()).open += 1
 
     async def run(self) -> None:
-        """Write queued blocks until cancelled, a batch at a time."""
+        """Write queued blocks until cancelled, BATCHES_MAX batches at a time."""
+        async with asyncio.TaskGroup() as writers:
+            for _ in range(BATCHES_MAX):
+                writers.create_task(self._write_batches())
+
+    async def _write_batches(self) -> None:
         while True:
-            batch = [await self._pending.get()]
-            while len(batch) < PUT_BATCH and not self._pending.empty():
-                batch.append(self._pending.get_nowait())
+            batch = await self._puts.take()
             try:
                 await self._write(batch)
             finally:
                 for export in batch:
                     export.drop()
                     self._settle(export)
-                    self._pending.task_done()
+                self._puts.done(batch)
 
     async def _write(self, batch: Sequence[Export]) -> None:
         """Write what is not there, and keep what is to be kept."""
@@ -295,7 +295,7 @@ class CacheLink:
             writes.settled.set()
 
     async def flushed(self) -> None:
-        await self._pending.join()
+        await self._puts.flushed()
 
     async def close(self) -> None:
         await self._client.close()
@@ -304,7 +304,8 @@ class CacheLink:
         """No more is open for jobs than is queued or being written."""
         counts = [writes.open for writes in self._writes.values()]
         assert min(counts, default=0) >= 0, "settled more often than queued"
-        assert sum(counts) <= self._pending.qsize() + PUT_BATCH, "open without an export"
+        assert sum(counts) <= self._puts.blocks, "open without an export"
+        self._puts.check_integrity()
 
 
 def _told(fetched: Fetched, missing: MissingRun) -> dict[str, str | int | float]:

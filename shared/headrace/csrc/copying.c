@@ -8,7 +8,6 @@
 // (M. Adler, "crc32c.c", 2013, has the idea).
 
 #include <immintrin.h>
-#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -62,9 +61,21 @@ FAST static inline __m128i load(const char *at) { return _mm_loadu_si128((const 
 FAST static inline uint64_t low(__m128i two) { return (uint64_t)_mm_cvtsi128_si64(two); }
 FAST static inline uint64_t high(__m128i two) { return (uint64_t)_mm_extract_epi64(two, 1); }
 
+// Keeps the largest of the numbers seen so far, `width` bytes each (0: they are none) without their
+// sign bits, which are in the order of their bits then.
+FAST static inline __attribute__((always_inline)) __m128i largest(
+    __m128i before, __m128i numbers, int width) {
+    if (width == 2)
+        return _mm_max_epi16(before, _mm_and_si128(numbers, _mm_set1_epi16(0x7fff)));
+    if (width == 4)
+        return _mm_max_epi32(before, _mm_and_si128(numbers, _mm_set1_epi32(0x7fffffff)));
+    return before;
+}
+
 FAST static inline __attribute__((always_inline)) uint32_t walk(
-    char *to, const char *from, size_t size, int copies) {
+    char *to, const char *from, size_t size, int copies, int width, __m128i *seen) {
     uint64_t crc = 0xffffffffu;
+    __m128i most = _mm_setzero_si128();
     for (; copies && size && ((uintptr_t)to & 63); size--) {  // whole lines from here on
         crc = _mm_crc32_u8((uint32_t)crc, (uint8_t)*from);
         *to++ = *from++;
@@ -85,6 +96,7 @@ FAST static inline __attribute__((always_inline)) uint32_t walk(
                     _mm_stream_si128((__m128i *)(to + STRIDE + at), b);
                     _mm_stream_si128((__m128i *)(to + 2 * STRIDE + at), c);
                 }
+                most = largest(largest(largest(most, a, width), b, width), c, width);
                 crc = _mm_crc32_u64(crc, low(a));
                 second = _mm_crc32_u64(second, low(b));
                 third = _mm_crc32_u64(third, low(c));
@@ -101,6 +113,7 @@ FAST static inline __attribute__((always_inline)) uint32_t walk(
         uint64_t word;
         memcpy(&word, from, sizeof word);
         crc = _mm_crc32_u64(crc, word);
+        most = largest(most, _mm_cvtsi64_si128((long long)word), width);
         if (copies) {
             memcpy(to, &word, sizeof word);
             to += 8;
@@ -111,21 +124,18 @@ FAST static inline __attribute__((always_inline)) uint32_t walk(
         crc = _mm_crc32_u8((uint32_t)crc, (uint8_t)byte);
         if (copies) *to++ = byte;
     }
+    *seen = most;
     return ~(uint32_t)crc;
 }
 
 FAST static void work(struct job *job) {
     const char *from = (const char *)(uintptr_t)job->source;
     char *to = (char *)(uintptr_t)job->target;
-    job->crc = to ? walk(to, from, job->size, 1) : walk(to, from, job->size, 0);
+    __m128i seen;
+    job->crc = to ? walk(to, from, job->size, 1, 0, &seen) : walk(to, from, job->size, 0, 0, &seen);
 }
 
 API int headrace_copying_runs_here(void) { return __builtin_cpu_supports("sse4.2") != 0; }
-
-// Waits until some job has been begun, or for `tries` at giving the processor to somebody else.
-API void headrace_await_begin(const int64_t *next, int64_t tries) {
-    while (tries-- > 0 && !__atomic_load_n(next, __ATOMIC_RELAXED)) sched_yield();
-}
 
 // Does the jobs from *next on, taking one after the other; any number of threads may call it with
 // the same arguments. Who sets *next to `count` has them begin no further one.
@@ -136,4 +146,24 @@ API void headrace_copy(struct job *jobs, int64_t count, int64_t *next) {
         work(&jobs[number]);
     }
     _mm_sfence();  // what went past the caches is seen by whoever is told that it is there
+}
+
+// Copies `size` bytes of numbers of 2 or 4 bytes each; their CRC, or -1 where one of them is above
+// `most` when its sign bit is left out. `to` is a multiple of 64, `size` one of 8.
+API FAST int64_t headrace_copy_numbers(char *to, const char *from, int64_t size, int32_t width,
+                                       uint32_t most) {
+    __m128i seen;
+    uint32_t crc = width == 2 ? walk(to, from, (size_t)size, 1, 2, &seen)
+                              : walk(to, from, (size_t)size, 1, 4, &seen);
+    _mm_sfence();
+    uint32_t found = 0;
+    uint16_t narrow[8];
+    uint32_t wide[4];
+    memcpy(narrow, &seen, sizeof narrow);
+    memcpy(wide, &seen, sizeof wide);
+    for (int at = 0; at < 16 / width; at++) {
+        uint32_t number = width == 2 ? narrow[at] : wide[at];
+        found = number > found ? number : found;
+    }
+    return found > most ? -1 : (int64_t)crc;
 }

@@ -66,16 +66,17 @@ class Export:
         self,
         facts: ExportFacts,
         size_bytes: int,
-        read: Callable[[NDArray[np.uint8]], None],
+        read: Callable[[NDArray[np.uint8]], int | None],
         accepts: Callable[[memoryview], bool],
     ) -> None:
         """`read` writes the block's payload, as it is in the pool then, into `size_bytes` bytes.
 
-        What `accepts` refuses is not written.
+        What `accepts` refuses is not written. `read` may have looked itself: it gives the CRC-32C
+        of what it wrote then, or -1 where that is not to be accepted.
         """
         self.facts = facts
         self.size_bytes = size_bytes
-        self._read: Callable[[NDArray[np.uint8]], None] | None = read
+        self._read: Callable[[NDArray[np.uint8]], int | None] | None = read
         self._accepts = accepts
         self._state = State.OFFERED
         self._lock = threading.Lock()
@@ -89,16 +90,20 @@ class Export:
         self._state = state
         self._read = None
 
-    def fill(self, view: memoryview) -> None:
-        """Writes the block's `size_bytes` into `view`. Raises WithdrawnError."""
+    def fill(self, view: memoryview) -> int | None:
+        """Writes the block's `size_bytes` into `view`; their CRC-32C, if that is known by the way.
+
+        Raises WithdrawnError.
+        """
         with self._lock:
             if self._state is not State.OFFERED or self._read is None:
                 raise WithdrawnError
-            self._read(np.frombuffer(view, np.uint8))
-            good = self._accepts(view)
+            crc = self._read(np.frombuffer(view, np.uint8))
+            good = self._accepts(view) if crc is None else crc >= 0
             self._become(State.TAKEN if good else State.DROPPED)
         if not good:
             raise WithdrawnError
+        return crc
 
     def settle(self) -> None:
         """It is written, or need not be."""

@@ -46,7 +46,9 @@ class Payloads:
         self._chunk_values = BLOCK_TOKENS * config.kv_heads * config.head_dim
         self.bytes = block_bytes(config, dtype, kv_dtype)
         """Size of one."""
-        self._largest_bits = _bits_of(
+        self.width = dtype.itemsize if self._exact else 0
+        """Of its numbers, where a payload is nothing but numbers, in bytes; else 0."""
+        self.largest_bits = _bits_of(
             torch.finfo(dtype).max / (1 if self._exact else LEVELS + 1), dtype
         )
         shape = (config.layers, config.kv_heads, config.head_dim, BLOCK_TOKENS)
@@ -66,7 +68,7 @@ class Payloads:
             payload = payload.reshape(self._layers * 2, -1)[:, self._chunk_values :].ravel()
         bits = payload.view(_BITS[self._itemsize])
         unsigned = bits & np.array(2 ** (8 * self._itemsize - 1) - 1, bits.dtype)
-        return int(unsigned.max()) <= self._largest_bits
+        return int(unsigned.max()) <= self.largest_bits
 
     def sections(self, payload: Bytes) -> Iterator[Bytes]:
         """The payload's numbers, then its scales if it has any: views.

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace.copying import copy_numbers
 from headrace.frames import Buffer
 from headrace.types import BLOCK_TOKENS
 from headrace_worker.kv.payload import (
@@ -139,9 +140,19 @@ class KvPool:
         """A copy of the block's payload."""
         return self.payload(block).tobytes()
 
-    def copy_block(self, block: int, target: NDArray[np.uint8]) -> None:
-        """Writes the block's payload, as it is now, into `target`."""
-        target[:] = self.payload(block)
+    def copy_block(self, block: int, target: NDArray[np.uint8]) -> int | None:
+        """Writes the block's payload, as it is now, into `target`.
+
+        In C, where that can be, it is summed and looked through by the way, see `Kv.copy_block`.
+        """
+        payload, width = self.payload(block), self._checked.width
+        if width and len(target) == len(payload) and target.flags.c_contiguous:
+            to, source = target.ctypes.data, payload.ctypes.data
+            crc = copy_numbers(to, source, len(payload), width, self._checked.largest_bits)
+            if crc is not None:
+                return crc
+        target[:] = payload
+        return None
 
     def accepts(self, data: Buffer) -> bool:
         """Whether `data` can be a block's payload. Safe from any thread."""

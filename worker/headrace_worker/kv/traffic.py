@@ -33,8 +33,11 @@ class Kv(Protocol):
     @property
     def payload_bytes(self) -> int: ...
 
-    def copy_block(self, block: int, target: NDArray[np.uint8]) -> None:
-        """Writes the block's payload, as it is now, into `target`. Any thread may call it."""
+    def copy_block(self, block: int, target: NDArray[np.uint8]) -> int | None:
+        """Writes the block's payload, as it is now, into `target`. Any thread may call it.
+
+        The CRC-32C of what was written, -1 where `accepts` would refuse it, None if nobody looked.
+        """
         ...
 
     def accepts(self, data: Buffer) -> bool: ...
