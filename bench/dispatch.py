@@ -5,13 +5,12 @@
 `policy`: `DispatchPolicy` with 500 workers, 1,000 tenants and 10,000 queued jobs. The fleet is kept
 busy and the queue at its length: for each decision one job comes in and one ends. Counted is CPU
 time of this one thread, apart for deciding and booking (`next`, `handed_off`), taking in (`push`)
-and ends (`done`), without reading the clock; decisions/s means deciding and booking, `all in`
-all of it. Two states of the
-fleet: one with some room everywhere, and one where each end frees the only place. Then the same
-over queue lengths from 100 to 100,000: if a decision's cost grows logarithmically, each row adds
-about the same. Each row ends with a hash of all decisions so far, who goes where for what reason:
-a change of the policy that is only about speed leaves it as it was. As in a gateway that writes no
-traces, garbage is collected seldom and who cannot win is not scored.
+and ends (`done`), without reading the clock; decisions/s means deciding and booking, `all in` all
+of it. Two states of the fleet: one with some room everywhere, and one where each end frees the only
+place. Then the same over queue lengths from 100 to 100,000: if a decision's cost grows
+logarithmically, each row adds about the same. Each row ends with a hash of all decisions so far,
+who goes where for what reason: a change of the policy that is only about speed leaves it as it was.
+As in a gateway that writes no traces, garbage is collected seldom and who cannot win is not scored.
 
 `process`: a gateway process leads and hands jobs that stand in the intake stream to scripted
 workers, which finish each at once: jobs/s from intake to finish, and CPU time per job of the
