@@ -13,7 +13,7 @@ from headrace.policy.priority import due_ms
 from headrace_gateway.policy.dispatch import Decision
 from headrace_gateway.policy.fetching import Spared
 from headrace_gateway.policy.pairing import Pairing
-from headrace_gateway.policy.routing import Route, Score
+from headrace_gateway.policy.route import Route, Score
 
 
 class Hop:

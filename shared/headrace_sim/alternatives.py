@@ -22,7 +22,7 @@ from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.outlook import Outlook
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
-from headrace_gateway.policy.routing import Route
+from headrace_gateway.policy.route import Route
 from headrace_gateway.policy.workload import WorkerFacts
 from headrace_sim.scheduler import Rules
 

@@ -374,7 +374,7 @@ def test_random_programs_lose_nothing_and_end(seed: int) -> None:
     assert all(policy.workload.reserved_tokens(worker) == 0 for worker in alive)
 
 
-def a_busy_story(*, explains: bool) -> tuple[list[tuple[str, str, str]], int]:
+def a_busy_story(running_max: int, *, explains: bool) -> tuple[list[tuple[str, str, str]], int]:
     """Who went where and why in a fleet that is nearly always full and knows its speeds; and how
     many were scored."""
     dice, policy = random.Random(5), DispatchPolicy(explains=explains)
@@ -394,16 +394,19 @@ def a_busy_story(*, explains: bool) -> tuple[list[tuple[str, str, str]], int]:
             running.append((route.worker, job))
             told.append((job.id, route.worker, route.reason))
             scored += len(route.scores)
-        if len(running) > 34:
+        if len(running) > running_max:
             policy.done(ended(*running.pop(dice.randrange(len(running)))), now_ms)
     policy.check_integrity()
     return told, scored
 
 
-def test_nobody_goes_elsewhere_because_scores_are_not_read() -> None:
+@pytest.mark.parametrize("running_max", [34, 35])
+def test_nobody_goes_elsewhere_because_scores_are_not_read(running_max: int) -> None:
     """The same jobs go to the same workers for the same reasons; some of those who cannot win are
     left out."""
-    told, scored = a_busy_story(explains=True)
-    told_alike, scored_of_them = a_busy_story(explains=False)
+    told, scored = a_busy_story(running_max, explains=True)
+    told_alike, scored_of_them = a_busy_story(running_max, explains=False)
     assert told == told_alike and len(told) > 500
+    alone = sum(reason == "the only free room" for _, _, reason in told)
+    assert alone > 100 or running_max < 35, "many had one worker to go to"
     assert scored_of_them < scored

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.policy.hashing import hash64
-from headrace_gateway.policy.expectations import TTL_MS, Expectations, grid
+from headrace_gateway.policy.expectations import TTL_MS, Expectations, grid, prompt_of
 from headrace_gateway.policy.prefix_index import WALKED, PrefixIndex
 
 NOW = 1_700_000_000_000
@@ -131,7 +131,7 @@ def test_a_slot_is_used_again_only_when_nothing_names_it_any_more() -> None:
 def test_expectations_are_bounded() -> None:
     expected = Expectations(expected_max=50)
     for number in range(100):
-        prompt = memoryview(chain(f"p{number}", 40)).cast("Q")
+        prompt = prompt_of(memoryview(chain(f"p{number}", 40)).cast("Q"))
         expected.add(1, prompt, NOW)
         expected.check_integrity()
         assert expected.leaders(prompt, 1)[0].blocks == 40

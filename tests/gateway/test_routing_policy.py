@@ -26,12 +26,12 @@ from headrace.types import (
 from headrace_gateway.policy.breaker import BreakerConfig, Breakers
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import PREFERRED, Rendezvous
+from headrace_gateway.policy.route import Route
 from headrace_gateway.policy.routing import (
     HOLDERS_MAX,
     LEAST_MAX,
     LOAD_BOUND,
     PREFERRED_MAX,
-    Route,
     Router,
     RoutingConfig,
 )

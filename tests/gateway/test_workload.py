@@ -211,9 +211,9 @@ def test_prefill_that_is_done_is_no_load_any_more() -> None:
     workload.progress(report("w0", JobProgress("j", 800, 200, 1)))
     assert workload.load("w0") == 50
     workload.book("w0", a_job("k", prompt=1_000), 1_000, NOW)
-    ((_, urgent, *_),) = workload.standings(["w0"], Band.INTERACTIVE)
-    ((_, other, *_),) = workload.standings(["w0"], Band.BATCH)
-    assert other - urgent == 1_000, "others' prefill waits for it"
+    urgent, other = map(workload.bookings["w0"].standing, (Band.INTERACTIVE, Band.BATCH))
+    assert urgent[1:] == other[1:] == (2, 0.0), "its jobs, and a speed that is not known yet"
+    assert other[0] - urgent[0] == 1_000, "others' prefill waits for it"
 
 
 def test_a_worker_that_drains_keeps_its_jobs_until_the_last_is_done() -> None:
@@ -362,12 +362,12 @@ def test_what_was_given_fades_but_its_order_does_not() -> None:
     unit = given_lately.unit(1_000)
     assert given_lately.sums["a"] / unit == pytest.approx(50)
     assert given_lately.total / unit == pytest.approx(110)
-    assert given_lately.least == "c"
+    assert given_lately.least() == "c"
     given_lately.add("c", 1, 200_000)
-    assert given_lately.least == "a", "both are next to nothing, and still in order"
+    assert given_lately.least() == "a", "both are next to nothing, and still in order"
     given_lately.check_integrity()
     given_lately.set_workers(["b", "c", "d"])
-    assert given_lately.least == "d"
+    assert given_lately.least() == "d"
     given_lately.add("gone", 5, 200_000)
     given_lately.check_integrity()
 

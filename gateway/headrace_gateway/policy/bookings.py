@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Band, Job, JobProgress, WorkerRole
 from headrace_gateway.policy.peak import PeakProfile
@@ -33,7 +33,10 @@ FULL_LAST = 1 << 60
 """Puts a worker behind all others, wherever it stands by load."""
 ALL = int(Band.BATCH)
 """The level at which jobs of all bands count."""
-_UNLIMITED = (1 << 60, 1 << 60)
+_UNKNOWN = (None,) * LEVELS
+_NONE_REFUSED = ((1 << 60, 1 << 60),) * LEVELS
+"""What is forgotten at each change is these again, so that nothing is allocated for it."""
+_T = TypeVar("_T")
 
 
 _tuple = tuple.__new__
@@ -92,11 +95,11 @@ class Demand(NamedTuple):
     level: int
 
 
-Standing = tuple[str, int, int, float, bool]
-"""How a worker stands for a job of one band: its name; the work that goes on before and beside the
-job, which is the load without the prefill of lower bands; its jobs; the prompt tokens that it
-computes in a second, 0 while unknown; whether it is known to take no more jobs beside those of all
-bands. A plain tuple: each decision takes several apart, which takes a NamedTuple ten times as long.
+Standing = tuple[int, int, float]
+"""How a worker stands for a job of one band: the work that goes on before and beside the job, which
+is the load without the prefill of lower bands; its jobs; the prompt tokens that it computes in a
+second, 0 while unknown. A plain tuple: each decision takes several apart, which takes a NamedTuple
+ten times as long.
 """
 
 
@@ -222,6 +225,7 @@ class Bookings:
         "number",
         "place",
         "profiles",
+        "ranks",
         "refusals",
         "reserved",
         "roomy",
@@ -233,8 +237,10 @@ class Bookings:
         "waiting",
     )
 
-    def __init__(self, facts: WorkerFacts) -> None:
+    def __init__(self, facts: WorkerFacts, ranks: dict[str, int] | None = None) -> None:
+        """`ranks`: where open workers stand, those that are known to be full behind all others."""
         self.facts = facts
+        self.ranks = {} if ranks is None else ranks
         self.is_open = False
         self.jobs: dict[str, Booking] = {}
         self.counts = [0] * LEVELS
@@ -253,12 +259,12 @@ class Bookings:
         self.shares: dict[int, int] = {}
         self.shared = 0
         """Steps of prefixes that more than one job has."""
-        self.profiles: list[PeakProfile | None] = [None] * LEVELS
-        self.refusals = [_UNLIMITED] * LEVELS
+        self.profiles: Sequence[PeakProfile | None] = _UNKNOWN
+        self.refusals: Sequence[tuple[int, int]] = _NONE_REFUSED
         """Per level the (held, remaining) that did not fit."""
-        self.shut: list[Verdict | None] = [None] * LEVELS
+        self.shut: Sequence[Verdict | None] = _UNKNOWN
         """Per level why nothing fits, whatever its size."""
-        self.standings: list[Standing | None] = [None] * LEVELS
+        self.standings: Sequence[Standing | None] = _UNKNOWN
         """Per band, kept until something changes: most workers are looked at more often."""
         self.speeds = Speeds()
 
@@ -276,8 +282,7 @@ class Bookings:
         self.waiting[band] += booking.waiting
         self.reserved[band] += held + booking.remaining
         self.held += held
-        self.profiles = [None] * LEVELS
-        self.standings = [None] * LEVELS
+        self.profiles = self.standings = _UNKNOWN
 
     def take(self, job_id: str) -> Booking | None:
         """The job leaves."""
@@ -340,17 +345,18 @@ class Bookings:
 
     def changed(self) -> None:
         """What did not fit may fit now."""
-        self.profiles = [None] * LEVELS
-        self.refusals = [_UNLIMITED] * LEVELS
-        self.shut = [None] * LEVELS
+        self.profiles = self.shut = self.standings = _UNKNOWN
+        self.refusals = _NONE_REFUSED
         self.full = 0
-        self.standings = [None] * LEVELS
 
     def standing(self, band: int) -> Standing:
-        """How it stands for a job of `band`, as long as the load is that of its sums."""
-        work = self.load - sum(self.waiting[band + 1 :])
-        speed = self.speeds.prefill_per_s
-        return (self.facts.worker, work, len(self.jobs), speed, self.full > 0)
+        """How it stands for a job of `band`, as long as the load is that of its sums; kept."""
+        work = self.load
+        if band != ALL:
+            work -= sum(self.waiting[band + 1 :])
+        found = (work, len(self.jobs), self.speeds.prefill_per_s)
+        self.standings = _with(self.standings, band, found)
+        return found
 
     def room(self, demand: Demand, kv_share: float, *, patient: bool = False) -> Verdict:
         """Whether `demand` may come; who is `patient` waits for its turn."""
@@ -378,23 +384,24 @@ class Bookings:
             waiting, reserved = waiting[: level + 1], reserved[: level + 1]
         jobs_max = self.facts.max_jobs
         if (count and count >= jobs_max) or (jobs and jobs >= JOBS_FACTOR * jobs_max):
-            self.shut[level] = NO_SLOT
+            self.shut = _with(self.shut, level, NO_SLOT)
             if level == ALL:
                 self.full = FULL_LAST
-                self.standings = [None] * LEVELS
+                if self.is_open:
+                    self.ranks[self.facts.worker] = self.place + FULL_LAST
             return NO_SLOT
         if not count:
             return IDLE
         speed = self.speeds.prefill_per_s  # 0 while unknown
         if speed and not patient and sum(waiting) > speed * TURN_MS / 1000:
-            self.shut[level] = NO_TURN
+            self.shut = _with(self.shut, level, NO_TURN)
             return NO_TURN
         cap = int(kv_share * self.facts.kv_tokens)
         if sum(reserved) + held + remaining <= cap:
             return FITS
         if self._profile(level).peak_with(held, remaining) <= cap:
             return FITS
-        self.refusals[level] = (held, remaining)
+        self.refusals = _with(self.refusals, level, (held, remaining))
         return NO_TOKENS
 
     def _profile(self, level: int) -> PeakProfile:
@@ -407,7 +414,7 @@ class Bookings:
                 if self.shared
                 else [(b.held, b.remaining) for b in bookings]
             )
-            self.profiles[level] = found
+            self.profiles = _with(self.profiles, level, found)
         return found
 
     def check_integrity(self) -> None:
@@ -423,7 +430,16 @@ class Bookings:
         assert self.shared == sum(count > 1 for count in self.shares.values())
         assert self.full == FULL_LAST * (self.shut[ALL] is NO_SLOT), "both say that it is full"
         for band in Band:
-            assert self.standings[band] in (None, self.standing(band)), "nothing outdated is kept"
+            known, kept = self.standings[band], self.standings
+            assert known in (None, self.standing(band)), "nothing outdated is kept"
+            self.standings = kept
+
+
+def _with(values: Sequence[_T], level: int, value: _T) -> Sequence[_T]:
+    """`values` with another one at a level."""
+    changed = list(values)
+    changed[level] = value
+    return changed
 
 
 def _by_remaining(booking: Booking) -> int:

@@ -94,6 +94,8 @@ class Breakers:
             breaker = self._breakers[worker] = _Breaker()
         if self._running(worker) <= 1:
             breaker.quiet_ms = now_ms
+        if breaker.state is _CLOSED and now_ms - breaker.quiet_ms < self._config.stall_ms:
+            return  # as most are, most of the time
         self._look(worker, breaker, now_ms)
         if breaker.state is _HALF_OPEN:
             breaker.quiet_ms, breaker.probe = now_ms, True

@@ -41,7 +41,8 @@ from headrace_gateway.policy.pairing import (
 )
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.roles import RoleChange, RolePolicy, RolesConfig, SideFacts
-from headrace_gateway.policy.routing import Allows, Route, Router, RoutingConfig
+from headrace_gateway.policy.route import Route
+from headrace_gateway.policy.routing import Allows, Router, RoutingConfig
 from headrace_gateway.policy.workload import WorkerFacts, Workload
 
 # asking an enum for a member costs as much as ten look-ups of a name
@@ -106,6 +107,7 @@ class DispatchPolicy:
         self.index = PrefixIndex()
         self.breakers = Breakers(self._running)
         self.throughput = Throughput(config.shares)
+        self._explains = explains
         self._router = Router(config.routing, explains=explains)
         self.shared = Fetching()
         self._prefilling: frozenset[str] = frozenset()
@@ -177,7 +179,8 @@ class DispatchPolicy:
         self.decoding.cancel(worker, job_id)
 
     def _running(self, worker: str) -> int:
-        booked = self.workload.count_on(worker)
+        known = self.workload.bookings.get(worker)
+        booked = 0 if known is None else len(known.jobs)
         if self.decoding.workers:
             booked += self.decoding.count_on(worker) - len(self.pairs.promised_to(worker))
         return booked
@@ -192,17 +195,18 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            route, pairing = self._choose(item.job, now_ms)
+            job, pairing = item.job, ALONE
+            if self._prefilling:
+                route, pairing = self._choose(job, now_ms)
+            else:
+                route = self._route(job, self.breakers, now_ms)
             if route.worker:
-                job = item.job
                 virtual = self.queue.counters.value(job.tenant, job.band)
                 return _tuple(Decision, (item, route, virtual, pairing))
         return None
 
     def _choose(self, job: Job, now_ms: int) -> tuple[Route, Pairing]:
-        """One worker, or two."""
-        if not self._prefilling:
-            return self._route(job, self.breakers, now_ms), ALONE
+        """One worker, or two, where some only compute prompts."""
         demand = self.workload.demand(job, now_ms)
         decode, load, why = self.pairs.decoder(
             demand, lambda worker: self.breakers.allows(worker, now_ms)
@@ -230,7 +234,10 @@ class DispatchPolicy:
         return route, Pairing(best.decode, why, scores)
 
     def _route(self, job: Job, breakers: Allows, now_ms: int) -> Route:
-        return self._router.choose(job, self.workload, self.index, breakers, now_ms, self.shared)
+        priced = self._explains or bool(self._prefilling)
+        return self._router.choose(
+            job, self.workload, self.index, breakers, now_ms, self.shared, priced=priced
+        )
 
     @property
     def _all_open(self) -> frozenset[str]:
@@ -238,13 +245,13 @@ class DispatchPolicy:
 
     def handed_off(self, decision: Decision, now_ms: int) -> None:
         """Book `decision`: it leaves the queue, its tenant pays for the prompt."""
-        item, worker, uncached = decision.item, decision.route.worker, decision.uncached_tokens
-        job = item.job
+        item, uncached = decision.item, decision.uncached_tokens
+        job, booked, worker = item.job, item.job, decision.route.worker
         self.queue.take(job.id, _to_pay(item, uncached))
         decode = decision.pairing.decode
         if decode:
             self.pairs.promise(job, worker, decode, now_ms)
-        booked = first_part(job) if decode else job
+            booked = first_part(job)
         self.workload.book(worker, booked, uncached, now_ms)
         self.index.expect(worker, job.blocks, now_ms)
         self.breakers.dispatched(worker, now_ms)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 TTL_MS = 30_000
@@ -57,10 +59,35 @@ def grid(blocks: int) -> tuple[int, ...]:
     return (*short, *range(_STEP, blocks, _STEP), blocks)
 
 
+class _Grid(NamedTuple):
+    """A length's depths that are walked, where the keys of those behind stand, and what picks the
+    keys of all: one call for all of them costs as much as indexing two."""
+
+    walked: tuple[int, ...]
+    behind: tuple[int, ...]
+    pick: Callable[[Sequence[int]], tuple[int, ...]]
+
+
 @lru_cache(_GRIDS_MAX)
-def _places(blocks: int) -> tuple[int, ...]:
-    """Where the keys of `grid` stand."""
-    return tuple(depth - 1 for depth in grid(blocks))
+def _grid(blocks: int) -> _Grid:
+    places = tuple(depth - 1 for depth in grid(blocks))
+    # of a single place it would answer no tuple
+    pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(0, 1))
+    return _Grid(grid(blocks)[: _WALKED + 1], places[_WALKED + 1 :], pick)
+
+
+class Prompt(NamedTuple):
+    """A prompt's keys, and those of them by which it is kept."""
+
+    keys: Sequence[int]
+    marks: Sequence[int]
+    grid: _Grid
+
+
+def prompt_of(keys: Sequence[int]) -> Prompt:
+    """There is at least one key."""
+    kept = _grid(len(keys))
+    return _tuple(Prompt, (keys, kept.pick(keys), kept))
 
 
 class Expectations:
@@ -75,18 +102,15 @@ class Expectations:
         self.generation = 0
         """What was expected in generation g is forgotten in g + 2."""
 
-    def add(self, bit: int, keys: Sequence[int], now_ms: int) -> None:
+    def add(self, bit: int, prompt: Prompt, now_ms: int) -> None:
         """The worker `bit` will hold a prompt's blocks."""
         self.expire(now_ms)
-        places = _places(len(keys))[: self._expected_max]
-        if len(self._young) + len(places) > self._expected_max:
+        marks = prompt.marks[: self._expected_max]
+        if len(self._young) + len(marks) > self._expected_max:
             self._turn(now_ms)
         young = self._young
-        known = young.setdefault
-        for place in places:
-            key = keys[place]
-            # most keys have one worker, and the same number serves for all of these
-            others = known(key, bit)
+        # most keys have one worker, and the same number serves for all of these
+        for key, others in zip(marks, map(young.setdefault, marks, repeat(bit)), strict=False):
             if others is not bit:
                 young[key] = others | bit
 
@@ -107,27 +131,28 @@ class Expectations:
                 self._young = {}
             self._turn(now_ms)
 
-    def leaders(self, keys: Sequence[int], live: int) -> list[Holders]:
+    def leaders(self, prompt: Prompt, live: int) -> list[Holders]:
         """As PrefixIndex.leaders, of the workers `live`, by what they are expected to hold."""
         found: list[Holders] = []
         young, old = self._young.get, self._old.get
-        alive = live & (young(keys[0], 0) | old(keys[0], 0))
-        if not alive:
-            return found
-        places, last = _places(len(keys)), 1
-        for place in places[1 : _WALKED + 1]:
-            key = keys[place]
+        alive, last = live, 0
+        keys, marks, (walked, behind, _) = prompt
+        for depth, key in zip(walked, marks, strict=False):
             both = alive & young(key, 0)
             if both != alive:
                 both |= alive & old(key, 0)
                 if both != alive:
-                    found.append(_tuple(Holders, (last, alive ^ both)))
+                    if last:
+                        found.append(_tuple(Holders, (last, alive ^ both)))
                     alive = both
                     if not alive:
                         break
-            last = place + 1
+            last = depth
         if alive:
-            self._bisect(found, keys, places[_WALKED + 1 :], alive, last)
+            if behind:
+                self._bisect(found, keys, behind, alive, last)
+            else:
+                found.append(_tuple(Holders, (last, alive)))
         found.reverse()
         return found
 

@@ -65,14 +65,16 @@ def work_of(job: Job) -> int:
 @dataclass(slots=True, eq=False)
 class _Slot:
     """One waiting job and its order among its tenant's; `number` is its sequence. `work`, of which
-    `output`, is what is expected."""
+    `output`, is what is expected. `timed`: it has a deadline."""
 
     item: Queued
     due_ms: int
     number: int
     work: int
     output: int
+    line: _Line | None = None
     live: bool = True
+    timed: bool = False
 
     @property
     def virtual(self) -> float:
@@ -98,16 +100,9 @@ class _Line:
     key: tuple[float, int, int, int] = _NO_KEY
     number: int = 0
 
-    def push(self, slot: _Slot) -> None:
-        heapq.heappush(self.jobs, (slot.due_ms, slot.item.job.arrived_ms, slot.number, slot))
-        self.count += 1
-
-    def drop(self, slot: _Slot) -> None:
-        slot.live = False
-        self.count -= 1
-        if len(self.jobs) > 2 * self.count + DEAD_MIN:
-            self.jobs = [entry for entry in self.jobs if entry[3].live]
-            heapq.heapify(self.jobs)
+    def clean(self) -> None:
+        self.jobs = [entry for entry in self.jobs if entry[3].live]
+        heapq.heapify(self.jobs)
 
     def first(self) -> Entry:
         """The job to serve first; there is one."""
@@ -140,14 +135,20 @@ class _Queue:
             else:
                 counter = self._counters.keep(tenant, self._band)
             line = self.lines[tenant] = _Line(tenant, counter)
-        line.push(slot)
+        slot.line = line
+        heapq.heappush(line.jobs, (slot.due_ms, slot.item.job.arrived_ms, slot.number, slot))
+        line.count += 1
         self._lowered(line)
 
     def drop(self, slot: _Slot) -> None:
-        line = self.lines[slot.item.job.tenant]
-        line.drop(slot)
+        line = slot.line
+        assert line is not None, "it was pushed"
+        slot.live = False
+        line.count = count = line.count - 1
+        if len(line.jobs) > 2 * count + DEAD_MIN:
+            line.clean()
         self._head = None
-        if not line.count:
+        if not count:
             del self.lines[line.tenant]
             line.number = 0
             self._counters.leave(line.tenant, self._band)
@@ -278,6 +279,7 @@ class FairQueue:
         self.counters = VirtualCounters()
         self._shares = BandShares(shares)
         self._queues = tuple(_Queue(int(band), self.counters) for band in Band)
+        self._numbered = tuple(enumerate(self._queues))
         self._slots: dict[str, _Slot] = {}
         self._deadlines: Timeline[Queued] = Timeline()
         self._waits: Timeline[Queued] = Timeline()
@@ -330,11 +332,14 @@ class FairQueue:
         """
         ahead: list[Queued] = []
         ranked: list[Queued] = []
-        for band, queue in enumerate(self._queues):
-            if self._counts[band]:
+        shares, counts = self._shares, self._counts
+        for band, queue in self._numbered:
+            if counts[band]:
                 slot = queue.head()
-                due = ranked and self._shares.is_due(band, slot.work)
-                (ahead if due else ranked).append(slot.item)
+                if ranked and shares.is_due(band, slot.work):
+                    ahead.append(slot.item)
+                else:
+                    ranked.append(slot.item)
         return ahead + ranked if ahead else ranked
 
     def take(self, job_id: str, input_tokens: int) -> Queued | None:
@@ -347,8 +352,9 @@ class FairQueue:
         if slot is None:
             return None
         job = slot.item.job
-        band = job.band
-        work = _taken_work(input_tokens, slot.output)
+        band, work = job.band, input_tokens + slot.output
+        if work < 1:
+            work = 1
         ahead = self._shares.taken(band, work, self._counts)
         self._running[job_id] = _tuple(_Running, (band, slot.output, ahead))
         if len(self._running) > RUNNING_MAX:
@@ -430,6 +436,7 @@ class FairQueue:
         self._work[band] += work
         self._waits.add(item.queued_ns, number, item)
         if deadline := _deadline_ms(job):
+            slot.timed = True
             self._deadlines.add(deadline, number, item)
         if job_id in self._running:
             # not before it waits: an idle band could not be given back what it had paid for it
@@ -445,7 +452,7 @@ class FairQueue:
         self._counts[band] -= 1
         self._work[band] -= slot.work
         self._waits.drop(number)
-        if _deadline_ms(job):
+        if slot.timed:
             self._deadlines.drop(number)
         if not self._counts[band]:
             self._shares.idle(band)

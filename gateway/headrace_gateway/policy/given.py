@@ -40,7 +40,6 @@ class Given:
             self.sums = kept
             self._sort()
 
-    @property
     def least(self) -> str:
         """Who was given least, the first by name of equal ones; '' if there is nobody."""
         heap = self._heap

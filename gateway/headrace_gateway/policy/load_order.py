@@ -71,6 +71,8 @@ class LoadOrder:
     def least(self) -> int:
         """The first of `places`; there is one."""
         moved, stands = self._moved, self._stands
+        if not moved:
+            return self._sorted[0]
         fresh, heap = self._fresh, self._heap
         if len(fresh) > len(stands) // SORTED_PART or len(heap) > 2 * len(stands) + DEAD_MIN:
             self._heap = heap = self.places().copy()

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from headrace.types import Job, JobMoved, JobProgress
 from headrace_gateway.policy.bookings import Demand, Room
-from headrace_gateway.policy.routing import Route
+from headrace_gateway.policy.route import Route
 from headrace_gateway.policy.workload import Workload
 
 LOOKED_AT_MAX = 8

@@ -19,11 +19,17 @@ chained hashes say and needs its nodes split.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from headrace.types import BLOCK_KEY_BYTES
-from headrace_gateway.policy.expectations import Expectations, Holders, first_less
+from headrace_gateway.policy.expectations import (
+    Expectations,
+    Holders,
+    Prompt,
+    first_less,
+    prompt_of,
+)
 
 WORKER_BLOCKS_MAX = 262_144
 """Of a worker whose size nobody told; 4 million tokens."""
@@ -52,6 +58,8 @@ class PrefixIndex:
         self._holders: dict[int, int] = {}
         self._expected = Expectations()
         self._count = 0
+        self._last = (b"", prompt_of((0,)))
+        """The blocks that were looked at last: who gets them is to hold them next."""
 
     def __len__(self) -> int:
         """Pairs of worker and block."""
@@ -94,8 +102,8 @@ class PrefixIndex:
     def expect(self, worker: str, keys: bytes, now_ms: int) -> None:
         """A prompt of these blocks was sent to `worker`: it will hold them."""
         if keys:
-            _, bit = self._of(worker)
-            self._expected.add(bit, memoryview(keys).cast("Q"), now_ms)
+            bit = self.bits.get(worker) or self._of(worker)[1]
+            self._expected.add(bit, self._prompt(keys), now_ms)
 
     def forget_worker(self, worker: str) -> None:
         """`worker` is gone, and its blocks with it."""
@@ -128,19 +136,25 @@ class PrefixIndex:
         """The workers that hold leading blocks, by how many: most first, each worker once."""
         if not keys:
             return []
-        view = memoryview(keys).cast("Q")
-        held = self._stored(view)
-        expected = self._expected.leaders(view, self._live)
-        if not expected or not held:
-            return expected or held
-        return _merged(held, expected)
-
-    def _stored(self, view: memoryview[int]) -> list[Holders]:
-        found: list[Holders] = []
-        get, total = self._holders.get, len(view)
-        alive, place = get(view[0], 0), 1
+        prompt = self._prompt(keys)
+        expected = self._expected.leaders(prompt, self._live)
+        alive = self._holders.get(prompt.marks[0], 0)
         if not alive:
-            return found
+            return expected
+        held = self._stored(prompt.keys, alive)
+        return _merged(held, expected) if expected else held
+
+    def _prompt(self, blocks: bytes) -> Prompt:
+        known, prompt = self._last
+        if known is not blocks:
+            prompt = prompt_of(memoryview(blocks).cast("Q"))
+            self._last = blocks, prompt
+        return prompt
+
+    def _stored(self, view: Sequence[int], alive: int) -> list[Holders]:
+        """`leaders` by what was reported; `alive` hold the first block."""
+        found: list[Holders] = []
+        get, total, place = self._holders.get, len(view), 1
         while place < total:
             both = alive & get(view[place], 0)
             if both != alive:
@@ -158,9 +172,9 @@ class PrefixIndex:
 
     def among(self, workers: Iterable[str], slots: int, limit: int) -> list[str]:
         """The first `limit` of `workers` that are in a set of slots."""
-        bits, found = self.bits, []
+        get_bit, found = self.bits.get, []
         for worker in workers:
-            if worker in bits and bits[worker] & slots:
+            if slots & get_bit(worker, 0):
                 found.append(worker)
                 if len(found) == limit:
                     break

@@ -31,16 +31,14 @@ moving whatever is on a worker over its share, which scatters conversations afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from headrace.types import BLOCK_KEY_BYTES, BLOCK_TOKENS, Job
 from headrace_gateway.policy.bookings import (
     ALL,
     FREE,
-    NO_SLOT,
     NO_TURN,
     NONE,
     SHARED_BLOCKS,
@@ -48,11 +46,19 @@ from headrace_gateway.policy.bookings import (
     Room,
     shared_key,
 )
-from headrace_gateway.policy.expectations import Holders
 from headrace_gateway.policy.fetching import NOTHING as NOTHING_SPARED
-from headrace_gateway.policy.fetching import Fetching, Spared
+from headrace_gateway.policy.fetching import Fetching
+from headrace_gateway.policy.holds import Hold, holds_of
 from headrace_gateway.policy.prefix_index import PrefixIndex
 from headrace_gateway.policy.rendezvous import Rendezvous
+from headrace_gateway.policy.route import (
+    FULL,
+    NO_ANSWERS,
+    NO_SCORES,
+    Answer,
+    Facts,
+    Route,
+)
 from headrace_gateway.policy.speeds import slowness
 from headrace_gateway.policy.workload import Workload
 
@@ -98,110 +104,18 @@ class RoutingConfig:
         assert self.busy_part > 0 and self.sharers > 0, "nobody is busy with nothing"
 
 
-COSTS_MORE = "costs more"
-"""The verdict where nobody had to ask for one."""
-
-
 class Allows(Protocol):
     """Breakers, or who lets only some workers through besides."""
 
     def allows(self, worker: str, now_ms: int) -> bool: ...
 
 
-class Score(NamedTuple):
-    """A candidate; the smaller is the better one.
-
-    `price` is what decides, in prompt tokens: `cost`, which is of `uncached_tokens` that it would
-    compute and of `work` that waits and decodes there, and what new blocks cost where more than
-    the mean was given lately (`share`, in parts of it). It holds `blocks` leading blocks of the
-    prompt and has `jobs`. `verdict` says why it did (not) win.
-    """
-
-    price: float
-    order: int
-    worker: str
-    blocks: int
-    uncached_tokens: int
-    work: float
-    cost: float
-    share: float
-    jobs: int
-    verdict: str = COSTS_MORE
-
-
-_Facts = tuple[float, int, str, int, int, float, float, float, int]
-"""A Score before it is read, without its verdict: plain tuples are made and taken apart faster."""
 _WORKER: Final = 2
 _BLOCKS: Final = 3
 _SHARE: Final = 7
-
-
-class Answer(NamedTuple):
-    """What room a worker has, whether its turn has to be waited for, and why."""
-
-    room: Room
-    patient: bool
-    words: str
-
-
-_FULL = Answer(NO_SLOT.room, False, NO_SLOT.reason)
-
-
-class Route(NamedTuple):
-    """The decision: a worker, or '' when the job has to wait; the reason; who was considered.
-
-    The worker holds `cached_blocks` leading blocks of the prompt. What no worker holds and the
-    cache services do was `spared` everywhere. `candidates` and what those `answers` that were asked
-    are read together, as `scores`, where somebody wants to know.
-    """
-
-    worker: str
-    reason: str
-    cached_blocks: int = 0
-    room: Room = Room.NONE
-    candidates: Mapping[str, _Facts] = MappingProxyType({})
-    answers: Mapping[str, Answer] = MappingProxyType({})
-    spared: Spared = NOTHING_SPARED
-
-    @property
-    def scores(self) -> tuple[Score, ...]:
-        """The candidates in the order in which they were looked at, with their verdicts."""
-        return tuple(map(self._score, self.candidates))
-
-    @property
-    def score(self) -> Score | None:
-        """The worker's own."""
-        return self._score(self.worker) if self.worker in self.candidates else None
-
-    def _score(self, worker: str) -> Score:
-        answer = self.answers.get(worker)
-        return Score(*self.candidates[worker], COSTS_MORE if answer is None else answer.words)
-
-
-_Hold = tuple[int, int, float]
-"""Workers (a bit set), the leading blocks of the prompt that they hold, and what it would cost the
-fleet, besides the prefill itself, to have these computed elsewhere."""
-_NOTHING: _Hold = (0, 0, 0.0)
+"""Where these stand in Facts."""
 _tuple = tuple.__new__
-"""Makes a NamedTuple in a third of the time (a score for each candidate)."""
-
-
-def _holds(found: list[Holders], scatter: float) -> list[_Hold]:
-    """`found` with what it saves: `scatter` times the tokens, divided among their holders."""
-    if len(found) == 1:
-        blocks, slots = found[0]
-        return [(slots, blocks, scatter * blocks * BLOCK_TOKENS / slots.bit_count())]
-    parts, holders = [], 0
-    for at, each in enumerate(found):
-        holders += each.slots.bit_count()
-        behind = found[at + 1].blocks if at + 1 < len(found) else 0
-        parts.append(scatter * (each.blocks - behind) * BLOCK_TOKENS / holders)
-    holds, saves = [], 0.0
-    for each, part in zip(reversed(found), reversed(parts), strict=True):
-        saves += part
-        holds.append((each.slots, each.blocks, saves))
-    holds.reverse()
-    return holds
+"""Makes a NamedTuple in a third of the time."""
 
 
 class Router:
@@ -222,10 +136,13 @@ class Router:
         breakers: Allows,
         now_ms: int,
         shared: Fetching | None = None,
+        *,
+        priced: bool = True,
     ) -> Route:
         """Where `job` goes at wall-clock `now_ms`; no worker when none has room.
 
-        `shared`: what the cache services hold and how fast it is fetched.
+        `shared`: what the cache services hold and how fast it is fetched. `priced`: the route's
+        scores are read; there may be none otherwise.
         """
         names = workload.open_workers
         if not names:
@@ -246,9 +163,14 @@ class Router:
         if none_free and (level == ALL or workload.find(demand, level, may) is None):
             return Route("", "no worker has room")
         index.expire(now_ms)
-        choice = _Choice(self._config, workload, index, may, job, demand, now_ms)
+        choice = _Choice(self._config, workload, index, may, job, demand)
         if shared is not None and shared.index:
             choice.spare(shared)
+        if not priced and free and len(free) == 1:
+            route = choice.alone_with_room(free[0])
+            if route is not None:
+                return route
+        choice.weigh(now_ms)
         preferred = self._preferred(job, choice.known_blocks)
         if free:
             choice.consider([*free, *choice.holders()], skip_full=not self._explains)
@@ -264,9 +186,10 @@ class Router:
 
     def _worth_a_look(self, choice: _Choice, preferred: tuple[str, ...]) -> list[str]:
         """In the order in which those that cost the same are taken."""
-        workload = choice.workload
+        workload, holders = choice.workload, choice.holders()
+        # with their order sorted for the holders, the first of all costs nothing
         least = workload.least_loaded(self._config.least_max)
-        return [*preferred, *choice.holders(), workload.least_given, *least]
+        return [*preferred, *holders, workload.given.least(), *least]
 
 
 class _Choice:
@@ -277,6 +200,8 @@ class _Choice:
         "_blocks",
         "_config",
         "_demand",
+        "_found",
+        "_holding",
         "_holds",
         "_index",
         "_may",
@@ -297,7 +222,6 @@ class _Choice:
         may: Callable[[str], bool],
         job: Job,
         demand: Demand,
-        now_ms: int,
     ) -> None:
         """`may`: whether a worker's breaker lets a job through."""
         self._config = config
@@ -306,17 +230,45 @@ class _Choice:
         self._may = may
         self._blocks = blocks = job.blocks
         self._demand = demand
-        found = index.leaders(blocks)
-        self._holds = _holds(found, config.recompute_weight - 1) if found else []
-        _, self.known_blocks, self._saves = self._holds[0] if found else _NOTHING
-        """Leading blocks of the prompt that some worker holds, and what the holders save."""
-        self._scores: dict[str, _Facts] = {}
+        self._found = found = index.leaders(blocks)
+        self.known_blocks = found[0][0] if found else 0
+        """Leading blocks of the prompt that some worker holds."""
+        self._scores: dict[str, Facts] = {}
         self._answers: dict[str, Answer] = {}
         """Of those that were asked for room: whoever costs more than who has it needs not be."""
-        self._share = workload.share(demand, now_ms)
         self._spared = NOTHING_SPARED
         self.alone = ""
         """The only worker with free room, where that is known."""
+
+    def weigh(self, now_ms: int) -> None:
+        """What it takes to score workers."""
+        self._share = self.workload.share(self._demand, now_ms)
+        found = self._found
+        self._holds: list[Hold] = []
+        self._holding, self._saves = 0, 0.0
+        """Who holds leading blocks, as a bit set, and what the first of them save."""
+        if found:
+            self._holds = holds_of(found, self._config.recompute_weight - 1)
+            self._saves = self._holds[0][2]
+            for each in found:
+                self._holding |= each[1]
+
+    def alone_with_room(self, worker: str) -> Route | None:
+        """Where it goes if nobody but `worker` has free room; None if a holder may be worth waiting
+        for. No price could change it."""
+        known = self.workload.bookings
+        for holder in self.holders():
+            if holder != worker:
+                each = known.get(holder)
+                if each is not None and each.is_open and not each.full:
+                    return None
+        bit, blocks = self._index.bits.get(worker, 0), 0
+        for held, slots in self._found:
+            if slots & bit:
+                blocks = held
+                break
+        reason = "the only free room"
+        return _tuple(Route, (worker, reason, blocks, FREE, NO_SCORES, NO_ANSWERS, self._spared))
 
     def spare(self, shared: Fetching) -> None:
         """What no worker holds and the cache services do is fetched, by whoever gets the job."""
@@ -328,7 +280,7 @@ class _Choice:
         do."""
         wanted = self._config.holders_max
         chosen: list[str] = []
-        for slots, _, _ in self._holds:
+        for _, slots in self._found:
             if wanted <= 0:
                 break
             names = self._index.names(slots, NAMED_MAX)
@@ -344,35 +296,41 @@ class _Choice:
     def consider(self, workers: Iterable[str], *, skip_full: bool = False) -> None:
         """Score `workers`, each once; those that drain are left out, and with `skip_full` those
         that are known to have no room either."""
-        scores, holds, get_bit = self._scores, self._holds, self._index.bits.get
+        scores, holds, holding = self._scores, self._holds, self._holding
         band, held, _, _ = self._demand
         saved, mean, comfort = self._saves, self._share, self._config.comfort
-        workload = self.workload
-        given, mean_per_s = workload.given, workload.prefill_per_s
+        workload, get_bit = self.workload, self._index.bits.get
+        get, given, mean_per_s = workload.bookings.get, workload.given.sums, workload.prefill_per_s
         # tokens that nobody holds, as they count where more than the mean was given
         new = self._config.balance_weight * max(1, held - self.known_blocks * BLOCK_TOKENS)
         tokens = held - self._spared.tokens
-        for worker, work, jobs, per_s, full in workload.standings(workers, band):
-            if worker in scores:
+        bare = tokens if tokens > 1 else 1
+        for worker in workers:
+            known = get(worker)
+            if known is None or worker in scores or not known.is_open:
                 continue
-            if full:
+            work, jobs, per_s = known.standings[band] or known.standing(band)
+            if known.full:
                 if skip_full:
                     continue
-                self._answers[worker] = _FULL
-            hold = _NOTHING
-            if holds:
-                bit = get_bit(worker, 0)
-                for each in holds:
-                    if each[0] & bit:
-                        hold = each
+                self._answers[worker] = FULL
+            bit = holding and holding & get_bit(worker, 0)
+            if bit:
+                for slots, blocks, saves in holds:  # noqa: B007 -- those of the first that has it
+                    if slots & bit:
                         break
-            _, blocks, saves = hold
-            uncached = tokens - blocks * BLOCK_TOKENS
-            if uncached < 1:
-                uncached = 1
-            slow = slowness(per_s, mean_per_s) if per_s else 1.0
-            cost = (work + uncached + saved - saves) * slow
-            share = given[worker] * slow / mean
+                uncached = tokens - blocks * BLOCK_TOKENS
+                if uncached < 1:
+                    uncached = 1
+                cost = work + uncached + saved - saves
+            else:
+                blocks, uncached, cost = 0, bare, work + bare + saved
+            share, slow = given[worker], 1.0
+            if per_s:
+                slow = slowness(per_s, mean_per_s)
+                cost *= slow
+                share *= slow
+            share /= mean
             # what is new there pushes older blocks out: that is to happen everywhere alike
             price = cost + new * ((share if share < SHARE_MAX else SHARE_MAX) - 1)
             if blocks and share > comfort:
@@ -405,7 +363,7 @@ class _Choice:
             within = [score for score in ranked if score[_SHARE] <= bound]
             if len(within) < len(ranked):
                 ranked = within + [score for score in ranked if score[_SHARE] > bound]
-        best: _Facts | None = None
+        best: Facts | None = None
         answers = self._answers
         for score in ranked:
             answer = answers.get(score[_WORKER]) or self._ask(score)
@@ -420,7 +378,7 @@ class _Choice:
             best = self._neighbour(best, preferred, unknown)
         return self._route(best, self._why(best, preferred, unknown))
 
-    def _neighbour(self, best: _Facts, preferred: tuple[str, ...], unknown: bool) -> _Facts:
+    def _neighbour(self, best: Facts, preferred: tuple[str, ...], unknown: bool) -> Facts:
         """The first of `preferred` that costs about the same as `best`."""
         price, _, chosen, blocks, _, _, _, share, _ = best
         uncached = self._demand.held - blocks * BLOCK_TOKENS - self._spared.tokens
@@ -437,14 +395,14 @@ class _Choice:
                 return near
         return best
 
-    def _ask(self, score: _Facts) -> Answer:
+    def _ask(self, score: Facts) -> Answer:
         """Whether the worker has free room for the job, and its breaker lets it through."""
         worker = score[_WORKER]
         answer = self._answers.get(worker)
         if answer is None:
             # nobody's room is asked for before it is known that there is no free one
             workload, demand = self.workload, self._demand
-            verdict = workload.room_for(worker, demand, level=ALL)
+            verdict = workload.bookings[worker].fits(ALL, demand, workload.kv_share)
             (room, words), patient = verdict, False
             if verdict is NO_TURN:
                 room, words = verdict = workload.room_for(worker, demand)
@@ -459,7 +417,7 @@ class _Choice:
             answer = self._answers[worker] = _tuple(Answer, (room, patient, words))
         return answer
 
-    def _why(self, best: _Facts, preferred: tuple[str, ...], unknown: bool) -> str:
+    def _why(self, best: Facts, preferred: tuple[str, ...], unknown: bool) -> str:
         _, _, worker, blocks, _, _, _, share, _ = best
         if worker == self.alone:
             return "the only free room"
@@ -494,7 +452,8 @@ class _Choice:
         self._answers[found] = Answer(room, False, words)
         return self._route(self._scores[found], words)
 
-    def _route(self, chosen: _Facts, reason: str) -> Route:
-        answer, worker = self._ask(chosen), chosen[_WORKER]
+    def _route(self, chosen: Facts, reason: str) -> Route:
+        worker = chosen[_WORKER]
+        answer = self._answers.get(worker) or self._ask(chosen)
         asked, held = (self._scores, self._answers), chosen[_BLOCKS]
         return _tuple(Route, (worker, reason, held, answer.room, *asked, self._spared))

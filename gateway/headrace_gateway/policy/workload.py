@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 
 from headrace.policy import priority
 from headrace.types import Band, Job, JobDone, Progress
@@ -27,6 +27,7 @@ from headrace_gateway.policy.bookings import (
     ALL,
     CLOSED,
     FREE,
+    FULL_LAST,
     LEVELS,
     NO_TOKENS,
     Bookings,
@@ -34,7 +35,6 @@ from headrace_gateway.policy.bookings import (
     Demand,
     Expect,
     Room,
-    Standing,
     Verdict,
     WorkerFacts,
     booking_of,
@@ -65,6 +65,8 @@ class WorkloadConfig:
 
 _tuple = tuple.__new__
 """Makes a NamedTuple in a third of the time; for those that each decision makes several of."""
+NOWHERE = 2 * FULL_LAST
+"""The rank of who takes no jobs."""
 _NOBODY = Bookings(WorkerFacts("", 0, 0))
 """In the place of a worker that is not known: it takes no jobs."""
 
@@ -77,13 +79,22 @@ class Workload:
         self._config = config or WorkloadConfig()
         self._decode_weight = self._config.decode_weight
         self._workers: dict[str, Bookings] = {}
+        self.bookings: Mapping[str, Bookings] = self._workers
+        """What is known of each worker, for who looks at many; not to be changed by others."""
+        self.kv_share = self._config.kv_share
         self._order = LoadOrder()
         """Who takes jobs."""
         self._roomy = LoadOrder()
         """All of these that may have room: who is known to be full goes when come across."""
-        self._open: tuple[str, ...] = ()
+        self.open_workers: tuple[str, ...] = ()
+        """Those that take jobs, by name; the same tuple as long as they are the same."""
+        self._ranks: dict[str, int] = {}
+        """Where each of them stands, those that are known to be full behind all others."""
         self._refusals = Refusals(LEVELS)
-        self._given = Given(self._config.half_life_ms)
+        self.given = Given(self._config.half_life_ms)
+        """What each worker was given lately."""
+        self.prefill_per_s = 0.0
+        """Uncached prompt tokens that one worker computes in a second; 0 while unknown."""
         self._speed = 0.0
         self._measured = 0
 
@@ -103,7 +114,7 @@ class Workload:
                 known.facts, known.is_open = each, True
                 self._changed(each.worker, known)
         names = tuple(sorted(named))
-        if names != self._open:
+        if names != self.open_workers:
             self._set_open(names)
 
     def forget(self, worker: str) -> None:
@@ -112,18 +123,13 @@ class Workload:
         if known is not None:
             self._close(worker, known)
             self._note_speed(known.speeds.prefill_per_s, 0.0)
-            if worker in self._open:
-                self._set_open(tuple(each for each in self._open if each != worker))
+            if worker in self.open_workers:
+                self._set_open(tuple(each for each in self.open_workers if each != worker))
 
     @property
     def workers(self) -> Collection[str]:
         """All of which something is known."""
         return self._workers.keys()
-
-    @property
-    def open_workers(self) -> tuple[str, ...]:
-        """Those that take jobs, by name; the same tuple as long as they are the same."""
-        return self._open
 
     def takes_jobs(self, worker: str) -> bool:
         return self._workers.get(worker, _NOBODY).is_open
@@ -141,10 +147,12 @@ class Workload:
         if job.id in known.jobs:
             self.cancel(worker, job.id)
             known = self._at(worker)
-        remaining = self._remaining(job)
+        remaining = job.expected_output - len(job.logged)
+        if remaining <= 0:
+            remaining = self._longer(job)
         known.put(booking_of(job, remaining, uncached_tokens, found=found))
         self._reorder(known)
-        self._given.add(worker, self._cost(uncached_tokens, remaining), now_ms)
+        self.given.add(worker, self._cost(uncached_tokens, remaining), now_ms)
 
     def cancel(self, worker: str, job_id: str) -> bool:
         """`job_id` is not on `worker` after all; whether it was booked there."""
@@ -183,10 +191,12 @@ class Workload:
 
     def demand(self, job: Job, now_ms: int) -> Demand:
         """What `job` asks of any worker at wall-clock `now_ms`."""
-        band = int(job.band)
+        band, made = int(job.band), len(job.logged)
         level = band if band != ALL and priority.is_pressing(job, now_ms) else ALL
-        held = len(job.prompt) + len(job.logged)
-        return _tuple(Demand, (band, held, self._remaining(job), level))
+        remaining = job.expected_output - made
+        if remaining <= 0:
+            remaining = self._longer(job)
+        return _tuple(Demand, (band, len(job.prompt) + made, remaining, level))
 
     def room(self, worker: str, job: Job, now_ms: int) -> Verdict:
         """Whether `job` may go to `worker` now."""
@@ -217,7 +227,10 @@ class Workload:
         Whoever refuses is not asked again for as much until something there changes, so that a
         fleet that is full is looked through in the time of what has changed.
         """
-        maybe, count = self._refusals.maybe(level, demand.held, demand.remaining), len(self._open)
+        maybe, count = (
+            self._refusals.maybe(level, demand.held, demand.remaining),
+            len(self.open_workers),
+        )
         if maybe is None:
             found = self._ask(demand, level, (0, 0), self.by_load(count), count, allows)
         elif maybe.workers is None:
@@ -240,7 +253,7 @@ class Workload:
 
     def _full_last(self) -> Iterator[str]:
         """All that take jobs, least load first; those that are known to be full come last."""
-        known, names, roomy = self._workers, self._open, self._roomy
+        known, names, roomy = self._workers, self.open_workers, self._roomy
         places, at = roomy.places(), 0
         while at < len(places):
             number = places[at] & NUMBER
@@ -269,7 +282,7 @@ class Workload:
         a size. Those that refuse are remembered: as refusing what all refuse, unless it was the
         size that did not fit."""
         found, not_allowed, gone, sized = [], [], 0, False
-        rest, known, kv_share = iter(workers), self._workers, self._config.kv_share
+        rest, known, kv_share = iter(workers), self._workers, self.kv_share
         for worker in rest:
             each = known[worker]
             if each.shut[level] is not None:  # as most are in a full fleet
@@ -324,12 +337,12 @@ class Workload:
     @property
     def capacity_tokens(self) -> int:
         """KV tokens of all workers that take jobs."""
-        return sum(self._workers[worker].facts.kv_tokens for worker in self._open)
+        return sum(self._workers[worker].facts.kv_tokens for worker in self.open_workers)
 
     @property
     def free_jobs(self) -> int:
         """Slots that no job has, on the workers that take jobs."""
-        opened = (self._workers[worker] for worker in self._open)
+        opened = (self._workers[worker] for worker in self.open_workers)
         return sum(max(0, each.facts.max_jobs - len(each.jobs)) for each in opened)
 
     def load(self, worker: str) -> int:
@@ -338,63 +351,31 @@ class Workload:
 
     def least_loaded(self, limit: int) -> list[str]:
         """The first `limit` workers that take jobs, least load first, then by name."""
-        if limit == 1 and self._open:
-            return [self._open[self._order.least() & NUMBER]]
+        if limit == 1 and self.open_workers:
+            return [self.open_workers[self._order.least() & NUMBER]]
         return list(self.by_load(limit))
 
     def by_load(self, limit: int) -> Iterator[str]:
         """As `least_loaded`, for who may not want them all; valid until something changes."""
-        names = self._open
+        names = self.open_workers
         return (names[place & NUMBER] for place in islice(self._order.places(), limit))
 
     def lightest(self, workers: Collection[str], limit: int | None = None) -> list[str]:
         """The first `limit` of `workers` that take jobs, least load first, then by name; those that
         are known to be full come last."""
-        get, nobody, names = self._workers.get, _NOBODY, self._open
-        found = []
-        for worker in workers:
-            known = get(worker, nobody)
-            if known.is_open:
-                found.append(known.place + known.full)
-        found.sort()
-        return [names[place & NUMBER] for place in found[:limit]]
-
-    @property
-    def least_given(self) -> str:
-        """The worker that was given least lately; '' if none takes jobs."""
-        return self._given.least
+        found = sorted(map(self._ranks.get, workers, repeat(NOWHERE)))
+        names = self.open_workers
+        return [names[rank & NUMBER] for rank in found[:limit] if rank < NOWHERE]
 
     def share(self, demand: Demand, now_ms: int) -> float:
         """What each worker would have been given lately if all work, with that of `demand`, had
         been dealt out evenly. In units that only `given` has too."""
-        own = self._given.unit(now_ms) * self._cost(demand.held, demand.remaining)
-        return (self._given.total + own) / len(self._open)
-
-    @property
-    def given(self) -> Mapping[str, float]:
-        """What each worker was given lately, in the units of `share`."""
-        return self._given.sums
-
-    def standings(self, workers: Iterable[str], band: int) -> list[Standing]:
-        """How `workers` stand for a job of `band`, without those that take no jobs."""
-        get, nobody, found = self._workers.get, _NOBODY, []
-        for worker in workers:
-            known = get(worker, nobody)
-            if known.is_open:
-                standing = known.standings[band]
-                if standing is None:
-                    standing = known.standings[band] = known.standing(band)
-                found.append(standing)
-        return found
+        own = self.given.unit(now_ms) * self._cost(demand.held, demand.remaining)
+        return (self.given.total + own) / len(self.open_workers)
 
     def sharers(self, worker: str, key: int) -> int:
         """Jobs on `worker` whose prompts begin alike, up to the block of `key` (shared_key)."""
         return self._workers.get(worker, _NOBODY).shares.get(key, 0)
-
-    @property
-    def prefill_per_s(self) -> float:
-        """Uncached prompt tokens that one worker computes in a second; 0 while unknown."""
-        return self._speed / self._measured if self._measured else 0.0
 
     def check_integrity(self) -> None:
         """Order, loads and bookings say the same. Raises AssertionError."""
@@ -404,9 +385,11 @@ class Workload:
         assert self._roomy.places() == roomy, "it stands in both alike"
         for each in opened.values():
             assert each.roomy or each.full, "who may have room is listed"
+        ranks = {name: each.place + each.full for name, each in opened.items()}
+        assert self._ranks == ranks, "ranks are places, full ones last"
         self._order.check_integrity()
         self._roomy.check_integrity()
-        assert tuple(sorted(opened)) == self._open
+        assert tuple(sorted(opened)) == self.open_workers
         self._refusals.check_integrity()
         for level in Band:
             for held, remaining, maybe in self._refusals.known(level):
@@ -420,29 +403,25 @@ class Workload:
             assert each.load == load, "a load is that of the bookings"
             if each.is_open:
                 assert each.place == place_of(each.load, each.number)
-                assert self._open[each.number] == each.facts.worker
+                assert self.open_workers[each.number] == each.facts.worker
             assert each.jobs or each.is_open, "who takes nothing and has nothing is forgotten"
             each.check_integrity()
-        self._given.check_integrity()
+        self.given.check_integrity()
         speeds = [each.speeds.prefill_per_s for each in self._workers.values()]
         assert self._measured == sum(speed > 0 for speed in speeds)
         assert abs(self._speed - sum(speeds)) <= 1e-6 * (1 + sum(speeds)), "speeds add up"
 
     # bookkeeping
 
-    def _remaining(self, job: Job) -> int:
-        """Output tokens that `job` is expected to make yet."""
-        made = len(job.logged)
-        remaining = job.expected_output - made
-        if remaining <= 0:
-            longer = self._expect(job.tenant, max_tokens=job.sampling.max_tokens, longer_than=made)
-            remaining = max(1, longer - made)
-        return remaining
+    def _longer(self, job: Job) -> int:
+        """Output tokens that `job` is expected to make yet, which has all that were predicted."""
+        made, most = len(job.logged), job.sampling.max_tokens
+        return max(1, self._expect(job.tenant, max_tokens=most, longer_than=made) - made)
 
     def _at(self, worker: str) -> Bookings:
         known = self._workers.get(worker)
         if known is None:
-            known = self._workers[worker] = Bookings(WorkerFacts(worker, 0, 0))
+            known = self._workers[worker] = Bookings(WorkerFacts(worker, 0, 0), self._ranks)
         return known
 
     def _cost(self, uncached_tokens: int, remaining: int) -> float:
@@ -451,11 +430,13 @@ class Workload:
 
     def _set_open(self, names: tuple[str, ...]) -> None:
         """These take jobs, by name: who is open stands among the others by load, then by that."""
-        self._open = names
-        self._given.set_workers(names)
+        self.open_workers = names
+        self.given.set_workers(names)
         opened = [self._workers[name] for name in names]
+        self._ranks.clear()
         for number, each in enumerate(opened):
             each.number, each.place = number, place_of(each.load, number)
+            self._ranks[each.facts.worker] = each.place + each.full
         self._order.set_places(each.place for each in opened)
         self._roomy.set_places(each.place for each in opened if each.roomy)
 
@@ -463,12 +444,14 @@ class Workload:
         """`worker` takes no jobs any more; `_set_open` follows."""
         if known.is_open:
             known.is_open = known.roomy = False
+            self._ranks.pop(worker, None)
             self._refusals.forget(worker)
 
     def _changed(self, worker: str, known: Bookings) -> None:
         """What did not fit on `worker` may fit now. Before it is reordered, if it is."""
         known.changed()
         if known.is_open:
+            self._ranks[worker] = known.place
             self._refusals.changed(worker)
             if not known.roomy:
                 known.roomy = True
@@ -485,15 +468,18 @@ class Workload:
         """Bring a worker's load and place in the order up to its sums."""
         interactive, standard, batch = known.waiting
         load = interactive + standard + batch + round(self._decode_weight * known.held)
-        if load != known.load and known.is_open:
-            known.place = place_of(load, known.number)
-            self._order.put(known.place)
-            if known.roomy:
-                self._roomy.put(known.place)
-        known.load = load
+        if load != known.load:
+            known.load = load
+            if known.is_open:
+                known.place = place = place_of(load, known.number)
+                self._ranks[known.facts.worker] = place + known.full
+                self._order.put(place)
+                if known.roomy:
+                    self._roomy.put(place)
 
     def _note_speed(self, before: float, after: float) -> None:
         self._speed += after - before
         self._measured += (after > 0) - (before > 0)
         if not self._measured:
             self._speed = 0.0
+        self.prefill_per_s = self._speed / self._measured if self._measured else 0.0
