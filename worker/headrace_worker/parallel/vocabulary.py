@@ -11,7 +11,8 @@ of the vocabulary), and then the logits of the one group that was drawn. Weights
 rank's own highest logit; who adds them up knows the highest of all.
 
 `MARGIN` is more than sums taken so can be from those of one process: an addition of float32 loses
-6e-8 of its sum, some dozens follow each other, and exponents of a few tens lose as much.
+6e-8 of its sum, some dozens follow each other, exponents of a few tens lose as much, and weights are
+rounded to GRID of another best one.
 
 Rejected: gathering all logits (a step of 64 rows and 128,000 tokens is 32 MB); drawing from
 the gathered sums whatever they round to, which makes the text depend on the number of ranks.
@@ -31,9 +32,10 @@ from headrace.types import Sampling
 from headrace_worker.parallel.collective import Group
 from headrace_worker.parallel.wishes import CANDIDATES, Need, Wishes, takes_few
 from headrace_worker.sampling.draw import FAN, draw, grouped, place
-from headrace_worker.sampling.filters import TEMPERATURE_MIN, keep, weigh
+from headrace_worker.sampling.filters import keep
 from headrace_worker.sampling.ranking import Floats, Indices, leading
 from headrace_worker.sampling.uniform import NUMBERS
+from headrace_worker.sampling.weights import TEMPERATURE_MIN, total, weigh
 
 MARGIN = 2e-5
 """Of a sum of weights: an edge that is nearer than that to what is looked for is fetched."""
@@ -147,7 +149,7 @@ class Vocabulary:
         count = _candidates(sampling)
         if not np.isfinite(peak):  # -inf: nothing of weight is here; else nothing is drawn at all
             return [np.array([peak, 0, 0], np.float32), np.full(2 * count, -np.inf, np.float32)]
-        mass = weigh(row, peak, sampling.temperature, None).sum(dtype=np.float64)
+        mass = total(weigh(row, peak, sampling.temperature, None))
         ids = leading(row, count)
         more = len(ids) == count < len(row)
         return [

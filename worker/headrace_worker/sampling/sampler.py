@@ -29,10 +29,11 @@ from headrace.types import TokenLogprobs
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.draw import draw
 from headrace_worker.sampling.edits import edit
-from headrace_worker.sampling.filters import keep, weigh
+from headrace_worker.sampling.filters import keep
 from headrace_worker.sampling.logprobs import row_logprobs
 from headrace_worker.sampling.ranking import Floats, rows_of
 from headrace_worker.sampling.uniform import uniforms
+from headrace_worker.sampling.weights import weigh
 
 
 @dataclass(frozen=True, slots=True)
