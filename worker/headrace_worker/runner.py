@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.types import TokenLogprobs
+from headrace_worker import native
 from headrace_worker.executor import Steps
+from headrace_worker.native.abi import Library
 from headrace_worker.native.program import Scored
 from headrace_worker.parallel.vocabulary import OPEN, Verdict
 from headrace_worker.parallel.wishes import wishes_of
@@ -87,6 +89,7 @@ class Runner:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
+        self._library = native.library()
         self._begun: deque[_Begun] = deque()
 
     @property
@@ -108,10 +111,12 @@ class Runner:
         """What came of the oldest plan: one entry for each item, in their order."""
         begun = self._begun.popleft()
         answer = self._steps.collect()
-        return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
+        return (
+            [Ran() for _ in begun.items] if answer is None else _read(answer, begun, self._library)
+        )
 
 
-def _read(answer: Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
+def _read(answer: Tensor | Scored | Verdict, begun: _Begun, library: Library | None) -> list[Ran]:
     """Scores and tokens of a plan's wanted rows."""
     settled = tops = None
     logits: Tensor | Floats
@@ -141,7 +146,7 @@ def _read(answer: Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
         places = [place for _, _, place, _ in left]
         logits = logits[places]
         tops = None if tops is None else [tops[place] for place in places]
-    chosen = sample(logits, [row for *_, row in left], tops) if left else []
+    chosen = sample(logits, [row for *_, row in left], tops, library) if left else []
     for (got, index, _, _), choice in zip(left, chosen, strict=True):
         got.chosen[index] = choice
     return ran

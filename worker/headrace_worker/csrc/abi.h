@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-constexpr int32_t ABI_VERSION = 2;
+constexpr int32_t ABI_VERSION = 3;
 
 // Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
 constexpr int PANEL = 16;
@@ -110,6 +110,20 @@ struct Step {
   Sums* sums;          // null for a rank that has its layers alone
 };
 
+// What a row's token is chosen by: see sampling/. A `scale` of 0 takes the first highest logit.
+struct Draw {
+  double top_p;   // 1 for no limit
+  float scale;    // log2(e) / temperature
+  float min_p;    // 0 for no limit, as for top_k
+  int32_t top_k;
+  int32_t unused;
+  uint64_t seed;
+  int64_t position;
+  int64_t row;
+  int64_t token;  // in: that of the first highest logit, -1 where that is not finite, -2 to find it;
+                  // out: the token; -1 for none
+};
+
 // One instruction set's kernels.
 struct Kernels {
   void (*linear)(const Matrix&, const float* x, int rows, const float* residual, float* out);
@@ -117,6 +131,8 @@ struct Kernels {
                  const float* q, int q_stride, const float* k, const float* v, int kv_stride,
                  float* out);
   void (*step)(const Model&, const Pool&, const Batch&, const Step&);
+  void (*weigh)(const float* logits, int count, float best, float scale, float* out);
+  void (*sample)(const float* logits, int vocab, Draw* draws, int count);
 };
 
 extern const Kernels kernels_avx2;

@@ -282,18 +282,20 @@ static Top top_of(const float* x, int first, int last) {
   Top best{-INFINITY, first};
   for (int start = first, stop; start < last; start = stop) {
     stop = start + TOP_BLOCK < last ? start + TOP_BLOCK : last;
-    vf highest = set1(-INFINITY), poison = zero();
+    vf highest = set1(-INFINITY);
+    Nans nans = no_nans();
     int i = start;
     for (; i + W <= stop; i += W) {
       highest = max(load(x + i), highest);
-      poison = fma(load(x + i), zero(), poison);
+      look(nans, load(x + i));
     }
-    float peak = largest(highest), broken = sum(poison);
+    float peak = largest(highest);
+    bool broken = any(nans);
     for (; i < stop; ++i) {
       peak = x[i] > peak ? x[i] : peak;
-      broken += x[i] * 0.0f;
+      broken = broken || x[i] != x[i];
     }
-    if (broken != broken)  // it may be an infinity
+    if (broken)
       for (i = start; i < stop; ++i)
         if (x[i] != x[i]) return {x[i], i};
     if (peak <= best.peak) continue;

@@ -4,6 +4,10 @@ Invariant: a row's token depends on that row's logits, its job's options and tex
 position, on nothing else in the batch, bit for bit. Each stage works on one row in one thread, and
 a stage that a row does not ask for costs it nothing: a greedy batch is one argmax.
 
+Where there are native kernels they take the last stages of all rows in one call and draw the same
+tokens: weights and the order of everything are defined such that no rounding is left open
+(`weights`). What is written here in numpy is what they are held to.
+
 The stages, each in its module: logprobs of the raw logits (`logprobs`); mask, logit_bias, bans,
 penalties (`edits`), for greedy rows too; then the first highest logit at temperature 0, else
 temperature and filters (`filters`) and one draw (`draw`) by numbers from (seed, position)
@@ -26,6 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.types import TokenLogprobs
+from headrace_worker.native.abi import Library
+from headrace_worker.native.draws import FIRST_TO_FIND, Draws, tops_of
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.draw import draw
 from headrace_worker.sampling.edits import edit
@@ -64,29 +70,77 @@ class Chosen:
 
 
 def sample(
-    logits: Tensor | Floats, rows: Sequence[Row], tops: Sequence[int] | None = None
+    logits: Tensor | Floats,
+    rows: Sequence[Row],
+    tops: Sequence[int] | None = None,
+    library: Library | None = None,
 ) -> list[Chosen | None]:
     """One token per row of logits, float32 [M, vocab], which may be overwritten.
 
     `tops`: the token of each row's first highest logit, -1 where that is not finite; None: to be
-    found here. None where a row has no finite maximum, or where its mask allows nothing that the
-    model does.
+    found here. `library`: the kernels, which choose the same tokens; None to do without. None where
+    a row has no finite maximum, or where its mask allows nothing that the model does.
     """
     values = rows_of(logits)
     assert values.dtype == np.float32 and len(values) == len(rows), "a float32 row of logits each"
-    tops = _tops(values) if tops is None else tops
-    numbers = numbers_of(rows)
+    with np.errstate(over="ignore", under="ignore"):
+        if library is not None:
+            tops = tops_of(library, values) if tops is None else tops
+            return _by_kernels(library, values, rows, tops)
+        return _by_numpy(values, rows, _tops(values) if tops is None else tops)
+
+
+def _by_numpy(values: Floats, rows: Sequence[Row], tops: Sequence[int]) -> list[Chosen | None]:
+    """What all of `sample` means."""
     room: Floats | None = None
     chosen: list[Chosen | None] = []
-    for raw, row, top, drawn_by in zip(values, rows, tops, numbers, strict=True):
+    for raw, row, top, numbers in zip(values, rows, tops, numbers_of(rows), strict=True):
         if top < 0:
             chosen.append(None)
-        elif drawn_by is None and not row.edits and not row.choosing.wants_logprobs:
+        elif numbers is None and not row.edits and not row.choosing.wants_logprobs:
             chosen.append(Chosen(top))
         else:
             room = np.empty(values.shape[1], np.float32) if room is None else room
-            with np.errstate(over="ignore", under="ignore"):
-                chosen.append(_choose(raw, row, top, drawn_by, room))
+            chosen.append(_choose(raw, row, top, numbers, room))
+    return chosen
+
+
+def _by_kernels(
+    library: Library, values: Floats, rows: Sequence[Row], tops: Sequence[int]
+) -> list[Chosen | None]:
+    """The same; what draws does so in one call, for all rows that the kernels can do."""
+    tokens, draws, asked = list(tops), Draws(), []
+    raws: dict[int, Floats] = {}
+    for place, (row, top) in enumerate(zip(rows, tops, strict=True)):
+        choosing, edits = row.choosing, row.edits
+        if top < 0 or not choosing.native or not (edits or choosing.draws):
+            continue
+        if edits:
+            if choosing.wants_logprobs:
+                raws[place] = values[place].copy()
+            edit(values[place], choosing, row.draft, row.mask)
+            top = FIRST_TO_FIND
+        position = choosing.position(row.draft)
+        draws.add(choosing.options, choosing.sampling.seed, position, place, top)
+        asked.append(place)
+    for place, token in zip(asked, draws.run(library, values), strict=True):
+        tokens[place] = token
+    room: Floats | None = None
+    chosen: list[Chosen | None] = []
+    for place, (row, token, top) in enumerate(zip(rows, tokens, tops, strict=True)):
+        choosing = row.choosing
+        if token < 0:
+            chosen.append(None)
+        elif choosing.native and not choosing.wants_logprobs:
+            chosen.append(Chosen(token))
+        else:
+            room = np.empty(values.shape[1], np.float32) if room is None else room
+            raw = raws.get(place, values[place])
+            chosen.append(
+                _with_logprobs(raw, choosing, raw[top], token, room)
+                if choosing.native
+                else _choose(raw, row, top, numbers_of([row])[0], room)
+            )
     return chosen
 
 
@@ -128,6 +182,12 @@ def _choose(
         token = _draw(logits, best, choosing, numbers, room)
     if not choosing.wants_logprobs:
         return Chosen(token)
+    return _with_logprobs(raw, choosing, peak, token, room)
+
+
+def _with_logprobs(
+    raw: Floats, choosing: Choosing, peak: np.float32, token: int, room: Floats
+) -> Chosen:
     return Chosen(token, row_logprobs(raw, peak, token, choosing.sampling.logprobs, room))
 
 

@@ -1,4 +1,4 @@
-"""What a token weighs in a draw: 2 ** ((logit - best) * log2(e) / temperature), the same bits everywhere.
+"""What a token weighs in a draw: exp((logit - best) / temperature), the same bits everywhere.
 
 Invariant: a weight comes of single roundings of float32 that every machine makes alike, and is a
 multiple of GRID from 0 to 1. So a float64 holds any sum over a vocabulary exactly, and the order in
@@ -31,8 +31,8 @@ _ROUNDER = np.float32(GRID * (1 << 23))
 """What is added to it has lost what is finer than GRID."""
 _LOWEST = np.float32(-64)
 """The exponent of 2 below which everything rounds to 0."""
-# of 2 ** f from f = -0.5 to 0.5: the polynomial that begins with 1 and whose relative error, at most
-# 1e-7, is as small as it can be
+# of 2 ** f from f = -0.5 to 0.5: of those polynomials of degree 5 that give 1 for 0 the one whose
+# largest relative error is least, 9e-8
 _POLYNOMIAL = tuple(
     np.float32(c)
     for c in (0.001326472731307149, 0.009671512991189957, 0.05550733581185341,
