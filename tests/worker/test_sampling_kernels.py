@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.types import Sampling
+from headrace.types import NO_LOGPROBS, Sampling
 from headrace_worker import native
 from headrace_worker.engine import Engine
 from headrace_worker.loading import LoadedModel, load_model
@@ -218,7 +218,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 def texts(engine: Engine, prompts: list[list[int]], **changes: Any) -> dict[str, list[int]]:
     jobs = [
-        make_job(f"j{i}", prompt, max_tokens=24, seed=i, **OPTIONS[i % len(OPTIONS)], **changes)
+        # some rows are scored beside those that draw
+        make_job(
+            f"j{i}",
+            prompt,
+            max_tokens=24,
+            seed=i,
+            prompt_logprobs=1 if i % 5 == 0 else NO_LOGPROBS,
+            **OPTIONS[i % len(OPTIONS)],
+            **changes,
+        )
         for i, prompt in enumerate(prompts)
     ]
     return finish_all(engine, jobs).tokens
@@ -229,11 +238,12 @@ def test_engines_say_the_same_with_and_without(
 ) -> None:
     """Many jobs together, by numpy; alone; with guesses; taken over in the middle."""
     prompts = [random_tokens(5 + 7 * i % 40, i) for i in range(16)]
-    with monkeypatch.context() as patch:
-        patch.setattr("headrace_worker.runner.native.library", lambda: None)
-        by_numpy = make_engine(tiny)
+    by_numpy = make_engine(tiny)
+    by_numpy._runner._library = None
     expected = texts(by_numpy, prompts)
-    assert texts(make_engine(tiny), prompts) == expected
+    engine = make_engine(tiny)
+    assert engine._runner._steps.draws, "its steps draw"
+    assert texts(engine, prompts) == expected
     half = [
         replace(job, attempt=2)
         for job in (

@@ -95,21 +95,6 @@ struct Sums {
   int32_t unused;
 };
 
-struct Step {
-  const int64_t* tokens;     // [rows]
-  const int64_t* positions;  // [rows]
-  const float* const* cos;   // [ropes] tables [positions, rotated]
-  const float* const* sin;   // the first half negated
-  const int64_t* sampled;    // rows that go through the head; null for all
-  int32_t sampled_rows;
-  int32_t unused;
-  float* logits;       // [sampled_rows, vocab]
-  int64_t* tops;       // [sampled_rows], the first highest logit of each, -1 where that is not finite
-  const float* given;  // [rows, hidden] what the stage before made; null for the first stage
-  float* passed;       // [rows, hidden] for the stage after; null for the last one
-  Sums* sums;          // null for a rank that has its layers alone
-};
-
 // What a row's token is chosen by: see sampling/. A `scale` of 0 takes the first highest logit.
 struct Draw {
   double top_p;   // 1 for no limit
@@ -122,6 +107,22 @@ struct Draw {
   int64_t row;
   int64_t token;  // in: that of the first highest logit, -1 where that is not finite, -2 to find it;
                   // out: the token; -1 for none
+};
+
+struct Step {
+  const int64_t* tokens;     // [rows]
+  const int64_t* positions;  // [rows]
+  const float* const* cos;   // [ropes] tables [positions, rotated]
+  const float* const* sin;   // the first half negated
+  const int64_t* sampled;    // rows that go through the head; null for all
+  int32_t sampled_rows;
+  int32_t draw_count;
+  float* logits;       // [sampled_rows, vocab]
+  int64_t* tops;       // [sampled_rows], the first highest logit of each, -1 where that is not finite
+  const float* given;  // [rows, hidden] what the stage before made; null for the first stage
+  float* passed;       // [rows, hidden] for the stage after; null for the last one
+  Sums* sums;          // null for a rank that has its layers alone
+  Draw* draws;         // [draw_count] rows of logits whose tokens are drawn at once
 };
 
 // One instruction set's kernels.

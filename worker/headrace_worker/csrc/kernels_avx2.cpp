@@ -20,9 +20,9 @@ namespace avx2 {
 //
 #include "attention.inc.h"
 //
-#include "step.inc.h"
-//
 #include "sample.inc.h"
+//
+#include "step.inc.h"
 }  // namespace avx2
 
 const Kernels kernels_avx2 = {avx2::linear, avx2::attend, avx2::run_step, avx2::weigh_all, avx2::sample};

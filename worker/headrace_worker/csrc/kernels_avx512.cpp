@@ -20,9 +20,9 @@ namespace avx512 {
 //
 #include "attention.inc.h"
 //
-#include "step.inc.h"
-//
 #include "sample.inc.h"
+//
+#include "step.inc.h"
 }  // namespace avx512
 
 const Kernels kernels_avx512 = {avx512::linear, avx512::attend, avx512::run_step, avx512::weigh_all, avx512::sample};

@@ -12,6 +12,43 @@ constexpr int FAN = 32, NUMBERS = 4;  // see sampling/draw.py, sampling/uniform.
 constexpr int FIRST_TO_FIND = -2, NO_TOKEN = -1;
 constexpr float WEIGHT_ROUNDER = 0x1p-11f, EXPONENT_LOWEST = -64.0f, EXPONENT_OF_NOTHING = -36.0f;
 
+// The first of the highest numbers among some, and where it stands; NaN where one of them is.
+struct Top {
+  float peak;
+  int at;
+};
+
+constexpr int TOP_BLOCK = 256;
+
+// Of x [first, last), which is not empty.
+static Top top_of(const float* x, int first, int last) {
+  Top best{-INFINITY, first};
+  for (int start = first, stop; start < last; start = stop) {
+    stop = start + TOP_BLOCK < last ? start + TOP_BLOCK : last;
+    vf highest = set1(-INFINITY);
+    Nans nans = no_nans();
+    int i = start;
+    for (; i + W <= stop; i += W) {
+      highest = max(load(x + i), highest);
+      look(nans, load(x + i));
+    }
+    float peak = largest(highest);
+    bool broken = any(nans);
+    for (; i < stop; ++i) {
+      peak = x[i] > peak ? x[i] : peak;
+      broken = broken || x[i] != x[i];
+    }
+    if (broken)
+      for (i = start; i < stop; ++i)
+        if (x[i] != x[i]) return {x[i], i};
+    if (peak <= best.peak) continue;
+    for (i = start; x[i] != peak; ++i) {
+    }
+    best = {peak, i};
+  }
+  return best;
+}
+
 struct Candidate {
   float value, weight;
   int id;
@@ -344,14 +381,24 @@ static int64_t sample_row(const float* logits, int vocab, const Draw& d, SampleR
   return filters ? draw_filtered(row, d, room) : draw_any(row, room);
 }
 
+// `tops`: the first highest logit of each row of logits, null for what the draws say.
+static void draw_some(const float* logits, int vocab, Draw* draws, int first, int last, const int64_t* tops) {
+  static thread_local SampleRoom room;
+  for (int i = first; i < last; ++i) {
+    Draw& d = draws[i];
+    if (tops != nullptr) d.token = tops[d.row];
+    d.token = sample_row(logits + d.row * vocab, vocab, d, room);
+  }
+}
+
+// The same by a team.
+static void draw_tokens(Team& team, const float* logits, int vocab, Draw* draws, int count, const int64_t* tops) {
+  team.phase(count, 1, [&](int first, int last) { draw_some(logits, vocab, draws, first, last, tops); });
+}
+
 static void sample(const float* logits, int vocab, Draw* draws, int count) {
-  const auto some = [&](int first, int last) {
-    static thread_local SampleRoom room;
-    for (int i = first; i < last; ++i)
-      draws[i].token = sample_row(logits + draws[i].row * vocab, vocab, draws[i], room);
-  };
-  if (count < 2) return some(0, count);  // to wake the others takes as long
+  if (count < 2) return draw_some(logits, vocab, draws, 0, count, nullptr);  // to wake others takes as long
   Turn turn;
   Team& team = turn.team();
-  team.run([&](int) { team.phase(count, 1, some); });
+  team.run([&](int) { draw_tokens(team, logits, vocab, draws, count, nullptr); });
 }

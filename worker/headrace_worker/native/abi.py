@@ -119,12 +119,13 @@ class Step(Structure):
         ("sin", c_void_p),
         ("sampled", c_void_p),
         ("sampled_rows", c_int32),
-        ("unused", c_int32),
+        ("draw_count", c_int32),
         ("logits", c_void_p),
         ("tops", c_void_p),
         ("given", c_void_p),
         ("passed", c_void_p),
         ("sums", POINTER(Sums)),
+        ("draws", c_void_p),
     )
 
 
@@ -214,12 +215,10 @@ class Library:
 
     def sample(self, logits: NDArray[np.float32], draws: bytearray) -> None:
         """Sets the tokens of `draws`, packed Draws, from float32 [rows, vocab], contiguous."""
-        count = len(draws) // DRAW_BYTES
         self._threads()
         self._c.headrace_sample(
-            address_of(logits), logits.shape[1], (ctypes.c_char * len(draws)).from_buffer(draws),
-            count,
-        )  # fmt: skip
+            address_of(logits), logits.shape[1], bytes_of(draws), len(draws) // DRAW_BYTES
+        )
 
     def add_up(self, sums: ctypes._Pointer[Sums], x: Tensor) -> None:
         """x, float32, contiguous, becomes the sum of all ranks' x: what steps do within."""
@@ -229,3 +228,8 @@ class Library:
 def address_of(array: NDArray[Any]) -> int:
     """Where a contiguous array lies."""
     return int(array.__array_interface__["data"][0])
+
+
+def bytes_of(data: bytearray) -> ctypes.Array[ctypes.c_char]:
+    """The same bytes, for C to write to."""
+    return (ctypes.c_char * len(data)).from_buffer(data)

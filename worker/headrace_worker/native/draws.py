@@ -1,4 +1,4 @@
-"""Tokens of a step's rows by the kernels, all in one call.
+"""Tokens by the kernels, of all rows of a step at once, in the call that computes it or in another.
 
 Invariant: they are those that sampling/filters.py and sampling/draw.py choose from the same logits
 and (seed, position), whatever else is in the call: see csrc/sample.inc.h. What the kernels cannot
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headrace.types import Sampling
-from headrace_worker.native.abi import DRAW_OPTIONS, DRAW_PLACE, Library
+from headrace_worker.native.abi import DRAW_BYTES, DRAW_OPTIONS, DRAW_PLACE, Library
 from headrace_worker.sampling.ranking import Floats
 from headrace_worker.sampling.weights import VOCAB_MAX, scale_of, weigh
 
@@ -50,20 +50,25 @@ class Draws:
         self._packed += options
         self._packed += DRAW_PLACE.pack(seed & _SEEDS, position, row, top)
 
-    def run(self, library: Library, logits: Floats) -> list[int]:
-        """The tokens, in the order of `add`; -1 where a row has no finite maximum.
+    def __len__(self) -> int:
+        return len(self._packed) // DRAW_BYTES
 
-        `logits`: float32 [M, vocab], contiguous.
-        """
+    @property
+    def packed(self) -> bytearray:
+        """What the kernels read, and write tokens to."""
+        return self._packed
+
+    def tokens(self) -> dict[int, int]:
+        """What was drawn, by row; -1 where a row has no finite maximum."""
+        words = np.frombuffer(self._packed, np.int64).reshape(len(self), -1)
+        return dict(words[:, -2:].tolist())
+
+    def run(self, library: Library, logits: Floats) -> dict[int, int]:
+        """The tokens by row of `logits`, float32 [M, vocab], contiguous."""
         if not self._packed:
-            return []
+            return {}
         library.sample(logits, self._packed)
-        tokens: list[int] = np.frombuffer(self._packed, np.int64)[_TOKEN::_WORDS].tolist()
-        return tokens
-
-
-_WORDS = (DRAW_OPTIONS.size + DRAW_PLACE.size) // 8
-_TOKEN = _WORDS - 1
+        return self.tokens()
 
 
 def tops_of(library: Library, logits: Floats) -> Sequence[int]:
@@ -71,7 +76,7 @@ def tops_of(library: Library, logits: Floats) -> Sequence[int]:
     draws = Draws()
     for row in range(len(logits)):
         draws.add(_GREEDY, 0, 0, row, FIRST_TO_FIND)
-    return draws.run(library, logits)
+    return list(draws.run(library, logits).values())
 
 
 def weigh_by(

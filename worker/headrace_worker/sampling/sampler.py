@@ -22,7 +22,7 @@ draft without probabilities of its own accepts as often, and makes the text depe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,24 +69,29 @@ class Chosen:
     logprobs: TokenLogprobs | None = None
 
 
+_NONE_DRAWN: Mapping[int, int] = {}
+
+
 def sample(
     logits: Tensor | Floats,
     rows: Sequence[Row],
     tops: Sequence[int] | None = None,
     library: Library | None = None,
+    drawn: Mapping[int, int] = _NONE_DRAWN,
 ) -> list[Chosen | None]:
     """One token per row of logits, float32 [M, vocab], which may be overwritten.
 
     `tops`: the token of each row's first highest logit, -1 where that is not finite; None: to be
-    found here. `library`: the kernels, which choose the same tokens; None to do without. None where
-    a row has no finite maximum, or where its mask allows nothing that the model does.
+    found here. `library`: the kernels, which choose the same tokens; None to do without. `drawn`:
+    those that the step has drawn already (`draws_of`), by row. None where a row has no finite
+    maximum, or where its mask allows nothing that the model does.
     """
     values = rows_of(logits)
     assert values.dtype == np.float32 and len(values) == len(rows), "a float32 row of logits each"
     with np.errstate(over="ignore", under="ignore"):
         if library is not None:
             tops = tops_of(library, values) if tops is None else tops
-            return _by_kernels(library, values, rows, tops)
+            return _by_kernels(library, values, rows, tops, drawn)
         return _by_numpy(values, rows, _tops(values) if tops is None else tops)
 
 
@@ -105,25 +110,44 @@ def _by_numpy(values: Floats, rows: Sequence[Row], tops: Sequence[int]) -> list[
     return chosen
 
 
+def draws_of(rows: Sequence[Row | None]) -> Draws:
+    """What the call that computes a step can draw by itself: of rows whose logits nobody changes.
+
+    `rows`: for each wanted row of the step whose token to choose; None where it is scored.
+    """
+    draws = Draws()
+    for place, row in enumerate(rows):
+        if row is not None and row.choosing.draws and row.choosing.native and not row.edits:
+            _add(draws, row, place, FIRST_TO_FIND)
+    return draws
+
+
+def _add(draws: Draws, row: Row, place: int, top: int) -> None:
+    choosing = row.choosing
+    draws.add(choosing.options, choosing.sampling.seed, choosing.position(row.draft), place, top)
+
+
 def _by_kernels(
-    library: Library, values: Floats, rows: Sequence[Row], tops: Sequence[int]
+    library: Library,
+    values: Floats,
+    rows: Sequence[Row],
+    tops: Sequence[int],
+    drawn: Mapping[int, int],
 ) -> list[Chosen | None]:
     """The same; what draws does so in one call, for all rows that the kernels can do."""
-    tokens, draws, asked = list(tops), Draws(), []
+    tokens, draws = list(tops), Draws()
     raws: dict[int, Floats] = {}
     for place, (row, top) in enumerate(zip(rows, tops, strict=True)):
         choosing, edits = row.choosing, row.edits
-        if top < 0 or not choosing.native or not (edits or choosing.draws):
+        if top < 0 or place in drawn or not choosing.native or not (edits or choosing.draws):
             continue
         if edits:
             if choosing.wants_logprobs:
                 raws[place] = values[place].copy()
             edit(values[place], choosing, row.draft, row.mask)
             top = FIRST_TO_FIND
-        position = choosing.position(row.draft)
-        draws.add(choosing.options, choosing.sampling.seed, position, place, top)
-        asked.append(place)
-    for place, token in zip(asked, draws.run(library, values), strict=True):
+        _add(draws, row, place, top)
+    for place, token in (*drawn.items(), *draws.run(library, values).items()):
         tokens[place] = token
     room: Floats | None = None
     chosen: list[Chosen | None] = []
