@@ -67,7 +67,14 @@ struct Row {
   float best, scale;
   double numbers[NUMBERS];
   int widths[NUMBERS], levels;  // of the tree by which it is drawn, tokens first
+  uint64_t inverses[NUMBERS];   // of the widths, times 2^INVERSE_BITS, rounded up
 };
+
+// id / width, for ids and widths below 2^20.
+constexpr int INVERSE_BITS = 40;
+HR_INLINE int divided(const Row& row, int id, int level) {
+  return static_cast<int>(static_cast<uint64_t>(id) * row.inverses[level] >> INVERSE_BITS);
+}
 
 // The first `count` floats from p, and -infinity behind them.
 HR_INLINE vf load_some(const float* p, int count) {
@@ -111,7 +118,9 @@ static void make_tree(Row& row) {
   row.levels = 1;
   row.widths[0] = row.count;
   while (row.widths[row.levels - 1] > FAN && row.levels < NUMBERS) {
-    row.widths[row.levels] = (row.widths[row.levels - 1] + FAN - 1) / FAN;
+    const int width = (row.widths[row.levels - 1] + FAN - 1) / FAN;
+    row.widths[row.levels] = width;
+    row.inverses[row.levels] = ((1ull << INVERSE_BITS) + width - 1) / width;
     row.levels += 1;
   }
 }
@@ -180,25 +189,41 @@ static int draw_any(const Row& row, SampleRoom& room) {
 
 // --- filters
 
-// The tokens whose logit is finite and reaches `limit`, by rising id.
-static void collect(const Row& row, float limit, std::vector<Candidate>& found) {
-  found.clear();
+// The tokens whose logit is finite and reaches `limit`, by rising id: into `kept` those whose exponent
+// is above `sure`, whose weights are added up, and into `open` the others.
+static double collect(const Row& row, float limit, float sure, SampleRoom& room) {
+  room.open.clear();
+  room.kept.clear();
   const float* x = row.logits;
-  limit = std::max(limit, -std::numeric_limits<float>::max());
-  const vf least = set1(limit);
+  const vf least = set1(std::max(limit, -std::numeric_limits<float>::max()));
   constexpr int LOT = 4 * W;
-  int i = 0;
-  for (; i + LOT <= row.count; i += LOT) {
-    const vf a = max(load(x + i), load(x + i + W)), b = max(load(x + i + 2 * W), load(x + i + 3 * W));
-    if (reaching(max(a, b), least) == 0) continue;
-    for (int j = i; j < i + LOT; j += W)
-      for (uint32_t bits = reaching(load(x + j), least); bits != 0; bits &= bits - 1) {
-        const int id = j + __builtin_ctz(bits);
-        found.push_back({x[id], 0, id});
+  alignas(64) float exponents[W], weights[W];
+  double sum = 0;
+  for (int i = 0; i < row.count; i += LOT) {
+    const int stop = std::min(i + LOT, row.count);
+    if (stop - i == LOT) {
+      const vf a = max(load(x + i), load(x + i + W)), b = max(load(x + i + 2 * W), load(x + i + 3 * W));
+      if (reaching(max(a, b), least) == 0) continue;
+    }
+    for (int j = i; j < stop; j += W) {
+      uint32_t bits = reaching(load_some(x + j, stop - j), least);
+      if (bits == 0) continue;
+      const vf y = exponents_of(row, x + j, stop - j);
+      store(exponents, y);
+      store(weights, weights_of(y));
+      for (; bits != 0; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        const Candidate found{x[j + lane], weights[lane], j + lane};
+        if (exponents[lane] > sure) {
+          room.kept.push_back(found);
+          sum += found.weight;
+        } else {
+          room.open.push_back(found);
+        }
       }
+    }
   }
-  for (; i < row.count; ++i)
-    if (x[i] >= limit) found.push_back({x[i], 0, i});
+  return sum;
 }
 
 // A logit below which nothing has an exponent of `y` or more.
@@ -225,17 +250,6 @@ static float limit_of_first(const Row& row, int count, SampleRoom& room) {
   return peaks[count - 1];
 }
 
-static void weigh(const Row& row, std::vector<Candidate>& some) {
-  const int count = static_cast<int>(some.size());
-  for (int i = 0; i < count; i += W) {
-    const int left = std::min(W, count - i);
-    alignas(64) float values[W];
-    for (int j = 0; j < left; ++j) values[j] = some[i + j].value;
-    store(values, weights_of(exponents_of(row, values, left)));
-    for (int j = 0; j < left; ++j) some[i + j].weight = values[j];
-  }
-}
-
 static double total(const std::vector<Candidate>& some) {
   double sum = 0;
   for (const Candidate& c : some) sum += c.weight;
@@ -247,18 +261,17 @@ HR_INLINE bool before(const Candidate& a, const Candidate& b) {
 }
 
 // Leaves the fewest of the highest that together reach `target`, by their weights or by their number;
-// all where those do not. `room.open` has them by rising id, and gets them back in no order.
+// all where those do not. `room.kept` has some that are among them and have `reached` so much, and
+// `room.open` the others by rising id; it gets back all in no order.
 //
 // Counted by distance from the highest in BINS, the bin in which the target is reached is looked into
 // again, until it is small or holds one value only.
 template <bool BY_WEIGHT>
-static void keep_first(SampleRoom& room, double target) {
+static void keep_first(SampleRoom& room, double target, double reached) {
   constexpr int BINS = 256;
   constexpr size_t SORTED_MAX = 64;
   std::vector<Candidate>& open = room.open;
   std::vector<Candidate>& kept = room.kept;
-  kept.clear();
-  double reached = 0;
   const auto amount = [](const Candidate& c) { return BY_WEIGHT ? static_cast<double>(c.weight) : 1.0; };
   for (;;) {
     double most = -INFINITY, least = INFINITY;
@@ -290,27 +303,39 @@ static void keep_first(SampleRoom& room, double target) {
     if (reached >= target) break;
   }
   open.swap(kept);
+  kept.clear();
 }
 
-// What all weights add up to; and an exponent that everything reaches that top_p leaves.
-static double survey(const Row& row, double top_p, double& lowest) {
-  constexpr int STEPS = 3;
-  static const float steps[STEPS] = {-5.0f, -9.0f, -14.0f};
+// What is known of a row's weights after one pass: what all add up to, an exponent that everything
+// reaches that top_p leaves, and one above which it leaves everything.
+struct Survey {
+  double all;
+  float lowest, sure;
+};
+
+static Survey survey(const Row& row, double top_p) {
+  constexpr int STEPS = 7;
+  const auto exponent_at = [](int step) { return -2.0f - 2.0f * static_cast<float>(step); };
   Wide weights = wide_zero();
   vf rough[STEPS];
   for (int s = 0; s < STEPS; ++s) rough[s] = zero();
   for (int i = 0; i < row.count; i += W) {
     const vf y = exponents_of(row, row.logits + i, row.count - i), weight = weights_of(y);
     add_to(weights, weight);
-    for (int s = 0; s < STEPS; ++s) rough[s] = add(rough[s], keep_above(y, set1(steps[s]), weight));
+#pragma GCC unroll 8
+    for (int s = 0; s < STEPS; ++s) rough[s] = add(rough[s], keep_above(y, set1(exponent_at(s)), weight));
   }
   const double all = sum(weights), target = top_p * all;
-  // what is left out weighs less than top_p leaves out
-  lowest = std::max<double>(EXPONENT_OF_NOTHING, std::log2((1 - top_p) * all / (2.0 * row.count)));
-  const double margin = 1 + (row.count / W + 16) * 0x1p-23;  // the rough sums may be too large by that
-  for (int s = STEPS - 1; s >= 0; --s)
-    if (steps[s] > lowest && sum(rough[s]) > target * margin) lowest = steps[s];
-  return all;
+  // what is left out below that weighs less than top_p leaves out
+  const double little = std::log2((1 - top_p) * all / (2.0 * row.count));
+  Survey found{all, std::max(EXPONENT_OF_NOTHING, static_cast<float>(little - 0.001)), INFINITY};
+  const double margin = 1 + (row.count / W + 16) * 0x1p-23;  // the rough sums are true but for that
+  for (int s = STEPS - 1; s >= 0; --s) {
+    const double above = sum(rough[s]);
+    if (above > target * margin) found.lowest = std::max(found.lowest, exponent_at(s));
+    if (above * margin < target && found.sure == INFINITY) found.sure = exponent_at(s);
+  }
+  return found;
 }
 
 // Draws one of the candidates; goes down the tree with those that are in the group drawn.
@@ -318,15 +343,17 @@ static int draw_one(const Row& row, std::vector<Candidate>& some, const double* 
   int index = 0, step = 1;
   for (int level = row.levels - 1; level >= 0; --level) {
     double sums[FAN] = {};
-    const auto group_of = [&](int id) {
-      for (int l = 1; l <= level; ++l) id %= row.widths[l];
-      return id;
-    };
     size_t left = 0;
     for (const Candidate& c : some) {
-      const int group = group_of(c.id);
-      if (group % step != index) continue;
-      sums[group / step] += c.weight;
+      int group = c.id, its = 0;
+      for (int l = 1; l <= level; ++l) group -= divided(row, group, l) * row.widths[l];
+      if (step > 1) {
+        its = divided(row, group, level + 1);
+        if (group - its * step != index) continue;
+      } else {
+        its = group;
+      }
+      sums[its] += c.weight;
       some[left++] = c;
     }
     some.resize(left);
@@ -339,27 +366,26 @@ static int draw_one(const Row& row, std::vector<Candidate>& some, const double* 
 // One of the tokens that the filters leave.
 static int draw_filtered(const Row& row, const Draw& d, SampleRoom& room) {
   std::vector<Candidate>& open = room.open;
-  double all = 0, lowest = 0;
+  if (d.top_k <= 0 && d.min_p <= 0) {
+    const Survey known = survey(row, d.top_p);
+    const double sure = collect(row, limit_of(row, known.lowest), known.sure, room);
+    keep_first<true>(room, d.top_p * known.all, sure);
+    return draw_one(row, open, row.numbers);
+  }
   if (d.top_k > 0) {
-    collect(row, limit_of_first(row, d.top_k, room), open);
-    keep_first<false>(room, d.top_k);
-  } else if (d.min_p > 0) {
-    collect(row, limit_of(row, std::max<double>(EXPONENT_OF_NOTHING, std::log2(d.min_p))), open);
+    collect(row, limit_of_first(row, d.top_k, room), INFINITY, room);
+    keep_first<false>(room, d.top_k, 0);
   } else {
-    all = survey(row, d.top_p, lowest);
-    collect(row, limit_of(row, lowest), open);
+    collect(row, limit_of(row, std::max<double>(EXPONENT_OF_NOTHING, std::log2(d.min_p))), INFINITY, room);
   }
-  weigh(row, open);
-  if (d.min_p > 0) {
-    const auto weak = [&](const Candidate& c) { return c.weight < d.min_p; };
-    open.erase(std::remove_if(open.begin(), open.end(), weak), open.end());
-  }
-  if (d.top_p < 1) keep_first<true>(room, d.top_p * (all > 0 ? all : total(open)));
+  const auto weak = [&](const Candidate& c) { return c.weight < d.min_p; };
+  if (d.min_p > 0) open.erase(std::remove_if(open.begin(), open.end(), weak), open.end());
+  if (d.top_p < 1) keep_first<true>(room, d.top_p * total(open), 0);
   return draw_one(row, open, row.numbers);
 }
 
 static void weigh_all(const float* logits, int count, float best, float scale, float* out) {
-  const Row row{logits, count, best, scale, {}, {}, 0};
+  const Row row{logits, count, best, scale, {}, {}, 0, {}};
   int i = 0;
   for (; i + W <= count; i += W) store(out + i, weights_of(exponents_of(row, logits + i, W)));
   alignas(64) float last[W];
@@ -374,7 +400,7 @@ static int64_t sample_row(const float* logits, int vocab, const Draw& d, SampleR
     first = std::isfinite(top.peak) ? top.at : NO_TOKEN;
   }
   if (first < 0 || d.scale == 0) return first;
-  Row row{logits, vocab, logits[first], d.scale, {}, {}, 0};
+  Row row{logits, vocab, logits[first], d.scale, {}, {}, 0, {}};
   make_numbers(d, row.numbers);
   make_tree(row);
   const bool filters = d.top_k > 0 || d.min_p > 0 || d.top_p < 1;
