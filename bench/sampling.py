@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from headrace.types import Sampling
 from headrace_worker import native
+from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.sampler import Row, sample
 
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(f"kernels: {native.state()}, {args.threads} threads")
     kinds = {"greedy": [OPTIONS["greedy"]], "plain": [OPTIONS["temperature"]]}
     kinds["mixed"] = list(OPTIONS.values())

@@ -4,9 +4,10 @@ Invariant: a row's token depends on that row's logits, its job's options and tex
 position, on nothing else in the batch, bit for bit. Each stage works on one row in one thread, and
 a stage that a row does not ask for costs it nothing: a greedy batch is one argmax.
 
-Where there are native kernels they take the last stages of all rows in one call and draw the same
-tokens: weights and the order of everything are defined such that no rounding is left open
-(`weights`). What is written here in numpy is what they are held to.
+Where there are native kernels they take the last stages: of rows that nobody edits in the call that
+computes the step, of the others in one more for all. They draw the same tokens, since weights are
+defined to the bit and their sums are exact (`weights`); what is written here in numpy is what the
+kernels are held to.
 
 The stages, each in its module: logprobs of the raw logits (`logprobs`); mask, logit_bias, bans,
 penalties (`edits`), for greedy rows too; then the first highest logit at temperature 0, else
