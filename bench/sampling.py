@@ -1,10 +1,11 @@
-"""Choosing tokens: microseconds of one `sample` call, greedy, plain temperature, and mixed options.
+"""Choosing tokens: microseconds of one `sample` call, with the native kernels and without.
 
-    python -m bench sampling [--rows 1 8 32 64] [--vocab 49152 151936] [--each]
+    python -m bench sampling [--rows 1 8 32 64] [--vocab 49152 151936] [--each] [--threads N]
 
 Logits look like a language model's: a few tokens have most of the probability. `mixed` goes through
 `OPTIONS`, so that a batch of 16 has each once; `--each` times a batch of every single one. Jobs
-have 300 tokens of prompt and 200 of output. One thread, the median of a few calls.
+have 300 tokens of prompt and 200 of output. Highest logits are known, as they are after a native
+step. The median of a few calls, by turns with the kernels and without.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from headrace.types import Sampling
+from headrace_worker import native
+from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.sampler import Row, sample
 
@@ -65,15 +68,19 @@ def make_logits(rows: int, vocab: int) -> torch.Tensor:
     return logits.scatter_add_(1, likely, torch.rand(rows, 30, generator=source) * 16)
 
 
-def median_us(logits: torch.Tensor, rows: list[Row], calls: int) -> float:
-    """Of `calls` calls, each on logits of its own: they may be overwritten."""
-    times = []
+def medians_us(logits: torch.Tensor, rows: list[Row], calls: int) -> list[float]:
+    """Of `calls` calls by numpy, and by the kernels if they are here; each on fresh logits."""
+    tops = logits.argmax(1).tolist()
+    library = native.library()
+    ways = [None] if library is None else [None, library]
+    times: list[list[float]] = [[] for _ in ways]
     for _ in range(calls + 1):
-        fresh = logits.clone()
-        began = time.perf_counter()
-        sample(fresh, rows)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]) * 1e6
+        for way, taken in zip(ways, times, strict=True):
+            fresh = logits.numpy().copy()  # they may be overwritten
+            began = time.perf_counter()
+            sample(fresh, rows, tops, way)
+            taken.append(time.perf_counter() - began)
+    return [statistics.median(taken[1:]) * 1e6 for taken in times]
 
 
 def main() -> None:
@@ -82,8 +89,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[49_152, 151_936])
     parser.add_argument("--calls", type=int, default=9)
     parser.add_argument("--each", action="store_true", help="a line for every option")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    print(f"kernels: {native.state()}, {args.threads} threads")
     kinds = {"greedy": [OPTIONS["greedy"]], "plain": [OPTIONS["temperature"]]}
     kinds["mixed"] = list(OPTIONS.values())
     if args.each:
@@ -95,10 +105,10 @@ def main() -> None:
                 rows = [
                     make_row(i, vocab, options[(2 + 5 * i) % len(options)]) for i in range(count)
                 ]
-                took_us = median_us(logits, rows, args.calls)
+                took = [us / count for us in medians_us(logits, rows, args.calls)]
                 print(
-                    f"vocabulary {vocab:>7}, {count:>3} rows, {kind:<20} {took_us:9.0f} us, "
-                    f"{took_us / count:7.1f} us a row",
+                    f"vocabulary {vocab:>7}, {count:>3} rows, {kind:<20} us a row: numpy "
+                    f"{took[0]:7.1f}" + "".join(f", kernels {us:7.1f}" for us in took[1:]),
                     flush=True,
                 )
 

@@ -16,12 +16,14 @@ from headrace.types import Sampling, TokenLogprobs
 from headrace_worker.sampling import draw as drawing
 from headrace_worker.sampling import ranking
 from headrace_worker.sampling.choosing import Choosing
-from headrace_worker.sampling.draw import draw, total
+from headrace_worker.sampling.draw import draw
 from headrace_worker.sampling.edits import forbid
 from headrace_worker.sampling.logprobs import position_logprobs
 from headrace_worker.sampling.ranking import leading, reaching
-from headrace_worker.sampling.sampler import Chosen, Row, sample
+from headrace_worker.sampling.sampler import Chosen, Row
 from headrace_worker.sampling.uniform import NUMBERS, uniforms
+from headrace_worker.sampling.weights import total
+from worker.both import sample
 from worker.sampling_reference import descended
 
 CHI_SQUARE_LIMIT_DF9 = 33.7

@@ -22,7 +22,8 @@ from headrace_worker.sampling.limits import (
     TEMPERATURE_MAX,
     refuse,
 )
-from headrace_worker.sampling.sampler import Row, sample
+from headrace_worker.sampling.sampler import Row
+from worker.both import sample
 
 VOCAB = 2000
 NAN, INF = float("nan"), float("inf")

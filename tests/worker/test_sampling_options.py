@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from headrace.types import NO_LOGPROBS, Sampling
 from headrace_worker.sampling.choosing import Choosing
-from headrace_worker.sampling.sampler import Chosen, Row, sample
+from headrace_worker.sampling.sampler import Chosen, Row
 from worker import sampling_reference as reference
+from worker.both import sample
 from worker.sampling_reference import Text
 
 CASES = int(os.environ.get("HEADRACE_SAMPLING_CASES", "300"))

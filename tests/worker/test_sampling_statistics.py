@@ -18,8 +18,9 @@ from scipy import stats
 
 from headrace.types import Sampling
 from headrace_worker.sampling.choosing import Choosing
-from headrace_worker.sampling.sampler import Row, sample
+from headrace_worker.sampling.sampler import Row
 from worker import sampling_reference as reference
+from worker.both import sample
 
 DRAWS = 20_000
 FAIR = 1e-4

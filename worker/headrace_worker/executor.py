@@ -35,6 +35,11 @@ class Steps(Protocol):
         """The size of the vocabulary where ranks choose tokens together; 0 where logits come."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether steps draw tokens, if they are told which."""
+        ...
+
     def submit(self, inputs: StepInputs) -> None:
         """Begins a step; at most `depth` are begun and not collected.
 
@@ -68,6 +73,7 @@ class Executor:
         self.model = model
         self._backend, self._device, self._graphs = backend, device, graphs
         self._program = program_of(model, backend, split)
+        self.draws = self._program is not None and split is None
         self.passed_dtype = model.dtype if self._program is None else torch.float32
         """Of what stages hand each other."""
         self._done: deque[Tensor | Scored | None] = deque()

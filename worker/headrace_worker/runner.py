@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.types import TokenLogprobs
+from headrace_worker import native
 from headrace_worker.executor import Steps
+from headrace_worker.native.abi import Library
 from headrace_worker.native.program import Scored
 from headrace_worker.parallel.vocabulary import OPEN, Verdict
 from headrace_worker.parallel.wishes import wishes_of
@@ -24,7 +26,7 @@ from headrace_worker.policy.plan import PlanItem
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.logprobs import position_logprobs
 from headrace_worker.sampling.ranking import Floats
-from headrace_worker.sampling.sampler import Chosen, Row, sample
+from headrace_worker.sampling.sampler import Chosen, Row, draws_of, sample
 from headrace_worker.step_inputs import inputs_of
 
 Mask = NDArray[np.int32]
@@ -87,6 +89,7 @@ class Runner:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
+        self._library = native.library()
         self._begun: deque[_Begun] = deque()
 
     @property
@@ -101,6 +104,8 @@ class Runner:
         if self._steps.choosing_vocab:
             wishes = wishes_of(begun.wanted(), self._steps.choosing_vocab)
             inputs = inputs.wishing(wishes)
+        elif self._library is not None and self._steps.draws:
+            inputs = inputs.drawing(draws_of(begun.wanted()))
         self._steps.submit(inputs)
         self._begun.append(begun)
 
@@ -108,15 +113,18 @@ class Runner:
         """What came of the oldest plan: one entry for each item, in their order."""
         begun = self._begun.popleft()
         answer = self._steps.collect()
-        return [Ran() for _ in begun.items] if answer is None else _read(answer, begun)
+        return (
+            [Ran() for _ in begun.items] if answer is None else _read(answer, begun, self._library)
+        )
 
 
-def _read(answer: Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
+def _read(answer: Tensor | Scored | Verdict, begun: _Begun, library: Library | None) -> list[Ran]:
     """Scores and tokens of a plan's wanted rows."""
     settled = tops = None
+    drawn: Mapping[int, int] = {}
     logits: Tensor | Floats
     if isinstance(answer, Scored):  # no torch from here on: its code is cold after a step
-        logits, tops = answer.logits, answer.tops.tolist()
+        logits, tops, drawn = answer.logits, answer.tops.tolist(), answer.drawn
     elif isinstance(answer, Verdict):
         logits, settled = answer.whole, answer.tokens.tolist()
     else:
@@ -141,7 +149,8 @@ def _read(answer: Tensor | Scored | Verdict, begun: _Begun) -> list[Ran]:
         places = [place for _, _, place, _ in left]
         logits = logits[places]
         tops = None if tops is None else [tops[place] for place in places]
-    chosen = sample(logits, [row for *_, row in left], tops) if left else []
+        drawn = {at: drawn[place] for at, place in enumerate(places) if place in drawn}
+    chosen = sample(logits, [row for *_, row in left], tops, library, drawn) if left else []
     for (got, index, _, _), choice in zip(left, chosen, strict=True):
         got.chosen[index] = choice
     return ran

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.types import BLOCK_TOKENS
+from headrace_worker.native.draws import Draws
 from headrace_worker.parallel.wishes import Wishes
 from headrace_worker.policy.plan import PlanItem
 
@@ -30,7 +31,7 @@ class StepInputs:
 
     `tokens`, `positions`, `slots` [N]. `rows`: those whose logits are wanted, in their order; None
     stands for all of them, and there may be none. `wishes`: what those need, where ranks choose
-    tokens together.
+    tokens together. `draws`: which of them one process draws from within the step; ranks know none.
     """
 
     tokens: Ints
@@ -41,6 +42,7 @@ class StepInputs:
     query_starts: Sequence[int]
     rows: Ints | None
     wishes: Wishes | None = None
+    draws: Draws | None = None
 
     @property
     def wanted_rows(self) -> int:
@@ -49,6 +51,7 @@ class StepInputs:
 
     def pack(self) -> bytes:
         """As bytes, for `unpack` on another rank."""
+        assert self.draws is None, "ranks choose by wishes"
         packed: bytes = msgpack.packb(
             (
                 *(_small(array) for array in (self.tokens, self.positions, self.slots)),
@@ -83,6 +86,10 @@ class StepInputs:
         """The same step, with `wishes` for its wanted rows."""
         assert len(wishes.needs) == self.wanted_rows, "a wish for each wanted row"
         return replace(self, wishes=wishes)
+
+    def drawing(self, draws: Draws) -> StepInputs:
+        """The same step, drawing tokens of some of its wanted rows."""
+        return replace(self, draws=draws)
 
 
 def inputs_of(items: Sequence[PlanItem]) -> StepInputs:

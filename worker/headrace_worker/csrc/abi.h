@@ -100,6 +100,20 @@ struct Sums {
   int32_t unused;
 };
 
+// What a row's token is chosen by: see sampling/. A `scale` of 0 takes the first highest logit.
+struct Draw {
+  double top_p;   // 1 for no limit
+  float scale;    // log2(e) / temperature
+  float min_p;    // 0 for no limit, as for top_k
+  int32_t top_k;
+  int32_t unused;
+  uint64_t seed;
+  int64_t position;
+  int64_t row;
+  int64_t token;  // in: that of the first highest logit, -1 where that is not finite, -2 to find it;
+                  // out: the token; -1 for none
+};
+
 struct Step {
   const int64_t* tokens;     // [rows]
   const int64_t* positions;  // [rows]
@@ -107,12 +121,13 @@ struct Step {
   const float* const* sin;   // the first half negated
   const int64_t* sampled;    // rows that go through the head; null for all
   int32_t sampled_rows;
-  int32_t unused;
+  int32_t draw_count;
   float* logits;       // [sampled_rows, vocab]
   int64_t* tops;       // [sampled_rows], the first highest logit of each, -1 where that is not finite
   const float* given;  // [rows, hidden] what the stage before made; null for the first stage
   float* passed;       // [rows, hidden] for the stage after; null for the last one
   Sums* sums;          // null for a rank that has its layers alone
+  Draw* draws;         // [draw_count] rows of logits whose tokens are drawn at once
 };
 
 // One instruction set's kernels.
@@ -122,6 +137,8 @@ struct Kernels {
                  const float* q, int q_stride, const float* k, const float* v, int kv_stride,
                  float* out);
   void (*step)(const Model&, const Pool&, const Batch&, const Step&);
+  void (*weigh)(const float* logits, int count, float best, float scale, float* out);
+  void (*sample)(const float* logits, int vocab, Draw* draws, int count);
 };
 
 extern const Kernels kernels_avx2;

@@ -58,6 +58,16 @@ void headrace_step(const headrace::Model* model, const headrace::Pool* pool, con
   headrace::kernels().step(*model, *pool, *batch, *step);
 }
 
+// What logits [count] weigh beside `best`, by one thread; `out` may be the logits.
+void headrace_weigh(const float* logits, int32_t count, float best, float scale, float* out) {
+  headrace::kernels().weigh(logits, count, best, scale, out);
+}
+
+// logits [rows, vocab]: of some of the rows a token each.
+void headrace_sample(const float* logits, int32_t vocab, headrace::Draw* draws, int32_t count) {
+  headrace::kernels().sample(logits, vocab, draws, count);
+}
+
 // What steps do within: for tests.
 void headrace_add_up(headrace::Sums* sums, float* x, int64_t count) { headrace::add_up(*sums, x, count); }
 

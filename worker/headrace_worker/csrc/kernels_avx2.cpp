@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "abi.h"
@@ -19,9 +20,11 @@ namespace avx2 {
 //
 #include "attention.inc.h"
 //
+#include "sample.inc.h"
+//
 #include "step.inc.h"
 }  // namespace avx2
 
-const Kernels kernels_avx2 = {avx2::linear, avx2::attend, avx2::run_step};
+const Kernels kernels_avx2 = {avx2::linear, avx2::attend, avx2::run_step, avx2::weigh_all, avx2::sample};
 
 }  // namespace headrace

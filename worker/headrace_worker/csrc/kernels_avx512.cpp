@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "abi.h"
@@ -19,9 +20,11 @@ namespace avx512 {
 //
 #include "attention.inc.h"
 //
+#include "sample.inc.h"
+//
 #include "step.inc.h"
 }  // namespace avx512
 
-const Kernels kernels_avx512 = {avx512::linear, avx512::attend, avx512::run_step};
+const Kernels kernels_avx512 = {avx512::linear, avx512::attend, avx512::run_step, avx512::weigh_all, avx512::sample};
 
 }  // namespace headrace

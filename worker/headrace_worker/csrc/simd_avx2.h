@@ -65,6 +65,35 @@ HR_INLINE vf choose(vf mask, vf a, vf b) { return {_mm256_blendv_ps(b.v, a.v, ma
 HR_INLINE vf keep_above(vf x, vf limit, vf value) {  // value where x > limit, else 0
   return {_mm256_and_ps(value.v, _mm256_cmp_ps(x.v, limit.v, _CMP_GT_OQ))};
 }
+// A bit for each lane where x >= limit.
+HR_INLINE uint32_t reaching(vf x, vf limit) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_GE_OQ)));
+}
+// Whether any of some vectors had a NaN.
+struct Nans {
+  __m256 seen;
+};
+HR_INLINE Nans no_nans() { return {_mm256_setzero_ps()}; }
+HR_INLINE void look(Nans& nans, vf x) { nans.seen = _mm256_or_ps(nans.seen, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)); }
+HR_INLINE bool any(Nans nans) { return _mm256_movemask_ps(nans.seen) != 0; }
+// Sums in float64, one for each lane.
+struct Wide {
+  __m256d low, high;
+};
+HR_INLINE Wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+HR_INLINE void add_to(Wide& sums, vf a) {
+  sums.low = _mm256_add_pd(sums.low, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+  sums.high = _mm256_add_pd(sums.high, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+}
+HR_INLINE void store(double* p, Wide a) {
+  _mm256_storeu_pd(p, a.low);
+  _mm256_storeu_pd(p + 4, a.high);
+}
+HR_INLINE double sum(Wide a) {
+  __m256d all = _mm256_add_pd(a.low, a.high);
+  __m128d s = _mm_add_pd(_mm256_castpd256_pd128(all), _mm256_extractf128_pd(all, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
 HR_INLINE float sum(vf a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

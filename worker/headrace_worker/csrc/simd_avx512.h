@@ -67,6 +67,28 @@ HR_INLINE vf choose(vf mask, vf a, vf b) {
 HR_INLINE vf keep_above(vf x, vf limit, vf value) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_GT_OQ), value.v)};
 }
+HR_INLINE uint32_t reaching(vf x, vf limit) { return _mm512_cmp_ps_mask(x.v, limit.v, _CMP_GE_OQ); }
+struct Nans {
+  __mmask16 seen;
+};
+HR_INLINE Nans no_nans() { return {0}; }
+HR_INLINE void look(Nans& nans, vf x) {
+  nans.seen = static_cast<__mmask16>(nans.seen | _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q));
+}
+HR_INLINE bool any(Nans nans) { return nans.seen != 0; }
+struct Wide {
+  __m512d low, high;
+};
+HR_INLINE Wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+HR_INLINE void add_to(Wide& sums, vf a) {
+  sums.low = _mm512_add_pd(sums.low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+  sums.high = _mm512_add_pd(sums.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+}
+HR_INLINE void store(double* p, Wide a) {
+  _mm512_storeu_pd(p, a.low);
+  _mm512_storeu_pd(p + 8, a.high);
+}
+HR_INLINE double sum(Wide a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.low, a.high)); }
 HR_INLINE float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 HR_INLINE float largest(vf a) { return _mm512_reduce_max_ps(a.v); }
 

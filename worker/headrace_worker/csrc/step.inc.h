@@ -8,12 +8,6 @@
 // from the embedding to the logits, whatever the model's dtype: only weights and the KV pool are
 // rounded. Every thread goes through the same phases; see team.h.
 
-// The first of the highest numbers among some, and where it stands; NaN where one of them is.
-struct Top {
-  float peak;
-  int at;
-};
-
 struct StepRoom {
   std::vector<float> x, normed, qkv, mixed, inner, product;
   RowRoom rows, normed_rows;  // what attention and gates give; what norms give
@@ -282,35 +276,7 @@ static void begin(Running& s) {
   if (!alone) norm_rows(s, first, m.layer[0].attention_norm, s.rows, nullptr);
 }
 
-constexpr int TOP_BLOCK = 256;
 constexpr int TOP_PART = 8192;
-
-// Of x [first, last), which is not empty.
-static Top top_of(const float* x, int first, int last) {
-  Top best{-INFINITY, first};
-  for (int start = first, stop; start < last; start = stop) {
-    stop = start + TOP_BLOCK < last ? start + TOP_BLOCK : last;
-    vf highest = set1(-INFINITY), poison = zero();
-    int i = start;
-    for (; i + W <= stop; i += W) {
-      highest = max(load(x + i), highest);
-      poison = fma(load(x + i), zero(), poison);
-    }
-    float peak = largest(highest), broken = sum(poison);
-    for (; i < stop; ++i) {
-      peak = x[i] > peak ? x[i] : peak;
-      broken += x[i] * 0.0f;
-    }
-    if (broken != broken)  // it may be an infinity
-      for (i = start; i < stop; ++i)
-        if (x[i] != x[i]) return {x[i], i};
-    if (peak <= best.peak) continue;
-    for (i = start; x[i] != peak; ++i) {
-    }
-    best = {peak, i};
-  }
-  return best;
-}
 
 // The token of each row's first highest logit.
 static void find_tops(Running& s) {
@@ -334,7 +300,7 @@ static void find_tops(Running& s) {
       });
 }
 
-// What comes behind the layers: x for the next stage, or logits and their peaks.
+// What comes behind the layers: x for the next stage, or logits, their peaks and the tokens drawn.
 static void end(Running& s) {
   const Model& m = s.m;
   if (s.step.passed != nullptr) {
@@ -347,6 +313,7 @@ static void end(Running& s) {
     norm_rows(s, a, m.norm, s.step.sampled_rows, s.step.sampled);
     multiply(s.team, m.head, a, s.step.sampled_rows, nullptr, s.step.logits, [] {});
     find_tops(s);
+    if (s.step.draw_count > 0) draw_tokens(s.team, s.step.logits, m.vocab, s.step.draws, s.step.draw_count, s.step.tops);
   }
 }
 

@@ -7,10 +7,12 @@ used. Calls release Python's lock; they take turns inside, so that any thread ma
 from __future__ import annotations
 
 import ctypes
+import struct
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -118,13 +120,21 @@ class Step(Structure):
         ("sin", c_void_p),
         ("sampled", c_void_p),
         ("sampled_rows", c_int32),
-        ("unused", c_int32),
+        ("draw_count", c_int32),
         ("logits", c_void_p),
         ("tops", c_void_p),
         ("given", c_void_p),
         ("passed", c_void_p),
         ("sums", POINTER(Sums)),
+        ("draws", c_void_p),
     )
+
+
+DRAW_OPTIONS = struct.Struct("<dffii")
+"""top_p, scale, min_p, top_k, unused: the beginning of a Draw."""
+DRAW_PLACE = struct.Struct("<Qqqq")
+"""seed, position, row, token: its end."""
+DRAW_BYTES = DRAW_OPTIONS.size + DRAW_PLACE.size
 
 
 class Library:
@@ -148,8 +158,10 @@ class Library:
         self._c.headrace_step.argtypes = (
             POINTER(Model), POINTER(Pool), POINTER(Batch), POINTER(Step),
         )  # fmt: skip
+        self._c.headrace_weigh.argtypes = (address, c_int32, c_float, c_float, address)
+        self._c.headrace_sample.argtypes = (address, c_int32, address, c_int32)
         self._c.headrace_add_up.argtypes = (POINTER(Sums), address, c_int64)
-        for name in ("linear", "attend", "step", "add_up", "set_threads"):
+        for name in ("linear", "attend", "step", "weigh", "sample", "add_up", "set_threads"):
             getattr(self._c, f"headrace_{name}").restype = None
 
     def use(self, isa: str) -> str:
@@ -195,6 +207,20 @@ class Library:
         self._threads()
         self._c.headrace_step(model, pool, batch, step)
 
+    def weigh(
+        self, logits: NDArray[np.float32], best: float, scale: float, out: NDArray[np.float32]
+    ) -> None:
+        """What logits [n] weigh (see sampling/weights.py), into `out` [n]; both contiguous."""
+        assert logits.shape == out.shape, "a weight for each logit"
+        self._c.headrace_weigh(address_of(logits), len(out), best, scale, address_of(out))
+
+    def sample(self, logits: NDArray[np.float32], draws: bytearray) -> None:
+        """Sets the tokens of `draws`, packed Draws, from float32 [rows, vocab], contiguous."""
+        self._threads()
+        self._c.headrace_sample(
+            address_of(logits), logits.shape[1], bytes_of(draws), len(draws) // DRAW_BYTES
+        )
+
     def add_up(self, sums: ctypes._Pointer[Sums], x: Tensor) -> None:
         """x, float32, contiguous, becomes the sum of all ranks' x: what steps do within."""
         self._c.headrace_add_up(sums, x.data_ptr(), x.numel())
@@ -203,3 +229,8 @@ class Library:
 def address_of(array: NDArray[Any]) -> int:
     """Where a contiguous array lies."""
     return int(array.__array_interface__["data"][0])
+
+
+def bytes_of(data: bytearray) -> ctypes.Array[ctypes.c_char]:
+    """The same bytes, for C to write to."""
+    return (ctypes.c_char * len(data)).from_buffer(data)

@@ -12,8 +12,9 @@ other differs: what decides are facts of the whole model and of all its parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -115,11 +116,13 @@ def program_of(
 class Scored:
     """What came of a step's M wanted rows: float32 logits [M, vocab], and `tops` [M].
 
-    `tops`: the token of each row's first highest logit, -1 where that is not finite.
+    `tops`: the token of each row's first highest logit, -1 where that is not finite. `drawn`:
+    tokens by row, where the step was to draw.
     """
 
     logits: Floats
     tops: NDArray[np.int64]
+    drawn: Mapping[int, int] = field(default_factory=dict)
 
 
 class Program:
@@ -206,8 +209,14 @@ class Program:
         logits, tops = np.empty((wanted, self._vocab), np.float32), np.empty(wanted, np.int64)
         step = self._step(inputs, x, wanted)
         step.logits, step.tops = address_of(logits), address_of(tops)
+        draws = inputs.draws
+        if draws is None or not len(draws):
+            self._compute(inputs, step)
+            return Scored(logits, tops) if wanted else None
+        held = abi.bytes_of(draws.packed)
+        step.draws, step.draw_count = ctypes.addressof(held), len(draws)
         self._compute(inputs, step)
-        return Scored(logits, tops) if wanted else None
+        return Scored(logits, tops, draws.tokens())
 
     def pass_on(self, inputs: StepInputs, x: Tensor | None) -> Tensor:
         """What a stage before the last one makes, float32 [N, hidden]. Raises PeerError."""

@@ -204,6 +204,8 @@ class Ranks:
     def choosing_vocab(self) -> int:
         return self._vocab
 
+    draws = False
+
     def submit(self, inputs: StepInputs) -> None:
         """Tells everybody of the step and takes rank 0's turn. Raises RankError."""
         assert self._stage is not None, "steps come after `open`"

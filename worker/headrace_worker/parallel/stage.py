@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headrace_worker import native
 from headrace_worker.executor import Executor
 from headrace_worker.parallel.links import Links
 from headrace_worker.parallel.shape import Part
@@ -25,7 +26,9 @@ class Stage:
     def __init__(self, executor: Executor, part: Part, runs: Sequence[range], links: Links) -> None:
         """`runs`: which tokens of the vocabulary each tensor rank's head knows."""
         self._executor, self._part, self._links = executor, part, links
-        self._vocabulary = Vocabulary(runs, links.group) if part.last else None
+        self._vocabulary = None
+        if part.last:
+            self._vocabulary = Vocabulary(runs, links.group, native.library())
 
     def run(self, inputs: StepInputs) -> Verdict | None:
         """The step's tokens, on the first rank of the last stage; None on others.

@@ -11,7 +11,8 @@ of the vocabulary), and then the logits of the one group that was drawn. Weights
 rank's own highest logit; who adds them up knows the highest of all.
 
 `MARGIN` is more than sums taken so can be from those of one process: an addition of float32 loses
-6e-8 of its sum, some dozens follow each other, and exponents of a few tens lose as much.
+6e-8 of its sum, some dozens follow each other, exponents of a few tens lose as much, and weights
+are rounded to GRID beside another best one.
 
 Rejected: gathering all logits (a step of 64 rows and 128,000 tokens is 32 MB); drawing from
 the gathered sums whatever they round to, which makes the text depend on the number of ranks.
@@ -28,12 +29,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.types import Sampling
+from headrace_worker.native.abi import Library
+from headrace_worker.native.draws import weigh_by
 from headrace_worker.parallel.collective import Group
 from headrace_worker.parallel.wishes import CANDIDATES, Need, Wishes, takes_few
 from headrace_worker.sampling.draw import FAN, draw, grouped, place
-from headrace_worker.sampling.filters import TEMPERATURE_MIN, keep, weigh
+from headrace_worker.sampling.filters import keep
 from headrace_worker.sampling.ranking import Floats, Indices, leading
 from headrace_worker.sampling.uniform import NUMBERS
+from headrace_worker.sampling.weights import TEMPERATURE_MIN, total, weigh
 
 MARGIN = 2e-5
 """Of a sum of weights: an edge that is nearer than that to what is looked for is fetched."""
@@ -60,8 +64,9 @@ class Verdict:
 class Vocabulary:
     """The runs of a vocabulary, and one rank's side of choosing."""
 
-    def __init__(self, runs: Sequence[range], group: Group) -> None:
-        """`runs`: of each rank, in order."""
+    def __init__(self, runs: Sequence[range], group: Group, library: Library | None = None) -> None:
+        """`runs`: of each rank, in order. `library`: kernels that weigh, if there are some."""
+        self._library = library
         self._runs, self._group = runs, group
         self._run, self._size = runs[group.rank], runs[-1].stop
         self._widest = max(map(len, runs))
@@ -147,7 +152,8 @@ class Vocabulary:
         count = _candidates(sampling)
         if not np.isfinite(peak):  # -inf: nothing of weight is here; else nothing is drawn at all
             return [np.array([peak, 0, 0], np.float32), np.full(2 * count, -np.inf, np.float32)]
-        mass = weigh(row, peak, sampling.temperature, None).sum(dtype=np.float64)
+        weights = weigh_by(self._library, row, peak, sampling.temperature, np.empty_like(row))
+        mass = total(weights)
         ids = leading(row, count)
         more = len(ids) == count < len(row)
         return [
@@ -164,7 +170,8 @@ class Vocabulary:
         before = self._run.start % self._fold
         folds = -(-(before + len(row)) // self._fold)
         room = np.zeros(folds * self._fold, np.float32)
-        weigh(row, peak, sampling.temperature, room[before : before + len(row)])
+        mine = room[before : before + len(row)]
+        weigh_by(self._library, row, peak, sampling.temperature, mine)
         return [head, room.reshape(folds, -1).sum(axis=0)]
 
     def _answer(self, values: Floats, wishes: Wishes) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.types import NO_LOGPROBS, Sampling
+from headrace_worker.native.draws import can_draw, options_of
 from headrace_worker.sampling.filters import is_plain
 from headrace_worker.sampling.ranking import Floats, Indices
 from headrace_worker.sampling.tally import Tally
@@ -39,7 +40,10 @@ class Choosing:
         "_words_banned",
         "_words_prefix_max",
         "bias",
+        "draws",
         "edits",
+        "native",
+        "options",
         "sampling",
         "unfiltered",
         "wants_logprobs",
@@ -73,6 +77,10 @@ class Choosing:
         self.edits = bool(s.logit_bias or s.bad_words or self._tally)
         """Whether logits change at every position; see `holds_ends` for the others."""
         self.unfiltered = is_plain(s, vocab_size)
+        self.draws = s.temperature > 0
+        self.native = can_draw(s, vocab_size)
+        """Whether the kernels, where they are, can choose; `options` is what they are told."""
+        self.options = options_of(s, vocab_size)
         self.wants_logprobs = s.logprobs != NO_LOGPROBS
 
     def position(self, draft: Sequence[int]) -> int:

@@ -20,14 +20,11 @@ from __future__ import annotations
 import numpy as np
 
 from headrace.types import Sampling
-from headrace_worker.sampling.draw import total
 from headrace_worker.sampling.ranking import Floats, Indices, leading, reaching
-
-TEMPERATURE_MIN = 1e-30
-"""Any temperature below it is as good as this one, whose reciprocal is still a float32."""
+from headrace_worker.sampling.weights import TEMPERATURE_MIN, total, weigh
 
 _SCALED_MIN = np.float32(-200)
-"""Far below where `exp` is 0 in float32."""
+"""Far below where a token still weighs something."""
 
 
 def is_plain(sampling: Sampling, vocab_size: int) -> bool:
@@ -38,15 +35,6 @@ def is_plain(sampling: Sampling, vocab_size: int) -> bool:
         and sampling.typical_p >= 1
         and sampling.top_p >= 1
     )
-
-
-def weigh(logits: Floats, best: np.float32, temperature: float, out: Floats | None) -> Floats:
-    """exp((logits - best) / temperature), float32 [n], into `out` if given.
-
-    The highest logit, `best`, goes first: a tiny temperature must underflow, never overflow.
-    """
-    weights = _scale(logits, best, temperature, out)
-    return np.exp(weights, out=weights)
 
 
 def keep(
@@ -66,7 +54,7 @@ def keep(
         kept = np.flatnonzero(weights >= np.float32(sampling.min_p))
         ids, logits, weights = _only(kept, ids, logits, weights)
     if sampling.typical_p < 1:
-        kept = _typical(_scale(logits, best, sampling.temperature, None), weights, sampling)
+        kept = _typical(_scale(logits, best, sampling.temperature), weights, sampling)
         ids, logits, weights = _only(kept, ids, logits, weights)
     if sampling.top_p < 1:
         kept = reaching(logits, weights, sampling.top_p * total(weights))
@@ -74,8 +62,8 @@ def keep(
     return ids, weights
 
 
-def _scale(logits: Floats, best: np.float32, temperature: float, out: Floats | None) -> Floats:
-    scaled = np.subtract(logits, best, out=out)
+def _scale(logits: Floats, best: np.float32, temperature: float) -> Floats:
+    scaled = np.subtract(logits, best)
     if temperature != 1:
         scaled *= np.float32(1 / max(temperature, TEMPERATURE_MIN))
     return scaled

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from headrace.types import TokenLogprobs
-from headrace_worker.sampling.draw import total
 from headrace_worker.sampling.ranking import Floats, leading, rows_of
+from headrace_worker.sampling.weights import total
 
 
 def position_logprobs(
