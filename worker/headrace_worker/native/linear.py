@@ -116,7 +116,7 @@ class NativeLinear:
         """Points into this object's tensors."""
 
     def cut(self, columns: tuple[int, ...]) -> None:
-        """Sums the columns in runs that end there (0, 1 or 3 of them, between groups) and at last."""
+        """Sums the columns in runs that end there (0, 1 or 3, between groups) and at the last."""
         assert len(columns) in (0, 1, 3) and not any(c % GROUP for c in columns), "see order.py"
         unit = 1 if self.matrix.format == FORMAT_F32 else GROUP
         self.matrix.cuts = len(columns)
