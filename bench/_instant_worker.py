@@ -1,9 +1,11 @@
-"""A worker whose engine answers at once: all of a real one but the model.
+"""A worker that answers at once, in one loop: what a fleet's workers write, and nothing between.
 
-Consumer, engine thread and publisher are the worker's own, so what travels through Redis is what a
-fleet's workers write. Each step gives every running job its next token; with `--step-ms` the steps
-keep that distance, as those of a model do, so that nothing can be told in larger pieces than it is
-made. `python -m bench._instant_worker` is started by `python -m bench gateway`.
+Jobs are read, and tokens and ends are written, by the worker's own parts, so what travels through
+Redis is the same; but there is no engine and no thread that steps one, so that what is measured is
+the way to a worker and back. Each step gives every running job its next token; with `--step-ms` the
+steps keep that distance, as those of a model do, so that nothing can be told in larger pieces than
+it is made. `python -m bench gateway` starts it; `_instant_engine.py` is the same behind all that a
+worker has.
 """
 
 from __future__ import annotations
@@ -11,20 +13,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-import time
 from dataclasses import dataclass
-from typing import Any, cast
 
+from redis.asyncio import Redis
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from headrace import logs, loops, telemetry
+from headrace import keys, loops, wire
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
-from headrace.types import Delta, Finish, FinishReason, Job, JobProgress, ModelRecord
-from headrace_worker.consumer import Consumer
-from headrace_worker.engine import Engine
-from headrace_worker.membership import Capacity
-from headrace_worker.results import JobStory, Outlook, StepResult, StepWork
+from headrace.garbage import settle_memory
+from headrace.streams import Tail, connect
+from headrace.types import (
+    Delta,
+    Finish,
+    FinishReason,
+    Job,
+    JobProgress,
+    ModelRecord,
+    Progress,
+    WorkerState,
+    WorkerStatus,
+)
+from headrace.wire_reports import encode_progress
+from headrace_worker.membership import Capacity, Membership
+from headrace_worker.publisher import Addressed, Delivery, Publisher
 from headrace_worker.settings import WorkerSettings
 
 MODEL = "instant"
@@ -43,6 +55,12 @@ TEXT = (
 )
 KV_TOKENS = 4_000_000
 JOBS_MAX = 1_024
+SAID_MAX = 4_096
+"""Tokens that a job may ask for."""
+AHEAD_MAX = 1_024
+"""Steps that Redis does not have yet: as many as a real worker runs ahead."""
+REPORT_S = 0.25
+BEATS_A_LEASE = 3
 
 
 def tokenizer() -> Tokenizer:
@@ -86,131 +104,159 @@ def output(tokens: int) -> list[int]:
 @dataclass(slots=True)
 class _Running:
     job: Job
+    to: Delivery
     made: int
-    added_ns: int
-    first_ns: int = 0
 
 
-class InstantEngine:
-    """What a Consumer needs of an Engine. `step_s`: the distance between two steps."""
+class InstantWorker:
+    """`step_s`: the distance between two steps; 0: each when the last one was handed over."""
 
-    layout = b"instant"
-    block_bytes = 1
-
-    def __init__(self, step_s: float) -> None:
+    def __init__(self, settings: WorkerSettings, step_s: float) -> None:
+        self._settings = settings
         self._step_s = step_s
-        self._due_s = 0.0
-        self._said = output(4_096)
+        self._redis: Redis = connect(settings.redis_url)
+        self._member = Membership(
+            self._redis,
+            record(),
+            settings.worker_id,
+            Capacity(KV_TOKENS, JOBS_MAX),
+            settings.lease_ms,
+            SystemClock(),
+        )
+        self._publisher = Publisher(self._redis, MODEL, self._note_sent)
+        self._said = output(SAID_MAX)
         self._jobs: dict[str, _Running] = {}
-        self._ended: list[Delta] = []
-        self._stories: list[JobStory] = []
+        self._stop = asyncio.Event()
+        self._stepping = False
+        self._ahead = 0
+        self._due_s = 0.0
+        self._made = self._steps = self._reports = 0
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._jobs or self._ended)
+    def stop(self) -> None:
+        self._stop.set()
 
-    def counts(self) -> tuple[int, int, int]:
-        return len(self._jobs), 0, KV_TOKENS
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        if not await self._member.join(self._status()):
+            raise SystemExit(f"the id {self._member.id!r} was used before")
+        parts = [self._read(), self._publisher.run(), self._beat(), self._report()]
+        tasks = [asyncio.create_task(part) for part in parts]
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        failed = [task.exception() for task in tasks if task.done()]
+        for task in (*tasks, stopped):
+            task.cancel()
+        await asyncio.gather(*tasks, stopped, return_exceptions=True)
+        await self._member.leave()
+        await self._redis.aclose()
+        if failed:
+            raise RuntimeError("a part of this worker ended") from failed[0]
 
-    def outlook(self) -> Outlook:
-        return Outlook()
+    def _status(self) -> WorkerStatus:
+        return WorkerStatus(WorkerState.READY, len(self._jobs), 0, KV_TOKENS, self._steps)
 
-    def refuse(self, job: Job) -> str | None:
-        return "too long" if job.sampling.max_tokens > len(self._said) else None
+    async def _beat(self) -> None:
+        while await self._member.beat(self._status()):
+            await asyncio.sleep(self._settings.lease_ms / 1000 / BEATS_A_LEASE)
 
-    def add(self, job: Job, *_: object) -> None:
-        self._jobs[job.id] = _Running(job, len(job.logged), time.time_ns())
-
-    def cancel(self, job_id: str) -> bool:
-        running = self._jobs.get(job_id)
-        if running is not None:
-            delta = Delta(job_id, running.job.attempt, running.made)
-            self._end(running, delta, FinishReason.CANCELLED)
-        return running is not None
-
-    def abort_all(self) -> None:
-        self._jobs.clear()
-        self._ended.clear()
-        self._stories.clear()
-
-    def check_integrity(self) -> None:
-        """There is nothing that could leak."""
-
-    def step(self) -> StepResult:
-        self._wait()
-        began_ns = time.time_ns()
-        for running in list(self._jobs.values()):
-            job, at = running.job, running.made
-            running.made += 1
-            running.first_ns = running.first_ns or began_ns
-            delta = Delta(job.id, job.attempt, at, (self._said[at],))
-            if running.made == job.sampling.max_tokens:
-                self._end(running, delta, FinishReason.LENGTH)
-            else:
-                self._ended.append(delta)
-        deltas, self._ended = self._ended, []
-        stories, self._stories = self._stories, []
-        work = StepWork(
-            moved=tuple(_progress(running) for running in self._jobs.values()),
-            busy_ns=time.time_ns() - began_ns,
-            output_tokens=len(deltas),
-        )
-        return StepResult(deltas, [], stories, work)
-
-    def _wait(self) -> None:
-        """For the next step's time; the first one after a pause comes at once."""
-        now_s = time.perf_counter()
-        if now_s < self._due_s:
-            time.sleep(self._due_s - now_s)
-        self._due_s = max(self._due_s, now_s - self._step_s) + self._step_s
-
-    def _end(self, running: _Running, delta: Delta, reason: FinishReason) -> None:
-        job = running.job
-        del self._jobs[job.id]
-        self._ended.append(Delta(job.id, job.attempt, delta.first, delta.tokens, Finish(reason)))
-        now_ns = time.time_ns()
-        self._stories.append(
-            JobStory(
-                job=job.id,
-                attempt=job.attempt,
-                reason=reason,
-                progress=_progress(running),
-                added_ns=running.added_ns,
-                scheduled_ns=running.added_ns,
-                first_token_ns=running.first_ns,
-                finished_ns=now_ns,
-                chunks=(),
-                preemptions=0,
-                cached_local=0,
-                cached_imported=0,
-                output_tokens=running.made,
+    async def _report(self) -> None:
+        """Tells the dispatcher that tokens are made, as workers do."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            made, self._made = self._made, 0
+            if not made:
+                continue
+            self._reports += 1
+            told = encode_progress(
+                Progress(self._member.id, self._reports, busy_ms=1, output_tokens=made)
             )
-        )
+            await self._redis.xadd(keys.events(MODEL), {"e": told}, maxlen=keys.EVENTS_MAX)
+
+    async def _read(self) -> None:
+        stream = keys.jobs(MODEL, self._member.id)
+        tail = Tail(self._settings.redis_url, stream)
+        try:
+            async for entries in tail:
+                for entry in entries:
+                    if entry.kind == "job":
+                        self._take(wire.decode_job(entry.data), entry.id)
+                        continue
+                    if entry.kind == "cancel":
+                        self._cancel(entry.data.decode())
+                    await self._redis.xdel(stream, entry.id)
+                if self._jobs and not self._stepping:
+                    self._due_s = asyncio.get_running_loop().time()
+                    self._step()
+        finally:
+            await tail.close()
+
+    def _take(self, job: Job, entry: str) -> None:
+        assert job.sampling.max_tokens <= len(self._said), "who asks for this is the benchmark"
+        to = Delivery(job.id, self._member.id, entry, job.gateway, job.attempt, job.cost_tokens)
+        self._jobs[job.id] = _Running(job, to, len(job.logged))
+
+    def _cancel(self, job_id: str) -> None:
+        running = self._jobs.pop(job_id, None)
+        if running is not None:
+            self._publisher.put([_end(running, (), FinishReason.CANCELLED)], steps=0)
+
+    def _step(self) -> None:
+        """The next token of every job, and the next step's time."""
+        step: list[Addressed] = []
+        for job_id, running in list(self._jobs.items()):
+            token = (self._said[running.made],)
+            running.made += 1
+            if running.made == running.job.sampling.max_tokens:
+                del self._jobs[job_id]
+                step.append(_end(running, token, FinishReason.LENGTH))
+            else:
+                delta = Delta(job_id, running.job.attempt, running.made - 1, token)
+                step.append(Addressed(delta, running.to))
+        self._steps += 1
+        self._made += len(step)
+        if step:
+            self._ahead += 1
+            self._publisher.put(step, steps=1)
+        self._stepping = bool(self._jobs) and self._ahead < AHEAD_MAX
+        if self._stepping:
+            self._step_later()
+
+    def _step_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._step_s:
+            loop.call_soon(self._step)
+            return
+        # one that comes late does not move the others
+        self._due_s = max(self._due_s + self._step_s, loop.time())
+        loop.call_at(self._due_s, self._step)
+
+    def _note_sent(self, steps: int) -> None:
+        self._ahead -= steps
+        if self._jobs and not self._stepping:
+            self._step()
 
 
-def _progress(running: _Running) -> JobProgress:
-    return JobProgress(running.job.id, len(running.job.prompt), 0, running.made)
+def _end(running: _Running, tokens: tuple[int, ...], reason: FinishReason) -> Addressed:
+    """A job's last words."""
+    job, first = running.job, running.made - len(tokens)
+    delta = Delta(job.id, job.attempt, first, tokens, Finish(reason))
+    progress = JobProgress(job.id, len(job.prompt), 0, running.made)
+    return Addressed(delta, running.to, progress)
 
 
 async def serve(settings: WorkerSettings, step_s: float) -> None:
-    engine: Any = InstantEngine(step_s)
-    capacity = Capacity(KV_TOKENS, JOBS_MAX)
-    consumer = Consumer(
-        settings, cast(Engine, engine), record(), capacity, SystemClock(), None, threads=1
-    )
+    worker = InstantWorker(settings, step_s)
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, consumer.drain)
-    await consumer.run()
+        asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+    settle_memory()
+    await worker.run()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-ms", type=float, default=0.0)
     args = parser.parse_args()
-    settings = load_or_exit(WorkerSettings)
-    logs.setup("worker", level=settings.log_level, json=settings.log_json)
-    telemetry.setup("worker", settings.otlp_endpoint, settings.worker_id)
-    loops.run(serve(settings, args.step_ms / 1000))
+    loops.run(serve(load_or_exit(WorkerSettings), args.step_ms / 1000))
 
 
 if __name__ == "__main__":

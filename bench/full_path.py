@@ -1,9 +1,12 @@
 """What the way through gateway, Redis and worker costs, beside the engine driven in this process.
 
-    python -m bench full_path [--streams 32] [--prompt 128] [--out 128] [--rounds 3] [--cache]
+    python -m bench full_path [--streams 32] [--prompt 128] [--out 64] [--pairs 8] [--cache]
 
-Both serve the same requests, one after the other, in alternation: first the engine alone, called in
-a loop by a thread as a worker's is; then a fleet of this machine over HTTP, which idles meanwhile.
+Both serve the same requests, one right after the other: the engine alone, called in a loop by a
+thread as a worker's is, and a fleet of this machine over HTTP, which idles meanwhile. What a shared
+machine gives changes from minute to minute by more than the path takes, so runs are short, who is
+first changes from pair to pair, and what is told is the median of what each pair says, with how far
+the pairs lie apart.
 Settings are the HEADRACE_ variables, for both. The client's own work is on this machine too, and
 counts against the fleet: its CPU seconds are printed, and the gateway's, Redis' and the worker's.
 """
@@ -17,6 +20,8 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -109,9 +114,21 @@ def processes(facts: dict[str, Any]) -> dict[str, float]:
     return {"client": cpu_s(os.getpid())} | {n: cpu_s(p) for n, p in facts["processes"].items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Tokens a second of the engine alone and through the fleet, right after each other."""
+
+    engine: float
+    path: float
+
+    @property
+    def loss(self) -> float:
+        """The part of the engine's rate that the path takes; below 0 where it had more."""
+        return 1 - self.path / self.engine
+
+
 def measure(facts: dict[str, Any], bare: Bare, args: argparse.Namespace) -> None:
     dice = random.Random(args.seed)
-    tokens = args.streams * args.out
 
     def prompts_of(count: int) -> list[list[int]]:
         return [[dice.randrange(100, 5_000) for _ in range(args.prompt)] for _ in range(count)]
@@ -119,28 +136,47 @@ def measure(facts: dict[str, Any], bare: Bare, args: argparse.Namespace) -> None
     few = prompts_of(WARM_UP)
     bare.serve(few, WARM_UP)
     asyncio.run(through_fleet(facts, few, WARM_UP))
-    alone, whole = [], []
-    for _ in range(args.rounds):
-        prompts = prompts_of(args.streams)
-        own = cpu_s(os.getpid())
-        engine = tokens / bare.serve(prompts, args.out)
-        own = cpu_s(os.getpid()) - own
+    pairs = [
+        run_pair(facts, bare, prompts_of(args.streams), args.out, engine_first=number % 2 == 0)
+        for number in range(args.pairs)
+    ]
+    report(pairs, args, bare.precision)
+
+
+def run_pair(
+    facts: dict[str, Any], bare: Bare, prompts: list[list[int]], out: int, *, engine_first: bool
+) -> Pair:
+    """Both serve `prompts`; who is first changes from pair to pair."""
+    rates: dict[str, float] = {}
+    spent: dict[str, float] = {}
+    for side in ("engine", "path") if engine_first else ("path", "engine"):
         before = processes(facts)
-        path = tokens / asyncio.run(through_fleet(facts, prompts, args.out))
-        spent = {name: cpu - before[name] for name, cpu in processes(facts).items()}
-        alone.append(engine)
-        whole.append(path)
-        cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent.items() if seconds)
-        print(
-            f"engine {engine:6.1f} tok/s (CPU s: {own:.2f}), full path {path:6.1f} tok/s "
-            f"(CPU s: {cpu})",
-            flush=True,
-        )
-    loss = 1 - statistics.median(whole) / statistics.median(alone)
+        if side == "engine":
+            took_s = bare.serve(prompts, out)
+        else:
+            took_s = asyncio.run(through_fleet(facts, prompts, out))
+            spent = {name: cpu - before[name] for name, cpu in processes(facts).items()}
+        rates[side] = out * len(prompts) / took_s
+    pair = Pair(**rates)
+    cpu = ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent.items() if seconds)
     print(
-        f"{args.streams} streams of {args.prompt}/{args.out}, {bare.precision}: engine "
-        f"{statistics.median(alone):.1f} tok/s, full path {statistics.median(whole):.1f} tok/s, "
-        f"which is {loss:.1%} less"
+        f"{'engine first' if engine_first else 'path first  '}: engine {pair.engine:6.1f} tok/s, "
+        f"full path {pair.path:6.1f} tok/s, {pair.loss:6.1%} less (CPU s: {cpu})",
+        flush=True,
+    )
+    return pair
+
+
+def report(pairs: Sequence[Pair], args: argparse.Namespace, precision: str) -> None:
+    losses = sorted(pair.loss for pair in pairs)
+    low, middle, high = statistics.quantiles(losses, n=4)
+    engine = statistics.median(pair.engine for pair in pairs)
+    path = statistics.median(pair.path for pair in pairs)
+    print(
+        f"{args.streams} streams of {args.prompt}/{args.out}, {precision}, {len(pairs)} pairs: "
+        f"engine {engine:.1f} tok/s, full path {path:.1f} tok/s; of a pair the path has "
+        f"{middle:.1%} less (median; half of them {low:.1%} to {high:.1%}, all {losses[0]:.1%} to "
+        f"{losses[-1]:.1%})"
     )
 
 
@@ -148,8 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--out", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=8, help="at least 2")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", action="store_true", help="with the cache service as well")
     args = parser.parse_args()

@@ -1,11 +1,16 @@
 """The gateway alone: workers that answer at once, streams of one token an event, many clients.
 
-A fleet of its own: Valkey, one gateway, and a worker whose engine costs nothing but speaks through
-Redis as all do. Beside it, in the same run, a plain aiohttp server that streams the same bytes.
+A fleet of its own: Valkey, one gateway, and a worker that computes nothing but speaks through Redis
+as all do. Beside it, in the same run, a plain aiohttp server that streams the same bytes.
 Everything shares this machine's cores, so a process' CPU per event says most; events per second
 say what all of them do together. `--step-ms 0` lets the worker run ahead, so that deliveries hold
 many tokens; with a distance between steps an event holds one token as long as the gateway keeps up.
-`--where` times single requests by what Redis executes of them.
+
+The time to the first token is told twice, and means two things. With one client that asks again
+when it was answered, nobody waits for anybody: all of it is what gateway, Redis and back add, as
+the worker adds nothing. With `--clients` at once the cores are busy, and it is how long a request
+waits for its turn. `--where` times single requests by what Redis executes of them; `--consumer`
+puts all that a worker has but the engine behind the gateway.
 """
 
 from __future__ import annotations
@@ -35,6 +40,12 @@ WARM_S = 1.0
 START_S_MAX = 30
 RECENT = 200
 """Requests that are timed one at a time."""
+QUESTION = (
+    "A gate at the head of a channel decides how much of the river may enter, and what does not "
+    "fit stays outside. Who waits is told how long. When a wheel breaks, the water finds its way "
+    "to the others. Tell me about the mill, the river and its wheels."
+)
+"""Makes prompts of some 130 tokens, of which the first ones tell them apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ def asks(kind: str, tokens: int) -> Callable[[], bytes]:
     number = itertools.count()
 
     def ask() -> bytes:
-        text = f"Tell me about the mill, the river and its {next(number)} wheels."
+        text = f"Question {next(number)}. {QUESTION}"
         body: dict[str, object] = {"model": MODEL}
         if kind == "sse":
             messages = [
@@ -126,28 +137,40 @@ async def throughput(kind: str, server: Server, clients: int, tokens: int, secon
 
 async def first_tokens(
     kind: str, server: Server, count: int, tokens: int = 8
-) -> list[tuple[float, float]]:
-    """When single requests, one after another, were sent and had their first token."""
+) -> tuple[list[tuple[float, float]], str]:
+    """When single requests, one after another, were sent and had their first token.
+
+    And what each cost, in ms of CPU by process.
+    """
     tally = Tally()
     client = await connect(kind, server, tally, tokens)
     for _ in range(20):
         await client.stream()
     tally.firsts.clear()
+    cpu = {name: cpu_s(pid) for name, pid in server.pids.items()}
     for _ in range(count):
         await client.stream()
         await asyncio.sleep(0.005)
+    spent = {name: (cpu_s(pid) - cpu[name]) / count * 1000 for name, pid in server.pids.items()}
     client.close()
-    return tally.firsts
+    prompt = _PROMPT.search(client.answer)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in spent.items())
+    asked = f"{prompt[1].decode()} prompt tokens; " if prompt else ""
+    return tally.firsts, f"{asked}ms of CPU a request: {told}"
 
 
-def show_first(name: str, firsts: list[tuple[float, float]], base_ms: float = 0.0) -> float:
+def show_first(
+    name: str, timed: tuple[list[tuple[float, float]], str], base_ms: float = 0.0
+) -> float:
+    firsts, spent = timed
     waits = [(first - sent) * 1000 for sent, first in firsts]
     p50, p99 = percentile(waits, 50), percentile(waits, 99)
-    added = f", {p50 - base_ms:.2f} more than the plain server" if base_ms else ""
-    print(f"     {name:<8}   1 client: first token p50 {p50:.2f} p99 {p99:.2f} ms{added}")
+    added = f"; the plain server: {base_ms:.2f}" if base_ms else ""
+    print(f"     {name:<8}   1 client: first token p50 {p50:.2f} p99 {p99:.2f} ms{added} ({spent})")
     return p50
 
 
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens":(\d+)')
 _MONITORED = re.compile(rb"^\+(\d+\.\d+) \[\d+ [^\]]*\] (.*)$")
 STAGES = (
     "client → gateway → accepted in Redis",
@@ -169,7 +192,7 @@ async def where(kind: str, server: Server, socket: Path) -> None:
             lines.append(line)
 
     listening = asyncio.create_task(listen())
-    firsts = await first_tokens(kind, server, RECENT)
+    firsts, _ = await first_tokens(kind, server, RECENT)
     await asyncio.sleep(0.2)
     listening.cancel()
     writer.close()
@@ -215,12 +238,13 @@ def _split(sent_s: float, first_s: float, marks: list[tuple[float, int]]) -> lis
 
 
 @contextmanager
-def serving(step_ms: float, log_level: str) -> Iterator[tuple[Fleet, Server]]:
+def serving(step_ms: float, log_level: str, consumer: bool) -> Iterator[tuple[Fleet, Server]]:
     """A fleet with an instant worker, ready."""
     # nobody is refused for the wait that is predicted before anything was measured
     patient = {"HEADRACE_WAIT_STANDARD_MS_MAX": "3600000"}
     with Fleet(0, env={"HEADRACE_LOG_LEVEL": log_level} | patient) as fleet:
-        argv = [sys.executable, "-m", "bench._instant_worker", "--step-ms", str(step_ms)]
+        module = "bench._instant_engine" if consumer else "bench._instant_worker"
+        argv = [sys.executable, "-m", module, "--step-ms", str(step_ms)]
         fleet.start("worker", argv, {"HEADRACE_WORKER_ID": "instant"})
         fleet.wait_serving()
         names = {"gateway": "gw0", "redis": "valkey", "worker": "worker"}
@@ -254,6 +278,7 @@ def main() -> None:
         "--step-ms", type=float, nargs="+", default=[0.0, 2.0], help="between two of the worker's"
     )
     parser.add_argument("--where", action="store_true", help="where a first token's time goes")
+    parser.add_argument("--consumer", action="store_true", help="all of a worker but the engine")
     parser.add_argument("--no-direct", action="store_true", help="leave the plain server out")
     parser.add_argument("--log-level", default="info", help="the gateway's")
     args = parser.parse_args()
@@ -264,7 +289,7 @@ def main() -> None:
 
 
 def run_round(args: argparse.Namespace, modes: tuple[str, ...], step_ms: float) -> None:
-    with serving(step_ms, args.log_level) as (fleet, server):
+    with serving(step_ms, args.log_level, args.consumer) as (fleet, server):
         base_ms = 0.0
         if not args.no_direct:
             base_ms = direct(args, fleet, server, step_ms)

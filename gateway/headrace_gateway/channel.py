@@ -121,6 +121,8 @@ class Channel:
         """Admit `job` and make it durable. Raises OverloadError (429) or DependencyError (503)."""
         ask = ask_of(job, self._clock.wall_ms())
         admission = self.admit(ask)
+        if not telemetry.enabled():
+            return await self._enter(job, ask, admission)
         send = telemetry.tracer().start_span(
             f"send intake {job.model}",
             telemetry.under(span),
@@ -137,11 +139,15 @@ class Channel:
         try:
             if not admission.admitted:
                 send.set_attribute("headrace.admission.code", admission.code)
-                raise admission.refusal()
-            self._recent.note(ask)
-            return await self._accept(replace(job, trace=telemetry.inject(send)))
+            return await self._enter(replace(job, trace=telemetry.inject(send)), ask, admission)
         finally:
             send.end()
+
+    async def _enter(self, job: Job, ask: Ask, admission: Admission) -> Generation:
+        if not admission.admitted:
+            raise admission.refusal()
+        self._recent.note(ask)
+        return await self._accept(job)
 
     async def _accept(self, job: Job) -> Generation:
         generation = Generation(job, self._drop)

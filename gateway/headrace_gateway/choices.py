@@ -267,7 +267,10 @@ class Choice:
 
     def _text_of(self, tokens: tuple[int, ...]) -> str:
         push, silent = self._detokenizer.push, self._rules.silent
-        text = "".join([push(token) for token in tokens if token not in silent])
+        if len(tokens) == 1:  # as nearly always
+            text = "" if tokens[0] in silent else push(tokens[0])
+        else:
+            text = "".join([push(token) for token in tokens if token not in silent])
         self.completion_tokens += len(tokens)
         return self._text.push(text, self.completion_tokens)
 

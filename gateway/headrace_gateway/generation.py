@@ -90,6 +90,8 @@ class Generation:
         self._drop = drop
         self._log = ReplyLog(job.attempt, job.logged)
         self._cursor = len(job.logged)
+        self._fresh: tuple[int, ...] = ()
+        """Accepted, and nobody has been told of it yet."""
         self._failure: HeadraceError | None = None
         self._news: asyncio.Future[None] | None = None
         """What the one consumer waits for while it does."""
@@ -129,6 +131,11 @@ class Generation:
 
     def offer(self, delta: Delta) -> None:
         """Take what the reply stream says; called by the reader task only."""
+        self.note(delta)
+        self.tell()
+
+    def note(self, delta: Delta) -> None:
+        """As `offer`, for a reader that has more and says with `tell` that this was all."""
         if self.ended:
             return
         if self._log.is_gap(delta):
@@ -138,7 +145,11 @@ class Generation:
                 )
             )
             return
-        fresh = self._log.accept(delta)
+        self._fresh += self._log.accept(delta)
+
+    def tell(self) -> None:
+        """Hand on what was noted: to the taker if it can have it, else the consumer is woken."""
+        fresh, self._fresh = self._fresh, ()
         if self._log.finish is not None or (fresh and not self._give(fresh)):
             self._ring()
 

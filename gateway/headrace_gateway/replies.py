@@ -2,6 +2,8 @@
 
 Invariant: one reader, in stream order; it never waits for a client. The stream is the token log of
 every live job, so it is trimmed only behind the oldest of them.
+All that one read brings of a job is handed on together: a gateway that falls behind its workers
+writes larger pieces, not more of them.
 """
 
 from __future__ import annotations
@@ -35,24 +37,27 @@ class Replies:
         """Read until cancelled."""
         try:
             async for entries in self._tail:
-                for entry in entries:
-                    self._hand_out(entry.data)
+                self._hand_out([entry.data for entry in entries])
         finally:
             await self._tail.close()
 
-    def _hand_out(self, data: bytes) -> None:
-        try:
-            deltas = wire.decode_deltas(data)
-        except WireError as error:
-            log.error("reply entry unreadable, skipped", error=error.message)
-            return
-        for delta in deltas:
-            generation = self.live.get(delta.job)
-            if generation is None:
+    def _hand_out(self, frames: list[bytes]) -> None:
+        live, noted = self.live, dict[str, Generation]()
+        for frame in frames:
+            try:
+                deltas = wire.decode_deltas(frame)
+            except WireError as error:
+                log.error("reply entry unreadable, skipped", error=error.message)
                 continue
-            generation.offer(delta)
+            for delta in deltas:
+                generation = live.get(delta.job)
+                if generation is not None:
+                    generation.note(delta)
+                    noted[delta.job] = generation
+        for job, generation in noted.items():
+            generation.tell()
             if generation.ended:
-                del self.live[delta.job]
+                del live[job]
 
     async def trim(self) -> None:
         """Drop what no live job needs, and keep the key alive. Raises what redis-py raises."""

@@ -19,6 +19,9 @@ from headrace_gateway.policy.workload import WorkerFacts
 
 log = structlog.get_logger()
 
+UNREADABLE_TOLD_MAX = 256
+"""Worker records that could not be read and were spoken of, by id and what they said."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
@@ -53,13 +56,13 @@ class Roster:
         self._model = model
         self.live: dict[str, WorkerView] = {}
         self.dead: list[str] = []
+        self._told: dict[tuple[bytes, bytes], None] = {}
 
     async def refresh(self) -> None:
         """Read registry, leases, loads and states. Raises what redis-py raises."""
         registry = await self._redis.hgetall(keys.workers(self._model))
-        records = [
-            r for r in (self._decode(as_bytes(raw)) for raw in registry.values()) if r is not None
-        ]
+        read = (self._decode(as_bytes(name), as_bytes(raw)) for name, raw in registry.items())
+        records = [record for record in read if record is not None]
         pipe = self._redis.pipeline(transaction=False)
         for record in records:
             pipe.exists(keys.lease(self._model, record.id))
@@ -76,11 +79,25 @@ class Roster:
             live[record.id] = WorkerView(record, load, self._decode_status(raw_status))
         self.live, self.dead = live, dead
 
-    def _decode(self, raw: bytes) -> WorkerRecord | None:
+    def _decode(self, name: bytes, raw: bytes) -> WorkerRecord | None:
+        """None where it cannot be read, as one that another version wrote into the same Redis.
+
+        It stands there until its worker is buried, and is read four times a second: it is spoken
+        of once.
+        """
         try:
             return wire.decode_worker(raw)
         except WireError as error:
-            log.warning("worker record unreadable", model=self._model, error=error.message)
+            if (name, raw) not in self._told:
+                if len(self._told) >= UNREADABLE_TOLD_MAX:
+                    self._told.clear()
+                self._told[name, raw] = None
+                log.warning(
+                    "worker record unreadable",
+                    model=self._model,
+                    worker=name.decode(errors="replace"),
+                    error=error.message,
+                )
             return None
 
     def _decode_status(self, raw: bytes | None) -> WorkerStatus | None:

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from headrace.errors import CallerError
 from headrace.types import ModelRecord, pack_tokens
+from headrace_gateway.words import words_of
 
 # one text is one thread's work, and the library's own threads do not survive a fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,6 +64,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTES = _byte_of_character()
+_CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
 """As the library reads them: a sign in the first place counts as no digit."""
 
@@ -120,7 +122,9 @@ class ModelTokenizer:
         added_tokens = self._tokenizer.get_added_tokens_decoder()
         self._added = {added.content: token for token, added in added_tokens.items()}
         self._special = frozenset(added.content for added in added_tokens.values() if added.special)
-        decoder = json.loads(record.tokenizer_json).get("decoder")
+        spec = json.loads(record.tokenizer_json)
+        self._words = words_of(spec, self._tokenizer, _CHARACTERS)
+        decoder = spec.get("decoder")
         self.byte_level = decoder is not None and decoder.get("type") == "ByteLevel"
         self.chain = chain_of(decoder)
         self._token_bytes: dict[int, bytes] = {}
@@ -142,6 +146,9 @@ class ModelTokenizer:
         return tokens
 
     def _encode(self, text: str) -> array[int]:
+        known = None if self._words is None else self._words.encode(text)
+        if known is not None:
+            return pack_tokens(known)
         # the library lets other threads run only while it encodes a batch; "fast" is without the
         # tokens' places in the text
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)

@@ -85,20 +85,22 @@ KINDS: dict[type[AbstractConnection], type[AbstractConnection]] = {
 
 
 class _Place:
-    """Where the answers to one call go: `count` of them."""
+    """Where the answers to one call go: `count` of them, by `due_s` of the loop's time."""
 
-    __slots__ = ("answers", "count", "future")
+    __slots__ = ("answers", "count", "due_s", "future")
 
-    def __init__(self, count: int, future: asyncio.Future[list[Any]]) -> None:
+    def __init__(self, count: int, future: asyncio.Future[list[Any]], due_s: float) -> None:
         self.count = count
         self.future = future
+        self.due_s = due_s
         self.answers: list[Any] = []
 
 
 class Link(asyncio.Protocol):
     """`make`: a new connection, not open yet. `limit_s`: for each call, opening included.
 
-    It opens with the first call, and again with the first one after it was lost.
+    It opens with the first call, and again with the first one after it was lost. One timer watches
+    the oldest call, and is set again when it rings: a timer for each would cost more than the call.
     """
 
     def __init__(self, make: Callable[[], AbstractConnection], limit_s: float) -> None:
@@ -108,6 +110,7 @@ class Link(asyncio.Protocol):
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._opening = asyncio.Lock()
+        self._watch: asyncio.TimerHandle | None = None
         self._reader = hiredis.Reader()
 
     async def one(self, *command: Any) -> Any:
@@ -123,18 +126,33 @@ class Link(asyncio.Protocol):
         Raises RedisError, OSError, TimeoutError where the outcome is unknown.
         """
         packed = b"".join([hiredis.pack_command(tuple(command)) for command in commands])
-        try:
-            async with asyncio.timeout(self._limit_s):
-                transport = self._transport or await self._open()
-                if len(self._line) >= WAITING_MAX:
-                    raise RedisError(f"{WAITING_MAX} calls wait for their answers")
-                place = _Place(len(commands), asyncio.get_running_loop().create_future())
-                self._line.append(place)
-                transport.write(packed)
-                return await place.future
-        except TimeoutError:
-            self._lose(LinkDownError(f"no answer within {self._limit_s:g} s"))
-            raise
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._limit_s
+        transport = self._transport
+        if transport is None:
+            async with asyncio.timeout_at(due_s):
+                transport = await self._open()
+        if len(self._line) >= WAITING_MAX:
+            raise RedisError(f"{WAITING_MAX} calls wait for their answers")
+        place = _Place(len(commands), loop.create_future(), due_s)
+        self._line.append(place)
+        if self._watch is None:
+            self._watch = loop.call_at(due_s, self._look, loop)
+        transport.write(packed)
+        return await place.future
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Lose a connection that did not answer the oldest call in time."""
+        self._watch = None
+        if not self._line:
+            return
+        oldest = self._line[0]
+        if oldest.due_s > loop.time():
+            self._watch = loop.call_at(oldest.due_s, self._look, loop)
+            return
+        if not oldest.future.done():
+            oldest.future.set_exception(TimeoutError(f"no answer within {self._limit_s:g} s"))
+        self._lose(LinkDownError(f"no answer within {self._limit_s:g} s"))
 
     async def _open(self) -> asyncio.WriteTransport:
         async with self._opening:
@@ -197,6 +215,9 @@ class Link(asyncio.Protocol):
 
     async def close(self) -> None:
         """Let the connection go; what waits for an answer raises. A later call opens it again."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         self._lose(LinkDownError("this link was closed"))
         await self._let_go()
 

@@ -27,6 +27,8 @@ QUEUE_SPANS_MAX = 8_192
 
 _propagator = TraceContextTextMapPropagator()
 _provider: TracerProvider | None = None
+_OFF = trace.NoOpTracer()
+_NOWHERE = Context()
 
 
 def setup(service: str, endpoint: str, instance: str = "") -> None:
@@ -66,7 +68,7 @@ def shutdown() -> None:
 
 def tracer() -> Tracer:
     """The process's tracer; its spans record nothing while tracing is off."""
-    return _provider.get_tracer("headrace") if _provider is not None else trace.NoOpTracer()
+    return _provider.get_tracer("headrace") if _provider is not None else _OFF
 
 
 def inject(span: Span) -> dict[str, str]:
@@ -78,12 +80,16 @@ def inject(span: Span) -> dict[str, str]:
 
 
 def extract(carrier: Mapping[str, str]) -> Context:
-    """The context that `carrier` (W3C headers) names."""
+    """The context that `carrier` (W3C headers) names; none while tracing is off."""
+    if _provider is None:
+        return _NOWHERE
     return _propagator.extract(dict(carrier), context=Context())
 
 
 def under(span: Span) -> Context:
-    """The context in which a new span becomes a child of `span`."""
+    """The context in which a new span becomes a child of `span`; none while tracing is off."""
+    if _provider is None:
+        return _NOWHERE
     return trace.set_span_in_context(span, Context())
 
 

@@ -276,3 +276,38 @@ def test_the_early_answer_is_the_final_one(
     early = decide(Ask(band, NOW_MS), facts, AdmissionLimits())
     assert early == decide(Ask(band, NOW_MS, uncached, output), facts, AdmissionLimits())
     assert decide(Ask(band, NOW_MS), facts, WIDE).admitted or board.waits_ms[band] > 0
+
+
+per_band = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
+
+
+@given(
+    recent=per_band,
+    work=per_band,
+    free_jobs=st.integers(0, 6),
+    reserved=st.integers(990, 1_002),
+    waits=st.sampled_from([(0, 0, 0), (10_000, 60_000, 600_000), (10_001, 60_001, 600_001)]),
+    live=st.integers(58, 101),
+    band=st.sampled_from(Band),
+    queued=st.booleans(),
+)
+def test_a_look_at_a_calm_fleet_says_what_a_whole_look_says(
+    recent: tuple[int, int, int],
+    work: tuple[int, int, int],
+    free_jobs: int,
+    reserved: int,
+    waits: tuple[int, int, int],
+    live: int,
+    band: Band,
+    queued: bool,
+) -> None:
+    """The short way changes nothing: a deadline far away sends the same request the long one."""
+    board = a_board(
+        queued=(0, int(queued), 0),
+        queued_work=(0, 5 * queued, 0),
+        free_jobs=free_jobs,
+        reserved_tokens=reserved,
+        waits_ms=waits,
+    )
+    facts = AdmissionFacts(board, recent, work, live)
+    assert decide(ask(band), facts, LIMITS) == decide(ask(band, done_by_ms=10**15), facts, LIMITS)

@@ -7,6 +7,7 @@ import json
 from array import array
 from dataclasses import replace
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from opentelemetry.trace import Span
 
 from headrace.errors import HeadraceError
 from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs
+from headrace_gateway.api.websocket import text_frame
 from headrace_gateway.choices import Choice, PlainText, TextRules
 from headrace_gateway.generation import Generation
 from headrace_gateway.tokens import ModelTokenizer
@@ -196,3 +198,54 @@ def _text_of(event: dict[str, object]) -> str:
         return ""
     choice = choices[0]
     return str(choice["delta"].get("content") or "" if "delta" in choice else choice["text"])
+
+
+async def test_what_one_read_brings_is_told_once() -> None:
+    """A reader that has several deltas of a job notes them all before it tells of them."""
+    client = Client([True] * 9, TextRules())
+    reading = asyncio.create_task(client.read())
+    await asyncio.sleep(0)
+    tokens = encode(SAID)
+    for at, token in enumerate(tokens[:4]):
+        client.generation.note(Delta("j", 1, at, (token,)))
+    assert not client.said, "noted is not told"
+    client.generation.tell()
+    assert (client.at_once, client.tokens) == (1, 4)
+    client.generation.note(Delta("j", 1, 4, tuple(tokens[4:])))
+    client.generation.note(Delta("j", 1, len(tokens), (), Finish(FinishReason.LENGTH)))
+    client.generation.tell()
+    await reading
+    assert ("".join(client.said), client.at_once) == (SAID, 1), "an end is its reader's"
+
+
+@pytest.mark.parametrize("lane", [None, "a"])
+async def test_a_websocket_is_written_as_event_streams_are(lane: str | None) -> None:
+    """Tokens that come while the turn waits are whole frames, in order, in their lane."""
+    fleet = LiveFleet()
+    create = {"type": "response.create", "model": "tiny", "input": "hi"}
+    create |= {"stream_id": lane} if lane else {}
+    async with (
+        running_gateway(fleet) as gateway,
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{gateway.url}/v1/responses") as socket,
+    ):
+        await socket.send_json(create)
+        await fleet.submitted.wait()
+        await fleet.speak(fleet.real[0], encode(SAID))
+        events = [json.loads((await socket.receive(timeout=10)).data)]
+        while events[-1]["type"] != "response.incomplete":
+            events.append(json.loads((await socket.receive(timeout=10)).data))
+    assert "".join(map(_text_of, events)) == SAID
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert {event.get("stream_id") for event in events} == {lane}
+
+
+@given(size=st.integers(0, 70_000))
+@settings(max_examples=30, deadline=None)
+def test_frames_say_how_long_they_are(size: int) -> None:
+    """In one, three or nine bytes (RFC 6455, section 5.2)."""
+    frame = text_frame(b"x" * size)
+    short = frame[1]
+    head = 2 if short < 126 else 4 if short == 126 else 10
+    told = short if head == 2 else int.from_bytes(frame[2:head])
+    assert (frame[0], told, frame[head:]) == (0x81, size, b"x" * size)

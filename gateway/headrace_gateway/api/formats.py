@@ -154,6 +154,8 @@ class FormatFields(BaseModel):
 
         Raises CallerError when there are several, and when half of one is missing.
         """
+        if _FORM_FIELDS.isdisjoint(self.model_fields_set):
+            return None
         found = list(self._formats())
         if len(found) > 1:
             first, second = found[0].param, found[1].param
@@ -178,6 +180,10 @@ class FormatFields(BaseModel):
         yield from _formats("guided_regex", regex=self.guided_regex)
         yield from _formats("guided_choice", choice=self.guided_choice)
         yield from _formats("guided_grammar", grammar=self.guided_grammar)
+
+
+_FORM_FIELDS = frozenset({*FormatFields.model_fields, "response_format", "text"})
+"""None of them, and no form is wanted."""
 
 
 def _formats(

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from headrace import telemetry
 from headrace_gateway.api.bodies import parse_object
 from headrace_gateway.api.context import GATEWAY, REPLY_HEADERS, TENANT, Call
 from headrace_gateway.api.deadlines import DEADLINE_HEADER
@@ -21,19 +22,24 @@ def make_call(request: web.Request, operation: str, protocol: str = "http") -> C
     return Call(
         tenant=request[TENANT],
         operation=operation,
-        attributes={
-            "http.request.method": request.method,
-            "http.route": request.path,
-            "url.path": request.path,
-            "url.scheme": request.scheme,
-            "network.protocol.name": protocol,
-        },
+        attributes=_attributes(request, protocol) if telemetry.enabled() else {},
         trace={name: request.headers[name] for name in _TRACE_HEADERS if name in request.headers},
         arrived_ms=request.app[GATEWAY].clock.now_ms(),
         reply_headers=request[REPLY_HEADERS] if protocol == "http" else {},
         deadline=request.headers.get(DEADLINE_HEADER, ""),
         session=request.headers.get(SESSION_HEADER, ""),
     )
+
+
+def _attributes(request: web.Request, protocol: str) -> dict[str, str]:
+    """What a turn's span says of its request."""
+    return {
+        "http.request.method": request.method,
+        "http.route": request.path,
+        "url.path": request.path,
+        "url.scheme": request.scheme,
+        "network.protocol.name": protocol,
+    }
 
 
 async def read_object(request: web.Request) -> dict[str, Any]:
@@ -47,8 +53,11 @@ async def read_object(request: web.Request) -> dict[str, Any]:
     if (request.content_length or 0) > settings.body_bytes_max:
         raise http_error(413, f"the body exceeds {settings.body_bytes_max} bytes")
     try:
-        async with asyncio.timeout(settings.body_read_ms / 1000):
+        if request.content.is_eof():  # it came with its head, as most do: nothing to wait for
             body = await request.read()
+        else:
+            async with asyncio.timeout(settings.body_read_ms / 1000):
+                body = await request.read()
     except TimeoutError as error:
         raise http_error(
             408, f"the body did not arrive within {settings.body_read_ms} ms"

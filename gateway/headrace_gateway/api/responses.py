@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 
 from headrace_gateway.api.caching import marked_caching
@@ -64,18 +66,20 @@ def wall_s(turn: Turn) -> int:
 
 
 class TextOutlet:
-    """Writes a response's text as it comes, where it goes on."""
+    """Writes a response's text as it comes, where it goes on: with `write`, when `ready`."""
 
-    def __init__(self, events: ResponseEvents, stream: EventStream) -> None:
+    def __init__(
+        self, events: ResponseEvents, ready: Callable[[], bool], write: Callable[[Line], None]
+    ) -> None:
         self._events = events
-        self._stream = stream
+        self._ready = ready
+        self._write = write
 
     def ready(self) -> bool:
-        return self._events.text_goes_on and self._stream.ready()
+        return self._events.text_goes_on and self._ready()
 
     def tell(self, _: int, text: str) -> None:
-        line = self._events.text_line(text)
-        self._stream.write_now(event_of(line.json, line.type))
+        self._write(self._events.text_line(text))
 
 
 async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> web.StreamResponse:
@@ -92,8 +96,11 @@ async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> w
         async def tell(place: Place | None) -> None:
             await stream.write(_events_of(lines_of(events.place(place))))
 
+        def tell_text(line: Line) -> None:
+            stream.write_now(event_of(line.json, line.type))
+
         try:
-            await turn.run(send, tell, TextOutlet(events, stream))
+            await turn.run(send, tell, TextOutlet(events, stream.ready, tell_text))
             last = finished(turn, events)
         except ClientGoneError:
             raise

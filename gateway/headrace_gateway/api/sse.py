@@ -101,6 +101,8 @@ class EventStream:
         self._comment: asyncio.Task[None] | None = None
         self._quiet = False
         self._held = b""
+        self._transport: asyncio.WriteTransport | None = None
+        self._chunked = False
         self.response = _Held(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -113,6 +115,7 @@ class EventStream:
 
     async def __aenter__(self) -> EventStream:
         await self.response.prepare(self._request)
+        self._transport, self._chunked = self._request.transport, self.response.chunked
         await self._write(self._opening.encode())
         self._tick()
         return self
@@ -135,7 +138,7 @@ class EventStream:
 
     def ready(self) -> bool:
         """Whether `write_now` may be called: what it writes leaves at once, behind all before."""
-        transport = self._request.transport
+        transport = self._transport
         return (
             not self._held
             and transport is not None
@@ -145,11 +148,11 @@ class EventStream:
 
     def write_now(self, events: str) -> None:
         """As `write`, when `ready`, without a coroutine: most of what is written is one token."""
-        transport = self._request.transport
+        transport = self._transport
         assert transport is not None, "ready() comes first"
         self._quiet = False
         data = events.encode()
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self.response.chunked else data)
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     async def comment(self, text: str) -> None:
         """One line that clients skip and people see. Raises StreamGoneError like `write`."""

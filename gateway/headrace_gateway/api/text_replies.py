@@ -13,7 +13,7 @@ from aiohttp import web
 
 from headrace_gateway.api.errors import as_headrace_error
 from headrace_gateway.api.schemas import Choices
-from headrace_gateway.api.sse import DONE, EventStream, Mould, dump, event_of, mould, quote
+from headrace_gateway.api.sse import DONE, EventStream, dump, event_of, mould, quote
 from headrace_gateway.api.turn import ClientGoneError, Turn, Usage
 from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
@@ -57,7 +57,7 @@ class TextReply(ABC):
         self._turn = turn
         self._with_usage = with_usage
         self._varied = varied
-        self._moulds: dict[int, Mould] = {}
+        self._around: dict[int, tuple[str, str]] = {}
 
     @abstractmethod
     def whole_choice(self, piece: Piece) -> Json:
@@ -85,12 +85,16 @@ class TextReply(ABC):
 
     def text_event(self, index: int, text: str) -> str:
         """The event of `text_chunk`, from its mould."""
-        return event_of(self.mould_of(index).fill(quote(text)))
+        before, after = self.around(index)
+        return before + quote(text) + after
 
-    def mould_of(self, index: int) -> Mould:
-        found = self._moulds.get(index)
+    def around(self, index: int) -> tuple[str, str]:
+        """What stands before and behind the text in such an event."""
+        found = self._around.get(index)
         if found is None:
-            found = self._moulds[index] = mould(self.text_chunk(index, HOLE), HOLE)
+            before, after = mould(self.text_chunk(index, HOLE), HOLE).parts
+            before, _, after = event_of(f"{before}{HOLE}{after}").partition(HOLE)
+            found = self._around[index] = before, after
         return found
 
     def whole(self, pieces: list[Piece]) -> Json:
@@ -144,14 +148,14 @@ class TextOutlet:
     """Writes a reply's texts as they come."""
 
     def __init__(self, reply: TextReply, events: EventStream, choices: int) -> None:
-        for index in range(choices):
-            reply.mould_of(index)  # now, while everybody waits for the first token
-        self._text_event = reply.text_event
+        # now, while everybody waits for the first token
+        self._around = [reply.around(index) for index in range(choices)]
         self._write = events.write_now
         self.ready = events.ready
 
     def tell(self, index: int, text: str) -> None:
-        self._write(self._text_event(index, text))
+        before, after = self._around[index]
+        self._write(before + quote(text) + after)
 
 
 async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.StreamResponse:

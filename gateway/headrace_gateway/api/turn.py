@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import structlog
-from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Status, StatusCode, format_trace_id
 
 from headrace import telemetry
 from headrace.errors import DependencyError, HeadraceError, OverloadError
@@ -89,19 +89,20 @@ class Turn:
         self._tokenizer: ModelTokenizer | None = None
         self._last_ms: dict[int, int] = {}
         self._expired: list[Piece] = []
-        self._span = telemetry.tracer().start_span(
-            call.operation,
-            telemetry.extract(call.trace),
-            SpanKind.SERVER,
-            call.attributes
-            | {
-                "gen_ai.operation.name": call.operation,
-                "gen_ai.provider.name": "headrace",
-                "gen_ai.response.id": self.id,
-                "headrace.tenant": call.tenant.name,
-            },
-        )
+        self._span = self._open_span() if telemetry.enabled() else INVALID_SPAN
         self._sources = Sources(gateway, call.tenant, self._span)
+
+    def _open_span(self) -> Span:
+        call = self._call
+        own = {
+            "gen_ai.operation.name": call.operation,
+            "gen_ai.provider.name": "headrace",
+            "gen_ai.response.id": self.id,
+            "headrace.tenant": call.tenant.name,
+        }
+        return telemetry.tracer().start_span(
+            call.operation, telemetry.extract(call.trace), SpanKind.SERVER, call.attributes | own
+        )
 
     @property
     def record(self) -> ModelRecord:

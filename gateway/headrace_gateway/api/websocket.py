@@ -2,12 +2,15 @@
 
 Invariant: a bad frame is answered and the connection lives on; when it closes, nothing that it
 started runs on. A client that does not read is found by the heartbeat, since its pongs do not come.
+Text that goes on is written by the reader of the replies, as on event streams: whole frames go
+to the transport in one call each, whoever writes them, so that they never mix.
 Rejected: compressed frames, where tokens are too short to gain and each connection pays memory.
 """
 
 from __future__ import annotations
 
 import asyncio
+import struct
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,7 +31,7 @@ from headrace_gateway.api.response_schemas import (
     parse_response,
     read_lane,
 )
-from headrace_gateway.api.responses import ID_PREFIX, finished, start
+from headrace_gateway.api.responses import ID_PREFIX, TextOutlet, finished, start
 from headrace_gateway.api.sse import calm, dump, quote
 from headrace_gateway.api.turn import STATUS_OK, ClientGoneError, Turn
 from headrace_gateway.api.waiting import Place
@@ -38,6 +41,8 @@ log = structlog.get_logger()
 
 TURN_ROUTE = "/v1/responses#turn"
 CLOSE_S = 5.0
+_TEXT_FRAME = 0x81
+"""A whole message of text in one frame, which a server does not mask (RFC 6455, section 5.2)."""
 
 
 async def responses_socket(request: web.Request) -> web.StreamResponse:
@@ -162,6 +167,9 @@ class _Connection:
             for line in lines:
                 await self._send(line.json, work.lane)
 
+        def tell_text(line: Line) -> None:
+            self._send_now(line.json, work.lane)
+
         async def send_all(made: list[Json]) -> None:
             await send_lines(lines_of(made))
 
@@ -173,7 +181,7 @@ class _Connection:
 
         try:
             await send_all(events.opening())
-            await turn.run(send, tell)
+            await turn.run(send, tell, TextOutlet(events, self._ready, tell_text))
             work.settled = True
             await send_all(finished(turn, events))
         except ClientGoneError:
@@ -207,8 +215,7 @@ class _Connection:
 
     async def _send(self, event: str, lane: str | None) -> None:
         """One event, given as JSON. Raises ClientGoneError."""
-        if lane is not None:
-            event = f'{event[:-1]},"stream_id":{quote(lane)}}}'
+        event = _in_lane(event, lane)
         try:
             if calm(self._request.transport, len(event)):
                 await self._socket.send_str(event)
@@ -221,6 +228,32 @@ class _Connection:
             raise ClientGoneError("the client does not read") from error
         except ConnectionError as error:
             raise ClientGoneError("the client went away") from error
+
+    def _ready(self) -> bool:
+        """Whether `_send_now` may be called: what it sends leaves at once, behind all before."""
+        transport = self._request.transport
+        open_ = not self._socket.closed and transport is not None and not transport.is_closing()
+        return open_ and calm(transport, 0)
+
+    def _send_now(self, event: str, lane: str | None) -> None:
+        """As `_send`, when `_ready`, without a coroutine: most of what is sent is one token."""
+        transport = self._request.transport
+        assert transport is not None, "_ready() comes first"
+        transport.write(text_frame(_in_lane(event, lane).encode()))
+
+
+def _in_lane(event: str, lane: str | None) -> str:
+    return event if lane is None else f'{event[:-1]},"stream_id":{quote(lane)}}}'
+
+
+def text_frame(data: bytes) -> bytes:
+    """`data` as one message of a server."""
+    size = len(data)
+    if size < 126:
+        return struct.pack("!BB", _TEXT_FRAME, size) + data
+    if size < 65_536:
+        return struct.pack("!BBH", _TEXT_FRAME, 126, size) + data
+    return struct.pack("!BBQ", _TEXT_FRAME, 127, size) + data
 
 
 def _cancelled_early() -> HeadraceError:

@@ -82,13 +82,17 @@ async def make_wish(
     tokenizer = await gateway.tokenizers.get(record)
     prompt_logprobs, logprobs_param = request.prompt_alternatives
     wanted = request.format()
-    sampling = replace(
-        request.sampling(record.vocab_size),
-        bad_words=await _bad_words(tokenizer, request.bad_words or []),
-        logprobs=request.alternatives,
-        prompt_logprobs=prompt_logprobs,
-        grammar=await checked_grammar(gateway, record, tools.hold(wanted) if tools else wanted),
-    )
+    form = tools.hold(wanted) if tools else wanted
+    bad_words, alternatives = request.bad_words, request.alternatives
+    sampling = request.sampling(record.vocab_size)
+    if bad_words or form or alternatives != NO_LOGPROBS or prompt_logprobs != NO_LOGPROBS:
+        sampling = replace(
+            sampling,
+            bad_words=await _bad_words(tokenizer, bad_words or []),
+            logprobs=alternatives,
+            prompt_logprobs=prompt_logprobs,
+            grammar=await checked_grammar(gateway, record, form),
+        )
     _check_sizes(prompts, rooms, sampling, logprobs_param)
     rules = TextRules(
         stops=request.stops,

@@ -120,6 +120,8 @@ def decide(ask: Ask, facts: AdmissionFacts, limits: AdmissionLimits) -> Admissio
         return Admission(
             503, "no_worker", "no worker serves this model at the moment", RETRY_MS_UNKNOWN
         )
+    if _is_calm(ask, board, facts, limits):
+        return Admission(200, "admitted", f"0 jobs wait, about {board.waits_ms[ask.band]} ms")
     queue = _Queue(board, facts)
     obstacles = [
         *_ceilings(ask.band, queue, limits),
@@ -133,6 +135,20 @@ def decide(ask: Ask, facts: AdmissionFacts, limits: AdmissionLimits) -> Admissio
     worst = max(obstacles, key=lambda obstacle: (obstacle.for_ever, obstacle.lasts_ms))
     wait_ms = max(RETRY_MS_MIN, min(RETRY_MS_MAX, round(worst.lasts_ms)))
     return Admission(429, worst.code, worst.reason, 0 if worst.for_ever else wait_ms)
+
+
+def _is_calm(ask: Ask, board: Board, facts: AdmissionFacts, limits: AdmissionLimits) -> bool:
+    """Whether nothing can stand in the way, without a look at each: nobody waits, all that came
+    since fits beside what runs, and there is no deadline. Most requests find it so."""
+    free_tokens = board.capacity_tokens - board.reserved_tokens
+    return (
+        not (ask.ttft_by_ms or ask.done_by_ms)
+        and board.queued == board.queued_work == (0, 0, 0)
+        and sum(facts.recent_jobs) <= board.free_jobs
+        and sum(facts.recent_work) <= free_tokens
+        and board.waits_ms[ask.band] <= limits.wait_ms_max[ask.band]
+        and facts.live_jobs < limits.ceiling(limits.live_jobs_max, ask.band)
+    )
 
 
 @dataclass(frozen=True, slots=True)

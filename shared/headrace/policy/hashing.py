@@ -23,6 +23,7 @@ HASH_BYTES = 32
 GROUP_BLOCKS = 64
 GROUP_BYTES = 4
 _OWN_BYTES = HASH_BYTES - GROUP_BYTES - 1
+_RAW_BYTES = BLOCK_TOKENS * array("I").itemsize
 
 LAYOUT_BYTES = 8
 MODEL_TAG_BYTES = 4
@@ -38,7 +39,12 @@ def root_hash(fingerprint: str, salt: bytes) -> bytes:
 def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The hash of the block of `tokens` (exactly BLOCK_TOKENS of them) that follows `parent`."""
     assert len(tokens) == BLOCK_TOKENS, "only full blocks have a hash"
-    digest = hashlib.sha256(parent + array("I", tokens).tobytes()).digest()
+    return _next(parent, array("I", tokens).tobytes())
+
+
+def _next(parent: bytes, raw: bytes) -> bytes:
+    """As `next_hash`, of the tokens' bytes."""
+    digest = hashlib.sha256(parent + raw).digest()
     place = (parent[-1] + 1) % GROUP_BLOCKS
     group = parent[_OWN_BYTES:-1] if place else digest[_OWN_BYTES:-1]
     return digest[:_OWN_BYTES] + group + bytes((place,))
@@ -59,10 +65,11 @@ def block_hashes(root: bytes, tokens: Sequence[int], limit: int | None = None) -
     full = len(tokens) // BLOCK_TOKENS
     if limit is not None:
         full = min(full, limit)
+    raw = array("I", tokens[: full * BLOCK_TOKENS]).tobytes()
     hashes: list[bytes] = []
     parent = root
-    for index in range(full):
-        parent = next_hash(parent, tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
+    for at in range(0, len(raw), _RAW_BYTES):
+        parent = _next(parent, raw[at : at + _RAW_BYTES])
         hashes.append(parent)
     return hashes
 
