@@ -9,7 +9,7 @@ import sys
 import structlog
 from aiohttp import web
 
-from headrace import config, logs, loops, telemetry
+from headrace import config, logs, loops, telemetry, turns
 from headrace.clock import SystemClock
 from headrace.errors import SettingsError
 from headrace.garbage import settle_memory
@@ -66,6 +66,7 @@ def main() -> None:
         raise SystemExit(2) from error
     logs.setup("gateway", level=settings.log_level, json=settings.log_json)
     telemetry.setup("gateway", settings.otlp_endpoint, settings.gateway_id)
+    turns.ask(turns.SHORT_NS)  # clients wait for it, also where workers keep every core busy
     try:
         loops.run(serve(settings, tenants))
     except OSError as error:
