@@ -1,7 +1,8 @@
-"""Models that the worker's tests share: a tiny random one, and SmolLM2 with its reference."""
+"""What the worker's tests share: a tiny random model, SmolLM2 with its reference, the kernels."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from headrace_worker import native
 from headrace_worker.loading import LoadedModel, load_model
+from headrace_worker.native.abi import Library
 from worker.builders import finish_all, make_engine, make_job, split_as_named, write_hf_folder
 from worker.prompts import PROMPTS
 
@@ -115,3 +117,23 @@ def greedy(model: Any, prompt: list[int], draft: list[int]) -> list[int]:
             if theirs != ours:
                 break
     return tokens[:NEW_TOKENS]
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    found = native.library()
+    if found is None:
+        pytest.skip(f"no kernels: {native.state()}")
+    return found
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def each_isa(request: pytest.FixtureRequest, library: Library) -> Iterator[str]:
+    """Every instruction set that this processor has."""
+    best = library.isa
+    if request.param == "avx512" and "HEADRACE_TEST_AVX512" not in os.environ:
+        pytest.skip("they have not run on such a processor yet: HEADRACE_TEST_AVX512=1 tries them")
+    if library.use(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    library.use(best)

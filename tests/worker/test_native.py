@@ -5,10 +5,8 @@ Where there is no compiler, or no processor that the kernels know, what needs th
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,26 +46,6 @@ SHAPES = [(960, 576), (64, 32), (7, 33), (300, 100), (1, 1), (130, 1536)]
 """Rows and columns: whole panels and groups, and what needs padding."""
 FORMATS = ("float32", "int8", "int4")
 FLOAT32 = 2.0**-24
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    found = native.library()
-    if found is None:
-        pytest.skip(f"no kernels: {native.state()}")
-    return found
-
-
-@pytest.fixture(params=["avx2", "avx512"])
-def each_isa(request: pytest.FixtureRequest, library: Library) -> Iterator[str]:
-    """Every instruction set that this processor has."""
-    best = library.isa
-    if request.param == "avx512" and "HEADRACE_TEST_AVX512" not in os.environ:
-        pytest.skip("they have not run on such a processor yet: HEADRACE_TEST_AVX512=1 tries them")
-    if library.use(request.param) != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.use(best)
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:

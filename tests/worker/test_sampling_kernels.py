@@ -6,8 +6,6 @@ other tests of the sampler compare both as well: see both.py.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
@@ -21,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.types import NO_LOGPROBS, Sampling
-from headrace_worker import native
 from headrace_worker.engine import Engine
 from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.native.abi import Library
@@ -53,26 +50,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 1.0, "typical_p": 0.9},
     {"temperature": 0.0},
 ]
-
-
-@pytest.fixture(scope="module")
-def library() -> Library:
-    found = native.library()
-    if found is None:
-        pytest.skip(f"no kernels: {native.state()}")
-    return found
-
-
-@pytest.fixture(params=["avx2", "avx512"])
-def each_isa(request: pytest.FixtureRequest, library: Library) -> Iterator[str]:
-    """Every instruction set that this processor has."""
-    best = library.isa
-    if request.param == "avx512" and "HEADRACE_TEST_AVX512" not in os.environ:
-        pytest.skip("they have not run on such a processor yet: HEADRACE_TEST_AVX512=1 tries them")
-    if library.use(request.param) != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.use(best)
 
 
 def row_of(vocab: int, seed: int, position: int = 0, **options: Any) -> Row:
