@@ -244,8 +244,8 @@ class SharedGroup:
 
 
 def _sum(parts: list[Tensor], out: Tensor) -> None:
-    """Adds up in float32, in the order of the list, four of them two by two as csrc/sums.cpp does;
-    `out` is none of them."""
+    """Adds up in float32, in the order of the list, but four that are in float32 themselves two by
+    two, as csrc/sums.cpp does; `out` is none of them."""
     if len(parts) == 2:
         torch.add(parts[0], parts[1], out=out)
         return
