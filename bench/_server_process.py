@@ -246,6 +246,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     process.wait()
+    ends = time.monotonic() + STOP_S_MAX
+    while any(born and _born(pid) == born for pid, born in members.items()):
+        if time.monotonic() > ends:  # in the kernel, on a disk that does not answer
+            break
+        time.sleep(0.01)
 
 
 def _born(pid: int) -> int:
