@@ -29,7 +29,7 @@ from headrace_worker.native import build, pages
 from headrace_worker.native.abi import Library
 from headrace_worker.native.angles import AngleTable
 from headrace_worker.native.attention import NativeBackend
-from headrace_worker.native.linear import NativeLinear, quantize_q8, turned
+from headrace_worker.native.linear import NativeLinear, in_groups, quantize_q8, turned
 from headrace_worker.native.program import Scored
 from headrace_worker.quantization import int4
 from headrace_worker.step_inputs import StepInputs
@@ -64,15 +64,15 @@ def make_linear(
     columns = weight.shape[1]
     if kind == "int8":
         values, scales = quantize_q8(weight)
-        stored = turned(values.view(*scales.shape, -1).double() * scales.double()[..., None])
+        stored = turned(values.double() * scales.double()[..., None])
         linear = NativeLinear.of_int8(library, weight, bias)
-        return linear, stored.view(values.shape)
+        return linear, stored.view(len(weight), -1)
     quantized = int4.quantize_weight(weight)
     linear = NativeLinear.of_int4(library, quantized, columns, bias)
     return linear, quantized.dequantized().double()
 
 
-def in_groups(x: Tensor, kind: str) -> Tensor:
+def as_rounded(x: Tensor, kind: str) -> Tensor:
     """x as rounded to int8 by groups of 32 columns, float64; turned meanwhile for int8 weights."""
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).view(len(x), -1, 32)
     groups = turned(groups) if kind == "int8" else groups
@@ -95,7 +95,7 @@ def test_products_are_those_of_the_stored_weights(
     linear, stored = make_linear(library, kind, weight, bias)
     for rows in (1, 3, 8, 21, 130):
         x, residual = random(rows, shape[1], seed=3), random(rows, shape[0], seed=4)
-        seen = x.double() if kind == "float32" else in_groups(x, kind)
+        seen = x.double() if kind == "float32" else as_rounded(x, kind)
         stored = torch.nn.functional.pad(stored, (0, seen.shape[1] - stored.shape[1]))
         exact = seen @ stored.t() + bias.double()
         sizes = seen.abs() @ stored.abs().t() + bias.abs().double()
@@ -159,12 +159,31 @@ def test_int8_weights_are_rounded_by_half_a_step(library: Library) -> None:
     for shape in SHAPES:
         weight = random(*shape)
         values, scales = quantize_q8(weight)
-        stored = values.view(*scales.shape, -1).double() * scales.double()[..., None]
+        stored = values.double() * scales.double()[..., None]
         padded = torch.nn.functional.pad(weight, (0, -shape[1] % 32)).view(*scales.shape, 32)
         padded = turned(padded) / 32
         assert ((stored - padded).abs() <= scales[..., None] / 2 * (1 + 1e-5)).all()
         assert int(values.abs().max()) <= 127
         assert (scales <= padded.abs().amax(-1) / 127 * (1 + 2.0**-7) + 1e-29).all()
+
+
+def test_weights_are_rounded_as_torch_does_it(library: Library, each_isa: str) -> None:
+    """To the bit in 8 and in 4 bits: numbers of any size, and on grids that leave levels unused."""
+    sizes = torch.logspace(-12, 12, 200)[:, None]
+    levels = torch.randint(0, 16, (200, 96), generator=torch.Generator().manual_seed(5))
+    used = levels.view(200, 3, 32) % (3 + torch.arange(200)[:, None, None] % 14)
+    gridded = used * torch.rand(200, 3, 1).bfloat16() - torch.rand(200, 3, 1).bfloat16()
+    flat = torch.full((4, 64), -0.37)
+    flat[1], flat[2, 5], flat[3] = 0, 4.0, torch.arange(64) * 1e-38
+    for weight in (random(200, 96) * sizes, gridded.float().view(200, 96), flat, random(33, 31)):
+        ours, theirs = int4.quantize_weight(weight, library), int4.quantize_weight(weight)
+        for name in ("values", "scales", "zeros"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert ours.error == pytest.approx(theirs.error, rel=1e-5)
+        values, scales = library.round_q8(in_groups(weight))
+        expected_values, expected_scales = quantize_q8(weight)
+        assert torch.equal(values, expected_values) and torch.equal(scales, expected_scales)
+    assert int4.quantize_weight(gridded.float().view(200, 96), library).error < 0.01
 
 
 # --- attention

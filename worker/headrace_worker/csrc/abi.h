@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-constexpr int32_t ABI_VERSION = 4;
+constexpr int32_t ABI_VERSION = 5;
 
 // Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
 constexpr int PANEL = 16;
@@ -139,6 +139,13 @@ struct Kernels {
   void (*step)(const Model&, const Pool&, const Batch&, const Step&);
   void (*weigh)(const float* logits, int count, float best, float scale, float* out);
   void (*sample)(const float* logits, int vocab, Draw* draws, int count);
+  void (*grid_errors)(const float* x, int64_t count, double* sums);
+  void (*round_q4)(const float* x, int64_t count, bool grid, uint8_t* values, float* scales, float* zeros,
+                   double* sums);
+  void (*round_q8)(const float* x, int64_t count, int8_t* values, float* scales);
+  void (*pack)(int format, int outs, int groups, const uint8_t* values, const float* scales,
+               const float* zeros, uint8_t* panels);
+  bool (*unpack)(int kind, const uint8_t* blocks, int64_t count, float* y);
 };
 
 extern const Kernels kernels_avx2;

@@ -68,6 +68,31 @@ void headrace_sample(const float* logits, int32_t vocab, headrace::Draw* draws, 
   headrace::kernels().sample(logits, vocab, draws, count);
 }
 
+// x: `count` groups of 32 weights. See round.inc.h.
+void headrace_grid_errors(const float* x, int64_t count, double* sums) {
+  headrace::kernels().grid_errors(x, count, sums);
+}
+
+void headrace_round_q4(const float* x, int64_t count, int32_t grid, uint8_t* values, float* scales, float* zeros,
+                       double* sums) {
+  headrace::kernels().round_q4(x, count, grid != 0, values, scales, zeros, sums);
+}
+
+void headrace_round_q8(const float* x, int64_t count, int8_t* values, float* scales) {
+  headrace::kernels().round_q8(x, count, values, scales);
+}
+
+// Rounded weights into `panels`, for a Matrix of this format.
+void headrace_pack(int32_t format, int32_t outs, int32_t groups, const uint8_t* values, const float* scales,
+                   const float* zeros, uint8_t* panels) {
+  headrace::kernels().pack(format, outs, groups, values, scales, zeros, panels);
+}
+
+// `count` blocks of a GGUF file's kind → floats; 0 where one of them is not finite. See unpack.inc.h.
+int32_t headrace_unpack(int32_t kind, const uint8_t* blocks, int64_t count, float* y) {
+  return headrace::kernels().unpack(kind, blocks, count, y);
+}
+
 // What steps do within: for tests.
 void headrace_add_up(headrace::Sums* sums, float* x, int64_t count) { headrace::add_up(*sums, x, count); }
 

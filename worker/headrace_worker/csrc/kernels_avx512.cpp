@@ -1,5 +1,6 @@
 // The kernels for processors with AVX-512 and VNNI.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,8 +24,15 @@ namespace avx512 {
 #include "sample.inc.h"
 //
 #include "step.inc.h"
+//
+#include "round.inc.h"
+//
+#include "unpack.inc.h"
 }  // namespace avx512
 
-const Kernels kernels_avx512 = {avx512::linear, avx512::attend, avx512::run_step, avx512::weigh_all, avx512::sample};
+const Kernels kernels_avx512 = {
+    avx512::linear,      avx512::attend,   avx512::run_step, avx512::weigh_all, avx512::sample,
+    avx512::grid_errors, avx512::round_q4, avx512::round_q8, avx512::pack,      avx512::unpack,
+};
 
 }  // namespace headrace

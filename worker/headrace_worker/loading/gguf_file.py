@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headrace.errors import ModelError
+from headrace_worker import native
 from headrace_worker.loading import tokenizer
 from headrace_worker.loading.gguf_config import Facts, read_config
 from headrace_worker.loading.gguf_names import Order, family, places
 from headrace_worker.loading.gguf_reader import GgufFile, GgufTensor
 from headrace_worker.loading.source import TokenizerFacts
 from headrace_worker.model import architecture
+from headrace_worker.native.abi import UNPACKED
 
 TYPES = frozenset(
     {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
@@ -142,23 +144,38 @@ def _dequantized(
     `columns`: which of the last dimension, None for all. Raises ModelError for values that are no
     numbers: what a damaged scale gives.
     """
+    stored = tensor.rows(first, count)
+    block_values, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+    if columns is not None:
+        start, stop = columns.start // block_values, -(-columns.stop // block_values)
+        stored = np.ascontiguousarray(stored[..., start * block_bytes : stop * block_bytes])
+    found = _converted(stored, tensor.kind)
+    if found is None:
+        raise ModelError(f"tensor {tensor.name} holds values that are no numbers: a damaged file")
+    if columns is None:
+        return found
+    begin = columns.start - start * block_values
+    return found[..., begin : begin + len(columns)]
+
+
+def _converted(stored: NDArray[np.uint8], kind: GGMLQuantizationType) -> Tensor | None:
+    """Blocks [..., bytes] → float32 [..., values]; None where some value is no number.
+
+    By the kernels, or by numpy: the same numbers, 30 times as long.
+    """
+    library = native.library()
+    if library is not None and kind.name in UNPACKED:
+        block_values, block_bytes = GGML_QUANT_SIZES[kind]
+        values = torch.empty(*stored.shape[:-1], stored.shape[-1] // block_bytes * block_values)
+        sound = library.unpack(kind.value, stored, stored.size // block_bytes, values)
+        return values if sound else None
     convert: Callable[[Any, GGMLQuantizationType], NDArray[np.float32]] = dequantize
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a scale that overflows, told below
-        stored = tensor.rows(first, count)
-        if columns is not None:
-            block_values, block_bytes = GGML_QUANT_SIZES[tensor.kind]
-            start, stop = columns.start // block_values, -(-columns.stop // block_values)
-            stored = np.ascontiguousarray(stored[..., start * block_bytes : stop * block_bytes])
-        values = convert(stored, tensor.kind)
-        if columns is not None:
-            begin = columns.start - start * block_values
-            values = values[..., begin : begin + len(columns)]
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a scale that overflows, told by None
+        dense = convert(stored, kind)
     # float32 data is a view of the file, which is mapped read-only
-    found = torch.from_numpy(values if values.flags.writeable else values.copy())
-    if not bool(torch.isfinite(found).all()):
-        raise ModelError(f"tensor {tensor.name} holds values that are no numbers: a damaged file")
-    return found
+    found = torch.from_numpy(dense if dense.flags.writeable else dense.copy())
+    return found if bool(torch.isfinite(found).all()) else None
 
 
 def _halves(values: Tensor, heads: int, name: str) -> Tensor:

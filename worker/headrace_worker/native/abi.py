@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISAS = ("none", "avx2", "avx512")
 
+PANEL, GROUP = 16, 32
 FORMAT_F32, FORMAT_Q8, FORMAT_Q4 = 0, 1, 2
 KV_F32, KV_BF16, KV_INT8 = 0, 1, 2
 
@@ -130,6 +131,14 @@ class Step(Structure):
     )
 
 
+_NOTHING_RETURNED = (
+    *("linear", "attend", "step", "weigh", "sample", "add_up", "set_threads"),
+    *("grid_errors", "round_q4", "round_q8", "pack"),
+)
+
+UNPACKED = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
+"""Kinds of a GGUF file's tensors that the kernels read."""
+
 DRAW_OPTIONS = struct.Struct("<dffii")
 """top_p, scale, min_p, top_k, unused: the beginning of a Draw."""
 DRAW_PLACE = struct.Struct("<Qqqq")
@@ -161,7 +170,12 @@ class Library:
         self._c.headrace_weigh.argtypes = (address, c_int32, c_float, c_float, address)
         self._c.headrace_sample.argtypes = (address, c_int32, address, c_int32)
         self._c.headrace_add_up.argtypes = (POINTER(Sums), address, c_int64)
-        for name in ("linear", "attend", "step", "weigh", "sample", "add_up", "set_threads"):
+        self._c.headrace_grid_errors.argtypes = (address, c_int64, address)
+        self._c.headrace_round_q4.argtypes = (address, c_int64, c_int32, *[address] * 4)
+        self._c.headrace_round_q8.argtypes = (address, c_int64, address, address)
+        self._c.headrace_pack.argtypes = (c_int32, c_int32, c_int32, *[address] * 4)
+        self._c.headrace_unpack.argtypes = (c_int32, address, c_int64, address)
+        for name in _NOTHING_RETURNED:
             getattr(self._c, f"headrace_{name}").restype = None
 
     def use(self, isa: str) -> str:
@@ -220,6 +234,66 @@ class Library:
         self._c.headrace_sample(
             address_of(logits), logits.shape[1], bytes_of(draws), len(draws) // DRAW_BYTES
         )
+
+    def grid_errors(self, groups: Tensor) -> tuple[float, float]:
+        """groups [..., 32] float32: what plain rounding and the best spans lose."""
+        self._threads()
+        sums = (c_double * 2)()
+        groups = groups.contiguous()
+        self._c.headrace_grid_errors(groups.data_ptr(), groups.numel() // GROUP, sums)
+        return sums[0], sums[1]
+
+    def round_q4(
+        self, groups: Tensor, *, grid: bool
+    ) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        """groups [..., 32] float32 → uint8 [..., 32], scales and zeros [...], and sums of squares:
+
+        of what rounding did, and of the weights.
+        """
+        self._threads()
+        sums = (c_double * 2)()
+        groups = groups.contiguous()
+        values = torch.empty(groups.shape, dtype=torch.uint8)
+        scales, zeros = torch.empty(2, *groups.shape[:-1]).unbind(0)
+        self._c.headrace_round_q4(
+            groups.data_ptr(), scales.numel(), int(grid), values.data_ptr(), scales.data_ptr(),
+            zeros.data_ptr(), sums,
+        )  # fmt: skip
+        return values, scales, zeros, sums[0], sums[1]
+
+    def round_q8(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """groups [..., 32] float32, not turned yet → int8 [..., 32] and scales [...]."""
+        self._threads()
+        groups = groups.contiguous()
+        values, scales = torch.empty(groups.shape, dtype=torch.int8), torch.empty(groups.shape[:-1])
+        self._c.headrace_round_q8(
+            groups.data_ptr(), scales.numel(), values.data_ptr(), scales.data_ptr()
+        )
+        return values, scales
+
+    def unpack(self, kind: int, stored: NDArray[np.uint8], blocks: int, values: Tensor) -> bool:
+        """`blocks` of a GGMLQuantizationType of UNPACKED → float32 `values`; are all numbers?
+
+        Both contiguous.
+        """
+        self._threads()
+        sound = self._c.headrace_unpack(kind, address_of(stored), blocks, values.data_ptr())
+        return bool(sound)
+
+    def pack(self, form: int, values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Rounded weights, a byte each → the panels of a Matrix, uint8 [panels, groups, …]."""
+        self._threads()
+        outs, groups = scales.shape
+        assert values.numel() == outs * groups * GROUP, "whole groups"
+        size = PANEL * (GROUP // 2 + 4 if form == FORMAT_Q4 else GROUP + 2)
+        panels = torch.empty(-(-outs // PANEL), groups, size, dtype=torch.uint8)
+        values, scales = values.contiguous(), scales.contiguous()
+        zeros = None if zeros is None else zeros.contiguous()
+        self._c.headrace_pack(
+            form, outs, groups, values.data_ptr(), scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(), panels.data_ptr(),
+        )  # fmt: skip
+        return panels
 
     def add_up(self, sums: ctypes._Pointer[Sums], x: Tensor) -> None:
         """x, float32, contiguous, becomes the sum of all ranks' x: what steps do within."""

@@ -16,17 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headrace_worker.native.abi import FORMAT_F32, FORMAT_Q4, FORMAT_Q8, Library, Matrix
+from headrace_worker.native.abi import (
+    FORMAT_F32,
+    FORMAT_Q4,
+    FORMAT_Q8,
+    GROUP,
+    PANEL,
+    Library,
+    Matrix,
+)
 from headrace_worker.native.pages import in_large_pages
 
 if TYPE_CHECKING:  # quantization imports this module
     from headrace_worker.quantization.int4 import Int4Weight
 
-PANEL, GROUP = 16, 32
 LEVELS = 127
 _SCALE_MIN = 1e-30
-_STORED_ZERO = 128
-"""What a weight of 0 is stored as: the processor multiplies unsigned by signed bytes."""
 
 
 def pack_float32(weight: Tensor) -> Tensor:
@@ -45,48 +50,25 @@ def turned(groups: Tensor) -> Tensor:
     return x
 
 
-def quantize_q8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] → turned, int8 [out, in padded to groups], float32 scales [out, groups].
-
-    Scales are rounded up to bfloat16, so that no weight is cut off.
-    """
+def in_groups(weight: Tensor) -> Tensor:
+    """weight [out, in] → float32 [out, groups, GROUP], padded with zeros."""
     padded = functional.pad(weight.float(), (0, -weight.shape[1] % GROUP))
-    groups = turned(padded.view(len(weight), -1, GROUP)) / GROUP
+    return padded.view(len(weight), -1, GROUP)
+
+
+def quantize_q8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [out, in] → turned, int8 [out, groups, GROUP], float32 scales [out, groups].
+
+    Scales are rounded up to bfloat16, so that no weight is cut off. The reference of the kernels'
+    `round_q8`, which is 30 times as fast.
+    """
+    groups = turned(in_groups(weight)) / GROUP
     exact = (groups.abs().amax(-1) / LEVELS).clamp_min_(_SCALE_MIN)
     scales = exact.bfloat16().float()
     low = scales < exact
     scales[low] = (scales[low].view(torch.int32) + (1 << 16)).view(torch.float32)
     values = (groups / scales[..., None]).round_().to(torch.int8)
-    return values.view(padded.shape), scales
-
-
-def _panels(values: Tensor, parts: int) -> Tensor:
-    """uint8 [out, in] → [panels, groups, parts, 16, GROUP / parts], out padded with zeros."""
-    out, columns = values.shape
-    padded = functional.pad(values, (0, 0, 0, -out % PANEL))
-    shape = (-1, PANEL, columns // GROUP, parts, GROUP // parts)
-    return padded.view(shape).permute(0, 2, 3, 1, 4)
-
-
-def _factors(values: Tensor) -> Tensor:
-    """float32 [out, groups] that bfloat16 holds → bytes [panels, groups, 32]."""
-    padded = functional.pad(values, (0, 0, 0, -len(values) % PANEL))
-    panels = padded.view(-1, PANEL, values.shape[1]).transpose(1, 2)
-    return panels.bfloat16().contiguous().view(torch.uint8)
-
-
-def pack_q8(values: Tensor, scales: Tensor) -> Tensor:
-    """As `quantize_q8` gives them → uint8 [panels, groups, 544]."""
-    stored = (values.to(torch.int16) + _STORED_ZERO).to(torch.uint8)
-    weights = _panels(stored, 8).flatten(2)
-    return torch.cat((weights, _factors(scales)), -1).contiguous()
-
-
-def pack_q4(weight: Int4Weight) -> Tensor:
-    """→ uint8 [panels, groups, 320]; column c of a group in the low half, c + 16 in the high."""
-    halves = _panels(weight.values, 8)
-    weights = (halves[:, :, :4] | (halves[:, :, 4:] << 4)).flatten(2)
-    return torch.cat((weights, _factors(weight.scales), _factors(weight.zeros)), -1).contiguous()
+    return values, scales
 
 
 class NativeLinear:
@@ -133,14 +115,16 @@ class NativeLinear:
     def of_int8(cls, library: Library, weight: Tensor, bias: Tensor | None) -> NativeLinear:
         """weight [out, in], best in float32."""
         shape = (weight.shape[0], weight.shape[1])
-        return cls(library, FORMAT_Q8, pack_q8(*quantize_q8(weight)), shape, bias)
+        values, scales = library.round_q8(in_groups(weight))
+        return cls(library, FORMAT_Q8, library.pack(FORMAT_Q8, values, scales, None), shape, bias)
 
     @classmethod
     def of_int4(
         cls, library: Library, weight: Int4Weight, columns: int, bias: Tensor | None
     ) -> NativeLinear:
         """`columns`: how many the matrix had before padding."""
-        return cls(library, FORMAT_Q4, pack_q4(weight), (len(weight.values), columns), bias)
+        panels = library.pack(FORMAT_Q4, weight.values, weight.scales, weight.zeros)
+        return cls(library, FORMAT_Q4, panels, (len(weight.values), columns), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float().contiguous()

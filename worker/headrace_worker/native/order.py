@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from headrace.errors import ModelError
 from headrace_worker.model.config import ModelConfig
-from headrace_worker.native.linear import GROUP
+from headrace_worker.native.abi import GROUP
 from headrace_worker.parallel.shape import Part, Shape, part_of
 
 RANKS = 4

@@ -29,10 +29,10 @@ from headrace_worker.model.layers import Layer, Mlp
 from headrace_worker.model.linear import DenseEmbedding
 from headrace_worker.model.norms import weights_of
 from headrace_worker.native import abi
-from headrace_worker.native.abi import address_of
+from headrace_worker.native.abi import PANEL, address_of
 from headrace_worker.native.angles import AngleTable
 from headrace_worker.native.attention import NativeBackend, Placed
-from headrace_worker.native.linear import PANEL, NativeLinear
+from headrace_worker.native.linear import NativeLinear
 from headrace_worker.native.sums import StepSums
 from headrace_worker.parallel.collective import Group, SharedGroup
 from headrace_worker.parallel.shape import Part

@@ -73,7 +73,7 @@ def make_linear(
         return DenseLinear(weight.to(dtype), bias)
     if mode == "int8" or role is Role.HEAD:
         return _int8(library, weight, bias)
-    quantized = quantize_weight(weight)
+    quantized = quantize_weight(weight, library)
     spared = role is Role.QKV or (role is Role.GATE_UP and weight.shape[1] < NARROW)
     if spared and quantized.error > EXACT_ERROR:
         return _int8(library, weight, bias)

@@ -14,12 +14,13 @@ Smallest and largest weight of a group are exact. Rejected, measured on weights 
 bits before: clipping by mean squared error, least squares for scale and zero, and rotation, which
 all lower the weights' error and raise perplexity (by 7, 4 and 9 %); columns sorted by size, so
 that like share a group (20 % worse); groups of 64 (30 % worse). A matrix whose weights already
-stand on a grid of at most 16 levels, as a 4-bit GGUF's do, gets that grid back: see `_on_a_grid`.
+stand on a grid of at most 16 levels, as a 4-bit GGUF's do, gets that grid back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,9 +75,12 @@ def _rounded(groups: Tensor, steps: int | Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def _errors(groups: Tensor, steps: int) -> Tensor:
-    """Sum of squares per group, [..., 1]."""
+    """Sum of squares per group, [..., 1]: in halves, so that the kernels come to the same bits."""
     values, scales, zeros = _rounded(groups, steps)
-    return (values * scales + zeros - groups).pow_(2).sum(-1, keepdim=True)
+    squares = (values * scales + zeros - groups).pow_(2)
+    while (half := squares.shape[-1] // 2) > 0:
+        squares = squares[..., :half] + squares[..., half:]
+    return squares
 
 
 def _best_spans(groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,36 +95,58 @@ def _best_spans(groups: Tensor) -> tuple[Tensor, Tensor]:
     return spans, best
 
 
-def _on_a_grid(groups: Tensor) -> bool:
-    """Whether other spans than LEVELS bring the weights' error to nearly nothing.
+class Rounding(Protocol):
+    """Who rounds groups [..., GROUP] float32: torch, or the native kernels, to the same bits."""
 
-    That is so for weights that were in 4 bits before, where a group need not use all 16 levels.
+    def grid_errors(self, groups: Tensor) -> tuple[float, float]:
+        """Squared errors of plain rounding, and of the spans that fit best."""
+
+    def round_q4(
+        self, groups: Tensor, *, grid: bool
+    ) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        """Values, scales and zeros; squared errors, and squares. `grid`: not just LEVELS steps."""
+
+
+class _ByTorch:
+    """The reference of the kernels, which are 20 times as fast."""
+
+    def grid_errors(self, groups: Tensor) -> tuple[float, float]:
+        return float(_errors(groups, LEVELS).sum()), float(_best_spans(groups)[1].sum())
+
+    def round_q4(
+        self, groups: Tensor, *, grid: bool
+    ) -> tuple[Tensor, Tensor, Tensor, float, float]:
+        values = torch.empty(groups.shape, dtype=torch.uint8)
+        scales, zeros = torch.empty(2, *groups.shape[:-1]).unbind(0)
+        lost = total = 0.0
+        for start in range(0, len(groups), _ROWS_AT_A_TIME):  # what is between takes as much again
+            rows = slice(start, start + _ROWS_AT_A_TIME)
+            some = groups[rows]
+            found, scale, zero = _rounded(some, _best_spans(some)[0] if grid else LEVELS)
+            values[rows] = (found + _MIDDLE).to(torch.uint8)
+            scales[rows], zeros[rows] = scale[..., 0], zero[..., 0]
+            lost += float(found.mul_(scale).add_(zero).sub_(some).square_().sum())
+            total += float(some.square().sum())
+        return values, scales, zeros, lost, total
+
+
+def quantize_weight(weight: Tensor, by: Rounding | None = None) -> Int4Weight:
+    """weight [out, in], best in float32, of any shape; `by`: the native kernels, None for torch.
+
+    Weights are taken to stand on a grid where other spans than LEVELS bring their error to nearly
+    nothing. That is so for weights that were in 4 bits before, where a group need not use all 16
+    levels.
     """
-    plain, found = _errors(groups, LEVELS).sum(), _best_spans(groups)[1].sum()
-    return bool(found < plain * _GRID_ERROR_SHARE)
-
-
-def quantize_weight(weight: Tensor) -> Int4Weight:
-    """weight [out, in], best in float32, of any shape."""
+    by = by or _ByTorch()
     out, columns = weight.shape
     missing = -columns % GROUP
     # the last column again: a zero could widen the group's range
     padded = torch.cat((weight, weight[:, -1:].expand(-1, missing)), 1) if missing else weight
-    values = torch.empty(padded.shape, dtype=torch.uint8)
-    scales = torch.empty(out, padded.shape[1] // GROUP)
-    zeros = torch.empty_like(scales)
-    sampled = padded[:: max(1, out // _SAMPLED_ROWS)].float()
-    grid = _on_a_grid(sampled.reshape(-1, GROUP))
-    lost, total = 0.0, 0.0
-    for start in range(0, out, _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
-        groups = padded[rows].float().view(-1, scales.shape[1], GROUP)
-        found, scale, zero = _rounded(groups, _best_spans(groups)[0] if grid else LEVELS)
-        values[rows] = (found + _MIDDLE).to(torch.uint8).view(len(groups), -1)
-        scales[rows], zeros[rows] = scale[..., 0], zero[..., 0]
-        lost += float(found.mul_(scale).add_(zero).sub_(groups).square_().sum())
-        total += float(groups.square().sum())
-    return Int4Weight(values, scales, zeros, (lost / total) ** 0.5 if total else 0.0)
+    groups = padded.float().view(out, -1, GROUP)
+    plain, best = by.grid_errors(groups[:: max(1, out // _SAMPLED_ROWS)])
+    values, scales, zeros, lost, total = by.round_q4(groups, grid=best < plain * _GRID_ERROR_SHARE)
+    error = (lost / total) ** 0.5 if total else 0.0
+    return Int4Weight(values.view(out, -1), scales, zeros, error)
 
 
 def _pack(values: Tensor, lanes: int) -> Tensor:
