@@ -61,12 +61,14 @@ async def in_threads(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
 
 
 async def copy_all(
-    targets: Sequence[memoryview | None], sources: Sequence[Buffer], *, aside: bool = False
+    targets: Sequence[memoryview | None],
+    sources: Sequence[Buffer],
+    turn: asyncio.Lock | None = None,
 ) -> list[int]:
     """Copy each of `sources` to its target, if it has one; the CRC-32C of each.
 
-    `aside`: the caller's process and the service have work to do meanwhile. Raises ValueError where
-    a target has another length.
+    `turn`: the caller's process and the service have work to do meanwhile; if it is copied in the
+    event loop it is when that is had. Raises ValueError where a target has another length.
     """
     copies = Copies.of(targets, sources)
     sizes = list(map(len, sources))
@@ -83,10 +85,11 @@ async def copy_all(
         return await in_threads(work, sizes)
     if sum(sizes) <= INLINE_BYTES_MAX:
         copies.run()
-    elif aside and COPIERS_ASIDE == 1 and max(sizes) <= TURN_BYTES_MAX:
-        await _by_turns(copies, sizes)
+    elif turn is not None and COPIERS_ASIDE == 1 and max(sizes) <= TURN_BYTES_MAX:
+        async with turn:
+            await _by_turns(copies, sizes)
     else:
-        await _together(copies, len(sizes), aside=aside)
+        await _together(copies, len(sizes), aside=turn is not None)
     return copies.crcs
 
 
