@@ -226,8 +226,13 @@ class _InPlace:
 
     def _ask(self, piece: Sequence[Entry], *, last: bool, using: int = 0) -> _Asked:
         """The last one asks for places ahead of the next batch, too."""
-        wish = self._wish if last and self._connection.writers == 1 else NONE_AHEAD
-        return asyncio.ensure_future(self._reserve(piece, using, wish))
+        kept = self._connection.kept
+        wished = last and kept.wants(self._wish, piece[0].tenant)
+        wish = self._wish if wished else NONE_AHEAD
+        asked = asyncio.ensure_future(self._reserve(piece, using, wish))
+        if wished:
+            kept.note_asked(asked)
+        return asked
 
     async def _commit_all(self, filled: Sequence[_Filled]) -> list[int | None]:
         if len(filled) == 1:  # at once: as a task it would stand behind another batch's copying
@@ -309,4 +314,6 @@ async def _fill(
     ready = [entry.data for entry, _ in given if isinstance(entry, PutEntry)]
     if len(ready) == len(given):
         return await copy_all([view for _, view in given], ready, turn)
-    return await in_threads(work, [entry.size_bytes for entry, _ in given])
+    quick = all(isinstance(entry, PutEntry) or entry.quick for entry, _ in given)
+    sizes = [entry.size_bytes for entry, _ in given]
+    return await in_threads(work, sizes, turn if quick else None)
