@@ -354,3 +354,20 @@ async def test_batches_copied_by_turns_come_one_after_the_other(
     assert await copying_all[2] == list(map(checksum, sources))
     assert memory[2] == sources and not any(map(any, memory[1]))
     assert not turn.locked()
+
+
+async def test_calls_have_their_turn_in_the_event_loop_where_that_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a worker's blocks are. What may take long, and is given no turn, is for threads."""
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 1)
+    here, turn = threading.get_ident(), asyncio.Lock()
+
+    def thread(number: int) -> tuple[int, bool]:
+        return number, threading.get_ident() == here
+
+    sizes = [LARGE] * 5
+    assert await in_threads(thread, sizes, turn) == [(number, True) for number in range(5)]
+    assert await in_threads(thread, sizes) == [(number, False) for number in range(5)]
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 2)
+    assert await in_threads(thread, sizes, turn) == [(number, False) for number in range(5)]
