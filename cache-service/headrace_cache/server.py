@@ -63,8 +63,8 @@ __all__ = ["CacheServer", "Limits"]
 
 SWEEP_EVERY_S = 1.0
 TRIM_AFTER_S = 0.002
-"""Places for a batch were given, and its writer has not committed it: longer than copying a usual
-one takes, as a commit that comes meanwhile would have to wait."""
+"""Places had ahead were named, and are not committed: longer than copying a usual batch takes,
+which has begun already. A commit that comes meanwhile would have to wait."""
 
 PROBE_S = 1.0
 
@@ -329,7 +329,7 @@ class CacheServer:
         if count and size_bytes:
             tenant = request.entries[0].tenant
             ahead = self.store.reserve_ahead(seat, tenant, count, size_bytes, now_ms)
-        self._trim_soon(TRIM_AFTER_S)
+        self._trim_soon(TRIM_AFTER_S if request.using else 0.0)
         held = reservation.outcomes.count(Outcome.PRESENT)
         reserved = Reserved(request.id, reservation.ticket, reservation.places, held, *ahead)
         reply = Reply("reserve", reserved, began_s)
