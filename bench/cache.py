@@ -33,7 +33,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from headrace import copying, logs, turns
+from headrace import copying, logs, loops, turns
 from headrace.arena_view import HEADER_BYTES
 from headrace.cache_client import CacheClient, PutEntry, WriteEntry
 from headrace.cache_threads import COPIERS
@@ -276,9 +276,9 @@ def compare(
             url, arena = ways[way]
             server = serve(url)
             try:
-                rates = asyncio.run(
-                    measure(url, *sizes, args.seconds, arena=arena, in_flight=in_flight)
-                )
+                measured = measure(url, *sizes, args.seconds, arena=arena, in_flight=in_flight)
+                with asyncio.Runner(loop_factory=loops.loop_factory()) as runner:
+                    rates = runner.run(measured)
             finally:
                 server.terminate()
                 server.wait()

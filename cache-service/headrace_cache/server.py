@@ -62,6 +62,10 @@ from headrace_cache.tiers import Tiers, Wanted
 __all__ = ["CacheServer", "Limits"]
 
 SWEEP_EVERY_S = 1.0
+TRIM_AFTER_S = 0.002
+"""Places had ahead were named, and are not committed: longer than copying a usual batch takes,
+which has begun already. A commit that comes meanwhile would have to wait."""
+
 PROBE_S = 1.0
 
 log = structlog.get_logger(__name__)
@@ -92,6 +96,7 @@ class CacheServer:
         self._listener: asyncio.AbstractServer | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._trimmer: asyncio.Handle | None = None
+        self._trims_later = False
         self._path = ""
 
     async def start(self, address: Address) -> Address:
@@ -183,10 +188,17 @@ class CacheServer:
                 self._connections[seat].abort()
         self._end_gone()
 
-    def _trim_soon(self) -> None:
-        """Once the answer is on its way, and its client has something to copy."""
-        if self._trimmer is None:
-            self._trimmer = asyncio.get_running_loop().call_soon(self._trim)
+    def _trim_soon(self, after_s: float = 0.0) -> None:
+        """Once the answer is on its way, and its client has something to do."""
+        if self._trimmer is not None:
+            if after_s or not self._trims_later:
+                return
+            self._trimmer.cancel()
+        loop = asyncio.get_running_loop()
+        self._trims_later = after_s > 0
+        self._trimmer = (
+            loop.call_later(after_s, self._trim) if after_s else loop.call_soon(self._trim)
+        )
 
     def _trim(self) -> None:
         self._trimmer = None
@@ -221,6 +233,7 @@ class CacheServer:
             case Commit():
                 seat, now_ms = connection.seat, self.clock.now_ms()
                 kept = self.store.commit(seat, request.ticket, request.crcs, now_ms)
+                self._trim_soon()
                 return Reply("commit", Counted(request.id, kept), began_s)
             case Hello():
                 return Reply("hello", self._welcome(connection, request), began_s)
@@ -316,7 +329,7 @@ class CacheServer:
         if count and size_bytes:
             tenant = request.entries[0].tenant
             ahead = self.store.reserve_ahead(seat, tenant, count, size_bytes, now_ms)
-        self._trim_soon()
+        self._trim_soon(TRIM_AFTER_S if request.using else 0.0)
         held = reservation.outcomes.count(Outcome.PRESENT)
         reserved = Reserved(request.id, reservation.ticket, reservation.places, held, *ahead)
         reply = Reply("reserve", reserved, began_s)

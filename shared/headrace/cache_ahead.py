@@ -57,6 +57,8 @@ class Kept:
     def __init__(self, give_back: Callable[[int], None]) -> None:
         """`give_back` is told of tickets that are not used."""
         self._give_back = give_back
+        self._answer: asyncio.Future[Reserved | None] | None = None
+        """To who asked last for places ahead."""
         self._ahead: Ahead | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -69,6 +71,21 @@ class Kept:
             return None
         self._forget()
         return ahead
+
+    def wants(self, wish: tuple[int, int], tenant: str) -> bool:
+        """Whether to ask for what is wished for: not where it is here, or asked for already.
+
+        One batch's places do for two that are under way: when the second begins, the first has
+        named its own, and the answer to that brought others.
+        """
+        ahead = self._ahead
+        here = ahead is not None and (ahead.size_bytes, ahead.tenant) == (wish[1], tenant)
+        asked = self._answer is not None and not self._answer.done()
+        return wish != NONE_AHEAD and not here and not asked
+
+    def note_asked(self, answer: asyncio.Future[Reserved | None]) -> None:
+        """Places are asked for; `answer` is done when that ends, whatever comes of it."""
+        self._answer = answer
 
     def keep(self, answer: Reserved, wish: tuple[int, int], tenant: str) -> None:
         """Keep what `answer` brought for `wish`, instead of what was kept so far."""

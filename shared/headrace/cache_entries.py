@@ -37,7 +37,9 @@ class WriteEntry(NamedTuple):
 
     `fill(view)` writes all `size_bytes` of them into `view`, and gives their CRC if it has it by
     the way. It may run in a thread, and not at all where the service has the entry or no room; in
-    vain where that turns out meanwhile. The other fields are EntryFacts'.
+    vain where that turns out meanwhile. Where it is `quick`, as it copies what is in memory and
+    waits for nobody who does more, it may also run in the event loop. The other fields are
+    EntryFacts'.
     """
 
     hash: bytes
@@ -52,6 +54,7 @@ class WriteEntry(NamedTuple):
     kind: str = KV
     layout: bytes = b""
     pin_ms: int = 0
+    quick: bool = False
 
     def fill_checked(self, view: memoryview) -> int:
         """`fill`, and the CRC of what is in `view` then."""

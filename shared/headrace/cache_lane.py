@@ -139,6 +139,8 @@ class Connection(FrameProtocol[Answer]):
         self.arena: ArenaView | None = None
         self.writers = 0
         """Batches that are being written in place."""
+        self.turn = asyncio.Lock()
+        """Theirs to copy: one after the other, as all of them would be late by turns."""
         self._pending: dict[int, asyncio.Future[tuple[Answer, Parts]]] = {}
         self._places: dict[int, Sequence[memoryview]] = {}
         """By request: the caller's memory, for an answer whose entries have its lengths."""

@@ -48,25 +48,34 @@ class _Share(Protocol):
         ...
 
 
-async def in_threads(work: Callable[[int], T], sizes: Sequence[int]) -> list[T]:
+async def in_threads(
+    work: Callable[[int], T], sizes: Sequence[int], turn: asyncio.Lock | None = None
+) -> list[T]:
     """`work(number)` for each entry of `sizes`, by the copiers if they are large.
 
+    `turn` is `copy_all`'s: the calls are made in the event loop then, where that has copies made.
     Raises what one of the calls raises; the others may not have been made then.
     """
     if sum(sizes) <= INLINE_BYTES_MAX:
         return [work(number) for number in range(len(sizes))]
+    if turn is not None and _in_loop(sizes):
+        results: list[T] = []
+        await _by_turns(lambda *part: results.extend(map(work, range(*part))), sizes, turn)
+        return results
     calls = _Calls(work, len(sizes))
     await _together(calls, len(sizes))
     return calls.results
 
 
 async def copy_all(
-    targets: Sequence[memoryview | None], sources: Sequence[Buffer], *, aside: bool = False
+    targets: Sequence[memoryview | None],
+    sources: Sequence[Buffer],
+    turn: asyncio.Lock | None = None,
 ) -> list[int]:
     """Copy each of `sources` to its target, if it has one; the CRC-32C of each.
 
-    `aside`: the caller's process and the service have work to do meanwhile. Raises ValueError where
-    a target has another length.
+    `turn`: the caller's process and the service have work to do meanwhile; if it is copied in the
+    event loop it is when that is had. Raises ValueError where a target has another length.
     """
     copies = Copies.of(targets, sources)
     sizes = list(map(len, sources))
@@ -83,23 +92,34 @@ async def copy_all(
         return await in_threads(work, sizes)
     if sum(sizes) <= INLINE_BYTES_MAX:
         copies.run()
-    elif aside and COPIERS_ASIDE == 1 and max(sizes) <= TURN_BYTES_MAX:
-        await _by_turns(copies, sizes)
+    elif turn is not None and _in_loop(sizes):
+        await _by_turns(copies.run_part, sizes, turn)
     else:
-        await _together(copies, len(sizes), aside=aside)
+        await _together(copies, len(sizes), aside=turn is not None)
     return copies.crcs
 
 
-async def _by_turns(copies: Copies, sizes: Sequence[int]) -> None:
-    """Copy in the event loop, which does something else every TURN_BYTES_MAX."""
-    first, size_bytes = 0, 0
-    for number, size in enumerate(sizes):
-        if size_bytes + size > TURN_BYTES_MAX:
-            copies.run_part(first, number)
-            first, size_bytes = number, 0
-            await asyncio.sleep(0)
-        size_bytes += size
-    copies.run_part(first, len(sizes))
+def _in_loop(sizes: Sequence[int]) -> bool:
+    """Whether that is copied in the event loop, where others have work to do meanwhile."""
+    return COPIERS_ASIDE == 1 and max(sizes) <= TURN_BYTES_MAX
+
+
+async def _by_turns(
+    run_part: Callable[[int, int], None], sizes: Sequence[int], turn: asyncio.Lock
+) -> None:
+    """Copy in the event loop, which does something else every TURN_BYTES_MAX.
+
+    `run_part(first, last)` copies the entries from `first` up to `last`; `turn` is had meanwhile.
+    """
+    async with turn:
+        first, size_bytes = 0, 0
+        for number, size in enumerate(sizes):
+            if size_bytes + size > TURN_BYTES_MAX:
+                run_part(first, number)
+                first, size_bytes = number, 0
+                await asyncio.sleep(0)
+            size_bytes += size
+        run_part(first, len(sizes))
 
 
 async def _together(share: _Share, count: int, *, aside: bool = False) -> None:

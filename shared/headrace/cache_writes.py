@@ -194,15 +194,15 @@ class _InPlace:
                 written.failed += 0 if reserved is not None else len(piece)
                 written.held += reserved.held if reserved is not None else 0
                 if reserved is not None and reserved.ticket:
-                    filled.append(await self._fill(piece, reserved.ticket, reserved.places))
+                    beside = self._connection.writers > 1
+                    fill = self._fill(piece, reserved.ticket, reserved.places, aside=beside)
+                    filled.append(await fill)
         except BaseException:
             commits = self._begin_commits(filled)
             await asyncio.sleep(0)  # they are sent; nobody waits for their answers
             await self._give_up([*naming, *(answer for _, answer in self._asked), *commits])
             raise
-        for (count, _, _), held in zip(
-            filled, await asyncio.gather(*self._begin_commits(filled)), strict=True
-        ):
+        for (count, _, _), held in zip(filled, await self._commit_all(filled), strict=True):
             written.held += held or 0
             written.failed += count if held is None else 0
         for named in naming:
@@ -226,8 +226,18 @@ class _InPlace:
 
     def _ask(self, piece: Sequence[Entry], *, last: bool, using: int = 0) -> _Asked:
         """The last one asks for places ahead of the next batch, too."""
-        wish = self._wish if last else NONE_AHEAD
-        return asyncio.ensure_future(self._reserve(piece, using, wish))
+        kept = self._connection.kept
+        wished = last and kept.wants(self._wish, piece[0].tenant)
+        wish = self._wish if wished else NONE_AHEAD
+        asked = asyncio.ensure_future(self._reserve(piece, using, wish))
+        if wished:
+            kept.note_asked(asked)
+        return asked
+
+    async def _commit_all(self, filled: Sequence[_Filled]) -> list[int | None]:
+        if len(filled) == 1:  # at once: as a task it would stand behind another batch's copying
+            return [await self._commit(filled[0].ticket, filled[0].crcs)]
+        return await asyncio.gather(*self._begin_commits(filled))
 
     def _begin_commits(self, filled: Sequence[_Filled]) -> list[asyncio.Task[int | None]]:
         """All at a time: each would wake the service while it makes the next piece's places."""
@@ -267,7 +277,9 @@ class _InPlace:
         try:
             if aside:
                 await asyncio.sleep(0)
-            crcs = await _fill(self._arena, piece, places, aside=aside)
+                await asyncio.sleep(0)  # uvloop writes when all that was ready has run
+            turn = self._connection.turn if aside else None
+            crcs = await _fill(self._arena, piece, places, turn)
         except WireError as error:
             log.warning("the cache service gives places it has not", error=error.message)
         except BaseException:
@@ -286,7 +298,7 @@ class _InPlace:
 
 
 async def _fill(
-    arena: ArenaView, batch: Sequence[Entry], places: Sequence[int], *, aside: bool
+    arena: ArenaView, batch: Sequence[Entry], places: Sequence[int], turn: asyncio.Lock | None
 ) -> list[int]:
     """The CRC of each entry that was given a place, written there. Raises WireError."""
     given = [
@@ -301,5 +313,7 @@ async def _fill(
 
     ready = [entry.data for entry, _ in given if isinstance(entry, PutEntry)]
     if len(ready) == len(given):
-        return await copy_all([view for _, view in given], ready, aside=aside)
-    return await in_threads(work, [entry.size_bytes for entry, _ in given])
+        return await copy_all([view for _, view in given], ready, turn)
+    quick = all(isinstance(entry, PutEntry) or entry.quick for entry, _ in given)
+    sizes = [entry.size_bytes for entry, _ in given]
+    return await in_threads(work, sizes, turn if quick else None)

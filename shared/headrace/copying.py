@@ -86,6 +86,14 @@ def _address(buffer: Buffer) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
+def _addresses(buffers: Sequence[Buffer]) -> list[int]:
+    """`_address` of each."""
+    try:
+        return list(map(ctypes.addressof, map(ctypes.c_char.from_buffer, buffers)))
+    except TypeError:  # one of them cannot be written to, or is not in one piece
+        return list(map(_address, buffers))
+
+
 def copy_numbers(to: int, source: int, size_bytes: int, width: int, most: int) -> int | None:
     """Copy numbers of 2 or 4 bytes from one address to another, which do not overlap, in C.
 
@@ -122,15 +130,20 @@ class Copies:
         library = _library.found
         if library is None:
             return None
-        jobs: list[int] = []
         for target, source in zip(targets, sources, strict=True):
-            if target is not None:
+            if target is not None and len(target) != len(source):
                 _check_lengths(target, source)
-            start, goal = _address(source), 0 if target is None else _address(target)
-            if not start or (target is not None and not goal):
-                return None
-            jobs += (goal, start, len(source), 0)
-        return cls(library, array("Q", jobs), (targets, sources))
+        wanted = [target for target in targets if target is not None]
+        places, starts = _addresses(wanted), _addresses(sources)
+        if not all(places) or not all(starts):
+            return None
+        found = iter(places)
+        goals = [0 if target is None else next(found) for target in targets]
+        jobs = array("Q", bytes(_JOB_WORDS * WORD_BYTES * len(sources)))
+        columns = (goals, starts, map(len, sources))
+        for number, column in enumerate(columns):
+            jobs[number::_JOB_WORDS] = array("Q", column)
+        return cls(library, jobs, (targets, sources))
 
     def run(self) -> None:
         """Do what nobody else has begun; without Python's lock."""

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from cache.builders import chain, client_of, facts_of, folder_of, hash_of, make_store, serving
 from headrace import cache_ahead
 from headrace.cache_client import CacheClient, PutEntry, WriteEntry
-from headrace.frames import KV, EntryFacts, EntryKey
+from headrace.frames import KV, NONE_AHEAD, EntryFacts, EntryKey, Reserved
 from headrace_cache.advances import ADVANCE_SHARE_MAX, ADVANCES_SHARE_MAX
+from headrace_cache.arena import Arena
 from headrace_cache.grants import NOWHERE, Outcome
+from headrace_cache.policy.names import POLICIES
 from headrace_cache.policy.quota import Share
 from headrace_cache.room import charged_bytes
 from headrace_cache.server import Limits
@@ -334,3 +336,43 @@ async def test_writers_side_by_side_share_what_is_had_ahead(url: str) -> None:
             assert [data for _, data in run] == [entry.data for entry in entries]
         assert client.counts.puts_ahead > 0
         server.check_integrity()
+
+
+async def test_places_are_asked_for_once_at_a_time() -> None:
+    """And not while such as are wished for are here: what is not used is only given back."""
+    returned: list[int] = []
+    kept, wish = cache_ahead.Kept(returned.append), (2, SIZE)
+    assert kept.wants(wish, "t") and not kept.wants(NONE_AHEAD, "t")
+    answer: asyncio.Future[Reserved | None] = asyncio.get_running_loop().create_future()
+    kept.note_asked(answer)
+    assert not kept.wants(wish, "t")
+    answer.set_result(None)
+    assert kept.wants(wish, "t"), "there were none"
+    kept.keep(Reserved(1, 0, (), 0, 7, (0, 1024)), wish, "t")
+    assert not kept.wants(wish, "t")
+    assert kept.wants(wish, "another") and kept.wants((2, SIZE + 1), "t")
+    kept.drop()
+    assert kept.wants(wish, "t") and returned == [7]
+
+
+async def test_room_is_made_while_a_writer_copies_long_and_once_it_has_committed(url: str) -> None:
+    """Ahead of need: neither waits for the other, and a trim that is to come later comes now."""
+    budget_bytes = 400 * charged_bytes(SIZE)
+    arena = Arena(budget_bytes, folder_of(url))
+    store = Store(budget_bytes, POLICIES["keep-score"](None), arena, watermarks=(1.0, 0.5))
+    low_bytes = budget_bytes // 2
+    async with serving(url, store=store) as (server, _), client_of(url) as client:
+        assert await client.write(chain("a", 180))
+        before = store.used_bytes
+        assert await client.write(chain("b", 60))
+        await eventually(lambda: store.used_bytes <= low_bytes < before + 60 * SIZE)
+        store.reserve(99, facts(*range(60)), 0)
+        assert store.used_bytes > low_bytes
+        server._trim_soon(0.01)
+        await eventually(lambda: store.used_bytes <= low_bytes)
+        store.end_all(99)
+        store.reserve(99, facts(*range(100)), 0)
+        server._trim_soon(1000.0)
+        server._trim_soon()
+        await eventually(lambda: store.used_bytes <= low_bytes)
+        store.end_all(99)

@@ -318,7 +318,7 @@ async def test_a_batch_copied_by_turns_lets_the_loop_go_on_between_them(
     monkeypatch.setattr(cache_threads, "TURN_BYTES_MAX", LARGE)
     sources = [data_of(number, size) for number, size in enumerate([LARGE, LARGE // 2, 7, LARGE])]
     memory = [memoryview(bytearray(len(source))) for source in sources]
-    copying_all = asyncio.ensure_future(copy_all(memory, sources, aside=True))
+    copying_all = asyncio.ensure_future(copy_all(memory, sources, asyncio.Lock()))
     turns = []
     while not copying_all.done():
         await asyncio.sleep(0)
@@ -327,8 +327,47 @@ async def test_a_batch_copied_by_turns_lets_the_loop_go_on_between_them(
     assert turns[0] == [True, False, False, False] and turns[-1] == [True] * 4
     for each in memory:
         each[:] = bytes(len(each))
-    given_up = asyncio.ensure_future(copy_all(memory, sources, aside=True))
+    given_up = asyncio.ensure_future(copy_all(memory, sources, asyncio.Lock()))
     await asyncio.sleep(0)
     given_up.cancel()
     await asyncio.wait({given_up})
     assert bytes(memory[0]) == sources[0] and not any(memory[3])
+
+
+@needs_compiler
+async def test_batches_copied_by_turns_come_one_after_the_other(
+    native: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking turns entry by entry, both would be done as late as the second. Who gives up waiting
+    is passed over."""
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 1)
+    monkeypatch.setattr(cache_threads, "TURN_BYTES_MAX", LARGE)
+    sources = [data_of(number, LARGE) for number in range(3)]
+    memory = [[memoryview(bytearray(LARGE)) for _ in sources] for _ in range(3)]
+    turn = asyncio.Lock()
+    copying_all = [asyncio.ensure_future(copy_all(each, sources, turn)) for each in memory]
+    await asyncio.sleep(0)
+    copying_all[1].cancel()
+    while not copying_all[2].done():
+        assert memory[0] == sources or not any(map(any, memory[2]))
+        await asyncio.sleep(0)
+    assert await copying_all[2] == list(map(checksum, sources))
+    assert memory[2] == sources and not any(map(any, memory[1]))
+    assert not turn.locked()
+
+
+async def test_calls_have_their_turn_in_the_event_loop_where_that_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a worker's blocks are. What may take long, and is given no turn, is for threads."""
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 1)
+    here, turn = threading.get_ident(), asyncio.Lock()
+
+    def thread(number: int) -> tuple[int, bool]:
+        return number, threading.get_ident() == here
+
+    sizes = [LARGE] * 5
+    assert await in_threads(thread, sizes, turn) == [(number, True) for number in range(5)]
+    assert await in_threads(thread, sizes) == [(number, False) for number in range(5)]
+    monkeypatch.setattr(cache_threads, "COPIERS_ASIDE", 2)
+    assert await in_threads(thread, sizes, turn) == [(number, False) for number in range(5)]

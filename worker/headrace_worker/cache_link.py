@@ -254,6 +254,7 @@ class CacheLink:
             cost_ms=facts.cost_ms,
             layout=self._layout,
             pin_ms=min(facts.pin_ms, PIN_MS_MAX),
+            quick=export.quick,
         )
 
     def _note_written(self, export: Export) -> None:

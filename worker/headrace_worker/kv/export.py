@@ -68,14 +68,18 @@ class Export:
         size_bytes: int,
         read: Callable[[NDArray[np.uint8]], int | None],
         accepts: Callable[[memoryview], bool],
+        *,
+        quick: bool = False,
     ) -> None:
         """`read` writes the block's payload, as it is in the pool then, into `size_bytes` bytes.
 
         What `accepts` refuses is not written. `read` may have looked itself: it gives the CRC-32C
-        of what it wrote then, or -1 where that is not to be accepted.
+        of what it wrote then, or -1 where that is not to be accepted. `quick`: so that an event
+        loop may wait for it.
         """
         self.facts = facts
         self.size_bytes = size_bytes
+        self.quick = quick
         self._read: Callable[[NDArray[np.uint8]], int | None] | None = read
         self._accepts = accepts
         self._state = State.OFFERED

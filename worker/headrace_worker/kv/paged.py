@@ -47,6 +47,9 @@ class Placed:
 class PagedKvPool:
     """KV of `blocks` blocks. `place` of a block: which run of 16 tokens of the pages it is."""
 
+    copies_quickly = False
+    """It may have to wait for the device."""
+
     def __init__(
         self,
         config: ModelConfig,

@@ -62,6 +62,8 @@ class PartSlice:
 class PartedKv:
     """All ranks' pools as one."""
 
+    copies_quickly = False
+
     def __init__(
         self,
         parts: Sequence[tuple[Part, KvPool]],

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headrace import copying
 from headrace.copying import copy_numbers
 from headrace.frames import Buffer
 from headrace.types import BLOCK_TOKENS
@@ -129,6 +130,11 @@ class KvPool:
     def payload_bytes(self) -> int:
         """Size in bytes of one block's payload."""
         return int(self._bytes.shape[1])
+
+    @property
+    def copies_quickly(self) -> bool:
+        """Whether `copy_block` is done in C."""
+        return self._checked.width > 0 and copying.state() == "native"
 
     def payload(self, block: int) -> NDArray[np.uint8]:
         """The block's payload where it lies: it changes as the block is written to."""

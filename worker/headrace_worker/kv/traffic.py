@@ -33,6 +33,11 @@ class Kv(Protocol):
     @property
     def payload_bytes(self) -> int: ...
 
+    @property
+    def copies_quickly(self) -> bool:
+        """Whether `copy_block` is a copy in memory, made without Python's lock."""
+        ...
+
     def copy_block(self, block: int, target: NDArray[np.uint8]) -> int | None:
         """Writes the block's payload, as it is now, into `target`. Any thread may call it.
 
@@ -84,12 +89,16 @@ class Traffic:
             pin_ms,
             cost_ms,
         )
-        read = partial(self._kv.copy_block, cached.block)
-        export = Export(facts, self._kv.payload_bytes, read, self._kv.accepts)
+        export = self._export(facts, cached.block)
         still = [e for e in self._open.get(cached.block, ()) if e.state is State.OFFERED]
         self._open[cached.block] = [*still, export]
         self._made.append(export)
         return True
+
+    def _export(self, facts: ExportFacts, block: int) -> Export:
+        kv = self._kv
+        read = partial(kv.copy_block, block)
+        return Export(facts, kv.payload_bytes, read, kv.accepts, quick=kv.copies_quickly)
 
     def take_lent(self) -> list[Export]:
         """What was lent since the last call, parents first."""
@@ -113,8 +122,7 @@ class Traffic:
                 sequence.tenant,
                 sequence.id,
             )
-            read = partial(self._kv.copy_block, cached.block)
-            export = Export(facts, self._kv.payload_bytes, read, self._kv.accepts)
+            export = self._export(facts, cached.block)
             still = [e for e in self._lent.get(cached.block, ()) if e.state is State.OFFERED]
             self._lent[cached.block] = [*still, export]
             self._made_lent.append(export)

@@ -24,6 +24,8 @@ from headrace_worker.parallel import commands
 class DistantKv:
     """What the engine does with KV, where most of it lies elsewhere."""
 
+    copies_quickly = False
+
     def __init__(
         self,
         own: KvPool | PagedKvPool,
