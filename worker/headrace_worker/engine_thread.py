@@ -31,7 +31,9 @@ log = structlog.get_logger()
 
 RESULTS_MAX = 1_024
 QUIET_MAX = 16
-"""Steps that wait for the next one of which the event loop has to know at once."""
+QUIET_MS = 100
+"""Steps, and time, that are told together with the next one of which the loop has to know at once.
+What hangs on them are reports, a few a second."""
 IDLE_CHECK_S = 60.0
 NICEST = 19
 
@@ -66,6 +68,7 @@ class EngineThread:
         self._debug = debug
         self._express = express
         self._quiet: list[StepResult] = []
+        self._quiet_since_ms = 0
         self._handed = 0  # counted by the engine's thread alone, as what is done is by the loop
         self._done = 0
         self._inbox: deque[Callable[[Engine], None]] = deque()
@@ -142,14 +145,17 @@ class EngineThread:
         while not self._room.acquire(timeout=0.5):
             if self._stopping:
                 return
-        self._busy_since_ms = self._clock.now_ms()
+        self._busy_since_ms = began_ms = self._clock.now_ms()
         result = self._engine.step()
         sent = self._express is not None and self._handed == self._done and self._express(result)
         self._busy_since_ms = -1
         self.steps += 1
         self._look()
+        if not self._quiet:
+            self._quiet_since_ms = began_ms
         self._quiet.append(replace(result, deltas=[]) if sent else result)
-        if not sent or len(self._quiet) >= QUIET_MAX:
+        waited_ms = began_ms - self._quiet_since_ms
+        if not sent or len(self._quiet) >= QUIET_MAX or waited_ms >= QUIET_MS:
             self._hand_over()
 
     def _hand_over(self) -> None:

@@ -97,7 +97,8 @@ class Line(Generic[T]):
         """See to it that there is a connection, in the background."""
         now_s = asyncio.get_running_loop().time()
         idle = self._opening is None or self._opening.done()
-        if self._socket is None and idle and now_s >= self._open_at_s:
+        gone = self._socket is None and not self._waiting
+        if gone and idle and now_s >= self._open_at_s:
             self._open_at_s = now_s + OPEN_AGAIN_S
             self._opening = asyncio.create_task(self._open())
 
