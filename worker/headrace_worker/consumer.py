@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
-from functools import partial
+from operator import methodcaller
 
 import structlog
 from redis.asyncio import Redis
@@ -34,6 +34,8 @@ from headrace.types import (
 from headrace_worker.cache_link import CacheLink
 from headrace_worker.engine import Engine
 from headrace_worker.engine_thread import EngineThread
+from headrace_worker.express import Express
+from headrace_worker.line import Line
 from headrace_worker.membership import Capacity, Membership, new_worker_id
 from headrace_worker.metrics import Counts
 from headrace_worker.moves import CANCELLED, OK, STALE, Moves
@@ -79,7 +81,9 @@ class Consumer:
         self._tickets: dict[str, Ticket] = {}
         self._state = WorkerState.READY
         self._stop = asyncio.Event()
-        self._publisher = Publisher(self._redis, record.name, self._note_sent)
+        line = Line[list[Addressed]](settings.redis_url)
+        self._publisher = Publisher(self._redis, record.name, self._note_sent, line)
+        self._express = Express(self._tickets, self._publisher, cache)
         self._reporter = Reporter(self._redis, record.name, clock)
         self._preparation = Preparation(record, cache, self._reporter, clock)
         self._moves = Moves(engine, self._publisher, cache, clock)
@@ -102,6 +106,7 @@ class Consumer:
             threads=self._threads,
             nice=self._settings.nice,
             debug=self._settings.debug,
+            express=self._express.take,
         )
         self._thread.start()
         self._capacity = await self._moves.open(
@@ -324,7 +329,7 @@ class Consumer:
             return False
         if ticket.added:
             assert self._thread is not None, "jobs are read while the engine runs"
-            self._thread.send(partial(_cancel_in_engine, job.id))
+            self._thread.send(methodcaller("cancel", job.id))
         self._leave(ticket, "a later attempt")
         return True
 
@@ -383,7 +388,7 @@ class Consumer:
             return
         if ticket.added:
             assert self._thread is not None, "jobs are read while the engine runs"
-            self._thread.send(partial(_cancel_in_engine, job_id))
+            self._thread.send(methodcaller("cancel", job_id))
             return
         ticket.stop_tasks()
         self._end(ticket, Finish(FinishReason.CANCELLED))
@@ -492,9 +497,4 @@ class Consumer:
 
     def _note_sent(self, steps: int) -> None:
         assert self._thread is not None, "steps come from the engine"
-        for _ in range(steps):
-            self._thread.result_done()
-
-
-def _cancel_in_engine(job_id: str, engine: Engine) -> None:
-    engine.cancel(job_id)
+        self._thread.results_done(steps)

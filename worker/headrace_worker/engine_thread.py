@@ -17,6 +17,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 import torch
@@ -29,6 +30,10 @@ from headrace_worker.results import StepResult
 log = structlog.get_logger()
 
 RESULTS_MAX = 1_024
+QUIET_MAX = 16
+QUIET_MS = 100
+"""Steps, and time, that are told together with the next one of which the loop has to know at once.
+What hangs on them are reports, a few a second."""
 IDLE_CHECK_S = 60.0
 NICEST = 19
 
@@ -36,6 +41,8 @@ NICEST = 19
 class EngineThread:
     """Runs `engine` until `stop()`; `on_result` is called after each step in the loop that made it.
 
+    `express` is asked first, here, to send a step's tokens when all before them were delivered; of
+    a step that it took the loop is told somewhat later, and its deltas are gone.
     `threads`: cores that one step may use. `nice`: how far computing steps back for what answers,
     of this process and of others. With `debug`, what the engine holds is checked whenever
     it has nothing to do; a failed check ends the thread, and so the worker.
@@ -50,6 +57,7 @@ class EngineThread:
         threads: int,
         nice: int = 0,
         debug: bool = False,
+        express: Callable[[StepResult], bool] | None = None,
     ) -> None:
         self._engine = engine
         self._clock = clock
@@ -58,6 +66,11 @@ class EngineThread:
         self._threads = threads
         self._nice = nice
         self._debug = debug
+        self._express = express
+        self._quiet: list[StepResult] = []
+        self._quiet_since_ms = 0
+        self._handed = 0  # counted by the engine's thread alone, as what is done is by the loop
+        self._done = 0
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._news = threading.Condition()
         self._stopping = False
@@ -84,9 +97,11 @@ class EngineThread:
             self._news.notify()
         self._thread.join(timeout=10)
 
-    def result_done(self) -> None:
-        """One step's result has been delivered; the thread may run that much further ahead."""
-        self._room.release()
+    def results_done(self, steps: int) -> None:
+        """So many steps' results have been delivered; the thread may run that much further."""
+        self._done += steps
+        if steps:
+            self._room.release(steps)
 
     def stalled_ms(self) -> int:
         """How long the step that runs now has been running; 0 when none does."""
@@ -113,6 +128,7 @@ class EngineThread:
             with self._news:
                 while not (self._inbox or self._stopping or self._engine.has_work):
                     self._look()
+                    self._hand_over()
                     if self._debug:
                         self._engine.check_integrity()
                     self._news.wait(IDLE_CHECK_S)
@@ -129,12 +145,28 @@ class EngineThread:
         while not self._room.acquire(timeout=0.5):
             if self._stopping:
                 return
-        self._busy_since_ms = self._clock.now_ms()
+        self._busy_since_ms = began_ms = self._clock.now_ms()
         result = self._engine.step()
+        sent = self._express is not None and self._handed == self._done and self._express(result)
         self._busy_since_ms = -1
         self.steps += 1
         self._look()
-        self._loop.call_soon_threadsafe(self._on_result, result)
+        if not self._quiet:
+            self._quiet_since_ms = began_ms
+        self._quiet.append(replace(result, deltas=[]) if sent else result)
+        waited_ms = began_ms - self._quiet_since_ms
+        if not sent or len(self._quiet) >= QUIET_MAX or waited_ms >= QUIET_MS:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._quiet:
+            told, self._quiet = self._quiet, []
+            self._handed += len(told)
+            self._loop.call_soon_threadsafe(self._tell, told)
+
+    def _tell(self, results: list[StepResult]) -> None:
+        for result in results:
+            self._on_result(result)
 
     def _look(self) -> None:
         """What others are told of the engine: whole objects, replaced."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from headrace import keys, scripts, wire
 from headrace.streams import REDIS_DOWN, link_of
 from headrace.types import Delta, JobDone, JobMoved, JobProgress
 from headrace.wire_reports import encode_done, encode_moved
+from headrace_worker.line import Line
 
 log = structlog.get_logger()
 
@@ -67,12 +68,23 @@ class Moving:
 
 
 class Publisher:
-    """One task that empties the outbox. `on_sent` is called with the number of steps sent."""
+    """One task that empties the outbox. `on_sent` is called with the number of steps sent.
 
-    def __init__(self, redis: Redis, model: str, on_sent: Callable[[int], None]) -> None:
+    `line`: on which the engine's thread sends some steps itself. The task sends nothing while any
+    of that is unanswered, and sends again what got lost there.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        model: str,
+        on_sent: Callable[[int], None],
+        line: Line[list[Addressed]] | None = None,
+    ) -> None:
         self._redis = redis
         self._model = model
         self._on_sent = on_sent
+        self._line = line
         self._outbox: deque[tuple[list[Addressed | Moving], int]] = deque()
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
@@ -89,6 +101,18 @@ class Publisher:
         self._idle.clear()
         self._news.set()
 
+    def put_now(self, step: list[Addressed]) -> bool:
+        """Send tokens of running jobs from the calling thread; False where they have to be put.
+
+        The caller has seen all it put before leave, and calls in one thread only.
+        """
+        if self._line is None:
+            return False
+        running: dict[str, list[Delta]] = {}
+        for item in step:
+            running.setdefault(item.to.gateway, []).append(item.delta)
+        return self._line.send(self._frames(running), step)
+
     async def move(self, moving: Moving) -> str:
         """Move a job behind everything that was put before; what the script says of it."""
         self._outbox.append(([moving], 0))
@@ -102,17 +126,28 @@ class Publisher:
 
     async def run(self) -> None:
         """Send until cancelled."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            while self._outbox:
-                count = min(len(self._outbox), PARTS_MERGED_MAX)
-                parts = [self._outbox[index] for index in range(count)]
-                await self._send_until_done([item for deltas, _ in parts for item in deltas])
-                for _ in range(count):
-                    self._outbox.popleft()
-                self._on_sent(sum(steps for _, steps in parts))
-            self._idle.set()
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                while self._outbox:
+                    await self._send_some()
+                self._idle.set()
+        finally:
+            if self._line is not None:
+                self._line.close()
+
+    async def _send_some(self) -> None:
+        lost = [] if self._line is None else await self._line.settle()
+        count = min(len(self._outbox), PARTS_MERGED_MAX)
+        parts = [self._outbox[index] for index in range(count)]
+        batch: list[Addressed | Moving] = [item for step in lost for item in step]
+        await self._send_until_done(batch + [item for deltas, _ in parts for item in deltas])
+        for _ in range(count):
+            self._outbox.popleft()
+        self._on_sent(sum(steps for _, steps in parts))
+        if self._line is not None:
+            self._line.open_soon()
 
     async def _send_until_done(self, batch: list[Addressed | Moving]) -> None:
         failures = 0
@@ -140,11 +175,7 @@ class Publisher:
                 running.setdefault(item.to.gateway, []).append(item.delta)
             else:
                 endings.append(item)
-        commands: list[tuple[Any, ...]] = [
-            ("XADD", keys.replies(self._model, gateway), "*", "d", wire.encode_deltas(frame))
-            for gateway, deltas in running.items()
-            for frame in _frames(deltas)
-        ]
+        commands = self._frames(running)
         commands += [self._finish(item) for item in endings]
         commands += [self._move(moving) for moving in moves]
         answers = await link_of(self._redis).many(commands)
@@ -156,6 +187,14 @@ class Publisher:
         for moving, answer in zip(moves, answers[len(answers) - len(moves) :], strict=True):
             if not moving.answer.done():
                 moving.answer.set_result(answer.decode())
+
+    def _frames(self, running: Mapping[str, list[Delta]]) -> list[tuple[Any, ...]]:
+        """Commands that tell gateways of jobs that go on."""
+        return [
+            ("XADD", keys.replies(self._model, gateway), "*", "d", wire.encode_deltas(frame))
+            for gateway, deltas in running.items()
+            for frame in _frames(deltas)
+        ]
 
     def _finish(self, item: Addressed) -> tuple[Any, ...]:
         m, to, finish = self._model, item.to, item.delta.finish

@@ -26,6 +26,7 @@ std::atomic<int> wanted{1};
 
 thread_local uint32_t Team::number_ = 0;
 thread_local int Team::thread_ = 0;
+thread_local bool Team::joined_ = false;
 
 Team::Team(int size) : size_(size), next_(2 * size) {
   for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { serve(i); });
@@ -42,16 +43,26 @@ Team::~Team() {
 }
 
 void Team::run(const std::function<void(int)>& work) {
-  number_ = passed_.load();
+  number_ = number_of(state_.load());
   thread_ = 0;
-  if (size_ > 1) {
+  joined_ = true;
+  state_.store(state_of(number_, 1));
+  if (size_ == 1) {
+    work(0);
+    return;
+  }
+  {
     std::lock_guard<std::mutex> guard(lock_);
     work_ = &work;
-    busy_ = size_ - 1;
+    first_ = number_;
     calls_.fetch_add(1);
   }
-  if (size_ > 1) news_.notify_all();
+  news_.notify_all();
   work(0);
+  {
+    std::lock_guard<std::mutex> guard(lock_);
+    work_ = nullptr;
+  }
   for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
     if (spins < SPINS_BEFORE_YIELD) {
       relax();
@@ -73,27 +84,51 @@ void Team::serve(int thread) {
       std::unique_lock<std::mutex> guard(lock_);
       news_.wait(guard, [&] { return calls_.load() != seen; });
     }
+    const std::function<void(int)>* work;
     {
       // the lock makes `work_` the one that belongs to this call
       std::lock_guard<std::mutex> guard(lock_);
       seen = calls_.load();
       if (stopping_) return;
+      work = work_;
+      if (work == nullptr) continue;  // too late
+      number_ = first_;
+      busy_.fetch_add(1, std::memory_order_relaxed);
     }
-    number_ = passed_.load();
-    (*work_)(thread);
+    joined_ = false;
+    (*work)(thread);
     busy_.fetch_sub(1, std::memory_order_release);
   }
+}
+
+// Whether this thread takes part in a phase from now on; false where the phase is over.
+bool Team::join(uint32_t number) {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  while (number_of(state) == number) {
+    if (done(state) == here(state)) {  // all but the end of it is over
+      wait(number);
+    } else if (state_.compare_exchange_weak(state, state + ONE_HERE, std::memory_order_acq_rel)) {
+      joined_ = true;
+      return true;
+    } else {
+      continue;  // `state` is what it is now
+    }
+    state = state_.load(std::memory_order_acquire);
+  }
+  number_ = number + 1;
+  return false;
 }
 
 // Whether this thread is the last.
 bool Team::arrive(uint32_t number) {
   number_ = number + 1;
-  return arrived_.value.fetch_add(1, std::memory_order_acq_rel) == size_ - 1;
+  const uint64_t state = state_.fetch_add(1, std::memory_order_acq_rel) + 1;
+  return done(state) == here(state);
 }
 
 void Team::release(uint32_t number) {
-  arrived_.value.store(0, std::memory_order_relaxed);
   for (int i = 0; i < size_; ++i) next_[(number & 1) * size_ + i].value.store(0, std::memory_order_relaxed);
+  state_.store(state_of(number + 1, here(state_.load(std::memory_order_relaxed))), std::memory_order_release);
   passed_.store(number + 1, std::memory_order_release);
 }
 

@@ -1,10 +1,13 @@
 // A team of threads that goes through phases together: each has a run of a phase's items to itself,
 // takes from the others' runs when it is done with its own, and nobody starts the next phase before
-// all are done with this one. Runs, because memory is read faster from one end to the other.
+// all who are there are done with this one. Runs, because memory is read faster from one end to the
+// other. Threads join a call when they are awake and have a core: the caller begins alone, since a
+// wake-up takes as long as several phases, and longer where others use the cores.
 //
 // Invariant: which thread takes an item never changes its result, so a phase's items write to
-// places of their own. Waiting threads spin, since phases last microseconds; they give the core away
-// when they have spun long, and sleep between calls.
+// places of their own, and how many threads are there changes no result either. Waiting threads
+// spin, since phases last microseconds; they give the core away when they have spun long, and sleep
+// between calls.
 //
 // Rejected: OpenMP. torch brings a runtime of its own, and two of them in one process make two pools
 // that spin against each other.
@@ -29,15 +32,18 @@ class Team {
 
   int size() const { return size_; }
 
-  // Runs `work` on every thread, the caller's included; returns when all are done.
+  // Runs `work` on the caller's thread and on every other that comes in time; returns when all who came
+  // are done.
   void run(const std::function<void(int thread)>& work);
 
   // Within `run`: calls f(first, last) for parts of 0..count of at most `grain` items, then waits for
-  // the others. Every thread has to make the same calls. `finish()` is called once, by the last who
-  // is done with the items, before anybody goes on.
+  // the others. Every thread has to make the same calls, and who comes late makes those that are over for
+  // nothing: between two calls `work` may only look at what phases made, not change it. `finish()` is
+  // called once, by the last who is done with the items, before anybody goes on.
   template <typename F, typename G>
   void phase(int count, int grain, const F& f, const G& finish) {
     const uint32_t number = number_;
+    if (!joined_ && !join(number)) return;
     Counter* next = next_.data() + (number & 1) * size_;
     for (int turn = 0; turn < size_; ++turn) {
       const int whose = (thread_ + turn) % size_;
@@ -76,6 +82,14 @@ class Team {
     std::atomic<int> value{0};
   };
 
+  // Where the team is: a phase's number, how many are there, and how many of them are done with it.
+  static constexpr uint64_t ONE_HERE = uint64_t{1} << 16, COUNT_MASK = 0xffff;
+  static uint32_t number_of(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
+  static uint64_t here(uint64_t state) { return state >> 16 & COUNT_MASK; }
+  static uint64_t done(uint64_t state) { return state & COUNT_MASK; }
+  static uint64_t state_of(uint32_t number, uint64_t here) { return static_cast<uint64_t>(number) << 32 | here << 16; }
+
+  bool join(uint32_t number);
   bool arrive(uint32_t number);
   void release(uint32_t number);
   void wait(uint32_t number);
@@ -83,17 +97,19 @@ class Team {
 
   const int size_;
   std::vector<Counter> next_;  // of this phase and of the next: what was taken of each thread's run
-  Counter arrived_;
+  alignas(64) std::atomic<uint64_t> state_{0};
   alignas(64) std::atomic<uint32_t> passed_{0};
   alignas(64) std::atomic<uint32_t> calls_{0};
-  std::atomic<int> busy_{0};
+  std::atomic<int> busy_{0};  // who came to this call, beside the caller
   std::atomic<bool> stopping_{false};
   std::mutex lock_;
   std::condition_variable news_;
-  const std::function<void(int)>* work_ = nullptr;
+  const std::function<void(int)>* work_ = nullptr;  // null between calls, and then nobody comes
+  uint32_t first_ = 0;                              // the number of the call's first phase
   std::vector<std::thread> threads_;
   static thread_local uint32_t number_;
   static thread_local int thread_;
+  static thread_local bool joined_;
 };
 
 // The team of this process, of as many threads as were asked for last; calls take turns. Or a team of
