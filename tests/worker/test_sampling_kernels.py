@@ -27,7 +27,7 @@ from headrace_worker.policy.speculation import Guesser
 from headrace_worker.sampling import sampler
 from headrace_worker.sampling.choosing import Choosing
 from headrace_worker.sampling.sampler import Row
-from headrace_worker.sampling.weights import GRID, VOCAB_MAX, total, weigh
+from headrace_worker.sampling.weights import GRID, TEMPERATURE_MIN, VOCAB_MAX, total, weigh
 from worker.both import noise, sample
 from worker.builders import (
     finish_all,
@@ -65,14 +65,18 @@ def row_of(vocab: int, seed: int, position: int = 0, **options: Any) -> Row:
     temperature=st.sampled_from([1e-300, 0.01, 0.5, 1.0, 1.7, 100.0]),
 )
 def test_weights_are_near_the_exponential(logits: list[float], temperature: float) -> None:
-    """Within a few roundings of float32 and half of GRID; 1 for the best, a multiple of GRID."""
+    """Within a few roundings of float32 and half of GRID; 1 for the best, a multiple of GRID.
+
+    Of the temperature, or of TEMPERATURE_MIN: logits nearer than that to each other are alike.
+    """
     values = np.array(logits, np.float32)
     best = values.max()
     if not np.isfinite(best):
         return
     with np.errstate(over="ignore"):
         weights = weigh(values, best, temperature, None).astype(np.float64)
-        distance = np.minimum(-(values.astype(np.float64) - float(best)) / temperature, 1e3)
+        least = max(temperature, TEMPERATURE_MIN)
+        distance = np.minimum(-(values.astype(np.float64) - float(best)) / least, 1e3)
     exact = np.exp(-distance)
     assert (np.abs(weights - exact) <= exact * (4e-7 + 1.3e-7 * distance) + GRID / 2).all()
     assert weights.max() == 1
