@@ -9,8 +9,10 @@ thousand times slower.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
@@ -89,6 +91,21 @@ class FleetConfig:
         return WorkerRole.DECODE if number < prefill + decode else WorkerRole.BOTH
 
 
+COLLECTED_EACH = 1_000_000
+"""Objects that come to be before the collector looks for circles of them."""
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """The garbage collector hardly runs: nothing here makes circles, and what lives is a lot."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECTED_EACH, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 STEP, DONE, REPORT, BOARD, ARRIVE, INTAKE, REACH, DEADLINE, MOVE = range(9)
 """Events; at the same instant the lower goes first."""
 
@@ -148,7 +165,8 @@ class Fleet:
         self._arriving = 0
         self._reserved = 0
         self._booked = dict.fromkeys(self.workers, 0)
-        self._free_jobs = config.workers * config.cost.max_jobs
+        self._jobs_max = config.cost.max_jobs
+        self._free_jobs = config.workers * self._jobs_max
 
     @property
     def live(self) -> int:
@@ -178,12 +196,13 @@ class Fleet:
             self._move,
         )
         queue, check = self._queue, self.config.check
-        while queue:
-            self.now_ms, kind, _, subject = heappop(queue)
-            self.events += 1
-            handlers[kind](subject)
-            if check:
-                self.check_integrity()
+        with rarely_collected():
+            while queue:
+                self.now_ms, kind, _, subject = heappop(queue)
+                self.events += 1
+                handlers[kind](subject)
+                if check:
+                    self.check_integrity()
         return self
 
     def _set_workers(self) -> None:
@@ -212,24 +231,26 @@ class Fleet:
         if from_source:
             self._next_arrival()
         if round_up(request.input_tokens + request.output_tokens) > self.config.cost.kv_tokens:
-            self._end(request, Outcome.TOO_LONG, REFUSED_MS)
+            self._turn_away(request, Outcome.TOO_LONG, REFUSED_MS)
             return
         gateway = self.gateways[request.gateway % len(self.gateways)]
         job = gateway.job(request)
         admission = gateway.admit(job)
         if not admission.admitted:
             # who does as told tries again when told to, or does something else for a while
-            self._end(request, Outcome.REFUSED, admission.retry_after_ms or REFUSED_MS)
+            self._turn_away(request, Outcome.REFUSED, admission.retry_after_ms or REFUSED_MS)
             return
         live = self._live[request.id] = Live(request, job, gateway)
         self._at(self.now_ms + self.config.delays.intake_ms, INTAKE, live)
 
-    def _end(
-        self, request: SimRequest, outcome: Outcome, pause_ms: float = 0.0, **facts: Any
-    ) -> None:
-        """`request` ended; a closed loop's client may send the next after `pause_ms`."""
-        self.records.add(request, outcome, self.now_ms, **facts)
-        following = self._stream.ended(request, self.now_ms + pause_ms)
+    def _turn_away(self, request: SimRequest, outcome: Outcome, pause_ms: float) -> None:
+        """`request` did not get in; its client may send the next after `pause_ms`."""
+        self.records.add(request, outcome, self.now_ms)
+        self._follow_up(request, self.now_ms + pause_ms)
+
+    def _follow_up(self, request: SimRequest, at_ms: float) -> None:
+        """A closed loop's client may send the next request."""
+        following = self._stream.ended(request, at_ms)
         if following is not None:
             self._arriving += 1
             self._at(following.at_ms, ARRIVE, (following, False))
@@ -308,9 +329,12 @@ class Fleet:
 
     def _book(self, worker: str, jobs: int) -> None:
         """The dispatcher counts so many more jobs on `worker`."""
-        before, jobs_max = self._booked[worker], self.config.cost.max_jobs
-        self._booked[worker] = before + jobs
-        self._free_jobs += max(0, jobs_max - before - jobs) - max(0, jobs_max - before)
+        before, jobs_max = self._booked[worker], self._jobs_max
+        self._booked[worker] = after = before + jobs
+        if before <= jobs_max >= after:
+            self._free_jobs -= jobs
+        else:
+            self._free_jobs += max(0, jobs_max - after) - max(0, jobs_max - before)
 
     # the workers
 
@@ -394,14 +418,8 @@ class Fleet:
         if outcome is Outcome.COMPLETE and sequence is not None:
             decode_ms = self.now_ms - sequence.first_ms
             live.gateway.ended(live.job, output, cached, decode_ms)
-        self._end(
-            request,
-            outcome,
-            wait_ms=wait_ms,
-            ttft_ms=ttft_ms,
-            cached_tokens=cached,
-            output_tokens=output,
-        )
+        self.records.add(request, outcome, self.now_ms, wait_ms, ttft_ms, cached, output)
+        self._follow_up(request, self.now_ms)
 
     def _done(self, done: JobDone) -> None:
         self._book(done.worker, -1)
