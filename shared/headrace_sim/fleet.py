@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
 from typing import Any
 
 from headrace.policy.cost_model import CostModel
@@ -22,6 +21,7 @@ from headrace.types import Board, FinishReason, Job, JobDone, JobMoved, WorkerRo
 from headrace_gateway.policy.dispatch import DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.workload import WorkerFacts
+from headrace_sim.agenda import Agenda
 from headrace_sim.alternatives import OURS, Alternative, Dispatch
 from headrace_sim.gateway import EPOCH_MS, BlockNames, GatewayConfig, SimGateway
 from headrace_sim.kv_cache import round_up
@@ -133,6 +133,7 @@ class Fleet:
         self.service = Service()
         self.gaps = Gaps()
         self.now_ms = 0.0
+        self.wall_ms = EPOCH_MS
         self.events = 0
         self.moves = 0
         self.role_changes = 0
@@ -158,8 +159,8 @@ class Fleet:
         }
         self._stream = stream
         self._source: Iterator[SimRequest] = iter(())
-        self._queue: list[tuple[float, int, int, Any]] = []
-        self._number = 0
+        self._agenda = Agenda()
+        self._at = self._agenda.put
         self._live: dict[str, Live] = {}
         self._waiting = 0
         self._arriving = 0
@@ -172,10 +173,6 @@ class Fleet:
     def live(self) -> int:
         """Requests that have not ended."""
         return len(self._live)
-
-    @property
-    def wall_ms(self) -> int:
-        return EPOCH_MS + int(self.now_ms)
 
     def run(self) -> Fleet:
         """To the end of the last request."""
@@ -195,10 +192,10 @@ class Fleet:
             self._deadline,
             self._move,
         )
-        queue, check = self._queue, self.config.check
+        check = self.config.check
         with rarely_collected():
-            while queue:
-                self.now_ms, kind, _, subject = heappop(queue)
+            for self.now_ms, kind, _, subject in self._agenda:
+                self.wall_ms = EPOCH_MS + int(self.now_ms)
                 self.events += 1
                 handlers[kind](subject)
                 if check:
@@ -212,10 +209,6 @@ class Fleet:
             for name, role in self._roles.items()
         ]
         self.policy.set_workers(facts, self.wall_ms)
-
-    def _at(self, at_ms: float, kind: int, subject: Any) -> None:
-        self._number += 1
-        heappush(self._queue, (at_ms, kind, self._number, subject))
 
     # requests come
 
@@ -308,7 +301,7 @@ class Fleet:
         for gateway in self.gateways:
             gateway.see(board)
         self._dispatch()
-        if self._live or self._arriving or not self._number:
+        if self._live or self._arriving or not self._agenda.number:
             self._at(self.now_ms + self.config.delays.board_ms, BOARD, None)
 
     def _free_slots(self) -> int:
@@ -454,6 +447,7 @@ class Fleet:
 
     def check_integrity(self) -> None:
         self.policy.check_integrity()
+        self._agenda.check_integrity()
         for worker in self.workers.values():
             worker.check_integrity()
         assert self._reserved == sum(

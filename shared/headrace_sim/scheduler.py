@@ -407,23 +407,25 @@ class _Draft:
                 self._blocked = first.job.id in self._preempted or not self._admit(first, place)
         return len(self.chunks) > planned
 
-    def _limits(self, sequence: SimSequence) -> bool:
-        return sequence.job.band > self._guarded and sequence.lacks_prompt
-
     def _room(self, sequence: SimSequence) -> int:
         """How many of its tokens this step may compute."""
         if not sequence.lacks_prompt:
             return self._budget
         room = min(self._budget, self._beside_left)
-        return min(room, self._lower_left) if self._limits(sequence) else room
+        return min(room, self._lower_left) if sequence.job.band > self._guarded else room
 
     def _compute(self, sequence: SimSequence) -> None:
-        count = min(sequence.pending, self._room(sequence))
+        lacks_prompt = sequence.lacks_prompt
+        limited = lacks_prompt and sequence.job.band > self._guarded
+        count = room = self._budget
+        if lacks_prompt:
+            count = min(room, self._beside_left, self._lower_left if limited else room)
+        count = min(sequence.pending, count)
         self.chunks[sequence.job.id] = Chunk(sequence, count, sequence.stay)
         self._budget -= count
-        if sequence.lacks_prompt:
+        if lacks_prompt:
             self._beside_left -= count
-        if self._limits(sequence):
+        if limited:
             self._lower_left -= count
 
     def _awaits_prefix(self, sequence: SimSequence) -> bool:

@@ -309,9 +309,11 @@ def _report_lane(
     for id, sequence in lane.members.items():
         output = sequence.output + steps - sequence.joined_steps
         computed = sequence.prompt_computed
-        news = _news(sequence, computed, output)
-        if news is not None:
-            served.append(news)
+        # as `_news` has it, for each of thousands of streams four times a second
+        before_computed, before_output = sequence.reported
+        if computed != before_computed or output != before_output:
+            sequence.reported = (computed, output)
+            served.append((sequence.tenant, computed - before_computed, output - before_output))
             cached = sequence.cached
             facts = (id, computed, cached if cached > 0 else 0, output)
             jobs.append(_tuple(JobProgress, facts))
@@ -323,4 +325,4 @@ def _news(sequence: SimSequence, computed: int, output: int) -> Served | None:
     if computed == before_computed and output == before_output:
         return None
     sequence.reported = (computed, output)
-    return sequence.job.tenant, computed - before_computed, output - before_output
+    return sequence.tenant, computed - before_computed, output - before_output
