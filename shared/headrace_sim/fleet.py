@@ -27,7 +27,7 @@ from headrace_sim.gateway import EPOCH_MS, BlockNames, GatewayConfig, SimGateway
 from headrace_sim.kv_cache import round_up
 from headrace_sim.metrics import Gaps, Outcome, Records, Service
 from headrace_sim.sequence import SimSequence, moved
-from headrace_sim.worker import SimWorker
+from headrace_sim.worker import SimWorker, StreamTimes
 from headrace_sim.workload import SimRequest, Stream
 
 REFUSED_MS = 1_000.0
@@ -147,6 +147,7 @@ class Fleet:
             sessions=config.gateway.sessions or alternative.sessions,
         )
         self.gateways = [SimGateway(f"g{n}", gateway, self._names) for n in range(config.gateways)]
+        times = StreamTimes(config.cost)
         self.workers = {
             name: SimWorker(
                 name,
@@ -154,6 +155,7 @@ class Fleet:
                 alternative.rules,
                 on_gaps=self.gaps.add,
                 on_served=self.service.add,
+                times=times,
             )
             for name in (f"w{n}" for n in range(config.workers))
         }

@@ -19,6 +19,18 @@ from headrace_worker.policy.sequence import PROMOTE_MS
 class Lane:
     """See above. `rows` by the members' own bands, `context` the KV tokens that a step reads."""
 
+    __slots__ = (
+        "band",
+        "context",
+        "ends",
+        "idle_ms",
+        "idle_since_ms",
+        "members",
+        "promote_idle_ms",
+        "rows",
+        "steps",
+    )
+
     def __init__(self, band: int) -> None:
         self.band = band
         self.members: dict[str, SimSequence] = {}

@@ -65,6 +65,23 @@ class SimPlan(NamedTuple):
 class SimScheduler:
     """Sequences that wait, compute their prompts, and decode in lanes, over one KV cache."""
 
+    __slots__ = (
+        "_here",
+        "_hurried_steps",
+        "_lower",
+        "_rests",
+        "cache",
+        "cost",
+        "lanes",
+        "pace",
+        "preemptions",
+        "prefilling",
+        "promote_ms",
+        "ran_ms",
+        "rules",
+        "waiting",
+    )
+
     def __init__(self, cost: CostModel, rules: Rules, *, reports: bool) -> None:
         self.cost = cost
         self.rules = rules

@@ -36,6 +36,20 @@ def _unheard(*_: object) -> None:
     """Nobody asked."""
 
 
+class StreamTimes(dict[int, tuple[float, float]]):
+    """By rows, as the cost model says it: what a step of streams alone takes without their context,
+    and by how much longer each is than the one before. Workers of one model share it."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+
+    def __missing__(self, rows: int) -> tuple[float, float]:
+        duration_ms = self._cost.step_duration_ms
+        growth_ms = duration_ms(0, 0, rows, 0) - duration_ms(0, 0, 0, 0)
+        found = self[rows] = duration_ms(0, rows, 0, 0), growth_ms
+        return found
+
+
 class Advance(NamedTuple):
     """What a stretch of steps brought: complete outputs, those dropped, and those that move on."""
 
@@ -50,6 +64,27 @@ class SimWorker:
     `multi_step` False makes every step an event: slow, for comparison.
     """
 
+    __slots__ = (
+        "_leaving",
+        "_multi_step",
+        "_on_gaps",
+        "_on_served",
+        "_orders",
+        "_report_sequence",
+        "_reported",
+        "_segment",
+        "_times",
+        "busy_ms",
+        "cost",
+        "is_reporting",
+        "name",
+        "next_ms",
+        "output_tokens",
+        "prefill_tokens",
+        "scheduler",
+        "steps",
+    )
+
     def __init__(
         self,
         name: str,
@@ -58,6 +93,7 @@ class SimWorker:
         *,
         on_gaps: OnGaps = _unheard,
         on_served: OnServed = _unheard,
+        times: StreamTimes | None = None,
         reports: bool = True,
         multi_step: bool = True,
     ) -> None:
@@ -80,9 +116,7 @@ class SimWorker:
         self._orders = 0
         self._report_sequence = 0
         self._reported = (0.0, 0, 0)
-        self._alike_ms: dict[int, tuple[float, float]] = {}
-        """By rows: what a step of streams takes without their context, and by how much longer each
-        is than the one before."""
+        self._times = times or StreamTimes(cost)
 
     def add(self, sequence: SimSequence, now_ms: float) -> None:
         """A job arrived; the next step takes it into account."""
@@ -214,7 +248,7 @@ class SimWorker:
                 pairs += attended(chunk.sequence.computed, chunk.count)
             first_ms, growth_ms = self.cost.step_duration_ms(tokens, rows, context, pairs), 0.0
         elif rows:
-            base_ms, growth_ms = self._alike_ms.get(rows) or self._alike(rows)
+            base_ms, growth_ms = self._times[rows]
             first_ms = base_ms + self.cost.decode_context_ms * context / CONTEXT_UNIT_TOKENS
         else:
             assert not self.scheduler.waiting, "an idle worker takes whoever waits"
@@ -225,13 +259,6 @@ class SimWorker:
             segment.steps = self._steps_alike(segment)
         self._segment = segment
         self.next_ms = segment.end_ms
-
-    def _alike(self, rows: int) -> tuple[float, float]:
-        """Of steps of streams alone, as the cost model says it; kept, as all but a few are such."""
-        duration_ms = self.cost.step_duration_ms
-        growth_ms = duration_ms(0, 0, rows, 0) - duration_ms(0, 0, 0, 0)
-        found = self._alike_ms[rows] = duration_ms(0, rows, 0, 0), growth_ms
-        return found
 
     def _steps_alike(self, segment: Segment) -> int:
         """How many steps can pass before anything has to be decided."""

@@ -14,7 +14,6 @@ in LLM Inference with Sarathi-Serve" (OSDI 2024), whose budget is a number found
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable
 
 TOKENS_UNKNOWN = 128
@@ -42,7 +41,7 @@ class Pace:
         self._stretch = stretch
         self._token_ms = 0.0
         self._beside_ms = 0.0
-        self._streams_ms: dict[int, deque[float]] = {}
+        self._streams_ms: dict[int, tuple[float, ...]] = {}
 
     def note(self, prompt_tokens: int, stream_rows: int, took_ms: float) -> None:
         """A step computed `prompt_tokens` of prompts beside `stream_rows` of running streams."""
@@ -61,10 +60,8 @@ class Pace:
         """Steps of streams alone, each of `rows` rows."""
         if rows:
             size = _size(rows)
-            kept = self._streams_ms.get(size)
-            if kept is None:
-                kept = self._streams_ms[size] = deque(maxlen=STREAM_STEPS)
-            kept.extend(took_ms)
+            kept = (*self._streams_ms.get(size, ()), *took_ms)
+            self._streams_ms[size] = kept[-STREAM_STEPS:]
 
     @property
     def token_ms(self) -> float:
