@@ -55,7 +55,7 @@ class Agenda:
             due.sort()
             self._taken = 0
             # who is put into this slot comes behind what was taken, where the loop finds it
-            for self._taken, event in enumerate(due, 1):  # noqa: B020 -- it is where the loop is
+            for self._taken, event in enumerate(due, 1):
                 yield event
 
     def check_integrity(self) -> None:
@@ -65,5 +65,7 @@ class Agenda:
         assert left == sorted(left), "the slot under way is in order"
         assert all(slot > self._slot for slot in self._slots), "the others come later"
         assert all(
-            int(event[0] * _PER_MS) == slot for slot, events in self._slots.items() for event in events
+            int(event[0] * _PER_MS) == slot
+            for slot, events in self._slots.items()
+            for event in events
         ), "each event is in its slot"

@@ -194,9 +194,9 @@ class Fleet:
             self._deadline,
             self._move,
         )
-        check = self.config.check
+        agenda, check = self._agenda, self.config.check
         with rarely_collected():
-            for self.now_ms, kind, _, subject in self._agenda:
+            for self.now_ms, kind, _, subject in agenda:
                 self.wall_ms = EPOCH_MS + int(self.now_ms)
                 self.events += 1
                 handlers[kind](subject)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from bisect import insort
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from headrace.policy.cost_model import CostModel
 from headrace.types import BLOCK_TOKENS, Band
 from headrace_sim.kv_cache import KvCache, PrefixBlock, round_up
 from headrace_sim.lane import Lane
+from headrace_sim.plan import Chunk, SimPlan
 from headrace_sim.sequence import SimSequence
 from headrace_worker.policy.pace import STRETCH, TOKENS_UNLIMITED, Pace
 from headrace_worker.policy.scheduler import CALM_MS
@@ -40,26 +41,6 @@ class Rules:
     lower_prefill_ms: int = LOWER_PREFILL_MS
     calm_ms: float = CALM_MS
     step_stretch: float = STRETCH
-
-
-@dataclass(slots=True)
-class Chunk:
-    """`count` tokens of a prompt in a step. `stay`: which stay of `sequence` it was planned for."""
-
-    sequence: SimSequence
-    count: int
-    stay: int
-
-
-class SimPlan(NamedTuple):
-    """One step: the lanes that take part with a row for each member, and chunks of prompts.
-
-    `again`: the next step may well be another one, though nothing happens in between.
-    """
-
-    lanes: list[Lane]
-    chunks: list[Chunk]
-    again: bool
 
 
 class SimScheduler:

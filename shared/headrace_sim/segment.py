@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from headrace_sim.lane import Lane
-from headrace_sim.scheduler import Chunk
+from headrace_sim.plan import Chunk
 
 
 @dataclass(slots=True)

@@ -17,7 +17,8 @@ from headrace.types import JobProgress, Progress
 from headrace_sim.kv_cache import PrefixBlock
 from headrace_sim.lane import Lane
 from headrace_sim.metrics import Served
-from headrace_sim.scheduler import Chunk, Rules, SimScheduler
+from headrace_sim.plan import Chunk
+from headrace_sim.scheduler import Rules, SimScheduler
 from headrace_sim.segment import Segment
 from headrace_sim.sequence import SimSequence
 from headrace_worker.policy.pace import STREAM_STEPS
