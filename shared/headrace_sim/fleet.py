@@ -9,10 +9,11 @@ thousand times slower.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
 from typing import Any
 
 from headrace.policy.cost_model import CostModel
@@ -20,12 +21,13 @@ from headrace.types import Board, FinishReason, Job, JobDone, JobMoved, WorkerRo
 from headrace_gateway.policy.dispatch import DispatchPolicy
 from headrace_gateway.policy.fair_queue import Queued
 from headrace_gateway.policy.workload import WorkerFacts
+from headrace_sim.agenda import Agenda
 from headrace_sim.alternatives import OURS, Alternative, Dispatch
 from headrace_sim.gateway import EPOCH_MS, BlockNames, GatewayConfig, SimGateway
 from headrace_sim.kv_cache import round_up
 from headrace_sim.metrics import Gaps, Outcome, Records, Service
 from headrace_sim.sequence import SimSequence, moved
-from headrace_sim.worker import SimWorker
+from headrace_sim.worker import SimWorker, StreamTimes
 from headrace_sim.workload import SimRequest, Stream
 
 REFUSED_MS = 1_000.0
@@ -89,6 +91,21 @@ class FleetConfig:
         return WorkerRole.DECODE if number < prefill + decode else WorkerRole.BOTH
 
 
+COLLECTED_EACH = 1_000_000
+"""Objects that come to be before the collector looks for circles of them."""
+
+
+@contextmanager
+def rarely_collected() -> Iterator[None]:
+    """The garbage collector hardly runs: nothing here makes circles, and what lives is a lot."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECTED_EACH, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 STEP, DONE, REPORT, BOARD, ARRIVE, INTAKE, REACH, DEADLINE, MOVE = range(9)
 """Events; at the same instant the lower goes first."""
 
@@ -116,6 +133,7 @@ class Fleet:
         self.service = Service()
         self.gaps = Gaps()
         self.now_ms = 0.0
+        self.wall_ms = EPOCH_MS
         self.events = 0
         self.moves = 0
         self.role_changes = 0
@@ -129,6 +147,7 @@ class Fleet:
             sessions=config.gateway.sessions or alternative.sessions,
         )
         self.gateways = [SimGateway(f"g{n}", gateway, self._names) for n in range(config.gateways)]
+        times = StreamTimes(config.cost)
         self.workers = {
             name: SimWorker(
                 name,
@@ -136,28 +155,26 @@ class Fleet:
                 alternative.rules,
                 on_gaps=self.gaps.add,
                 on_served=self.service.add,
+                times=times,
             )
             for name in (f"w{n}" for n in range(config.workers))
         }
         self._stream = stream
         self._source: Iterator[SimRequest] = iter(())
-        self._queue: list[tuple[float, int, int, Any]] = []
-        self._number = 0
+        self._agenda = Agenda()
+        self._at = self._agenda.put
         self._live: dict[str, Live] = {}
         self._waiting = 0
         self._arriving = 0
         self._reserved = 0
         self._booked = dict.fromkeys(self.workers, 0)
-        self._free_jobs = config.workers * config.cost.max_jobs
+        self._jobs_max = config.cost.max_jobs
+        self._free_jobs = config.workers * self._jobs_max
 
     @property
     def live(self) -> int:
         """Requests that have not ended."""
         return len(self._live)
-
-    @property
-    def wall_ms(self) -> int:
-        return EPOCH_MS + int(self.now_ms)
 
     def run(self) -> Fleet:
         """To the end of the last request."""
@@ -177,13 +194,14 @@ class Fleet:
             self._deadline,
             self._move,
         )
-        queue, check = self._queue, self.config.check
-        while queue:
-            self.now_ms, kind, _, subject = heappop(queue)
-            self.events += 1
-            handlers[kind](subject)
-            if check:
-                self.check_integrity()
+        agenda, check = self._agenda, self.config.check
+        with rarely_collected():
+            for self.now_ms, kind, _, subject in agenda:
+                self.wall_ms = EPOCH_MS + int(self.now_ms)
+                self.events += 1
+                handlers[kind](subject)
+                if check:
+                    self.check_integrity()
         return self
 
     def _set_workers(self) -> None:
@@ -193,10 +211,6 @@ class Fleet:
             for name, role in self._roles.items()
         ]
         self.policy.set_workers(facts, self.wall_ms)
-
-    def _at(self, at_ms: float, kind: int, subject: Any) -> None:
-        self._number += 1
-        heappush(self._queue, (at_ms, kind, self._number, subject))
 
     # requests come
 
@@ -212,24 +226,26 @@ class Fleet:
         if from_source:
             self._next_arrival()
         if round_up(request.input_tokens + request.output_tokens) > self.config.cost.kv_tokens:
-            self._end(request, Outcome.TOO_LONG, REFUSED_MS)
+            self._turn_away(request, Outcome.TOO_LONG, REFUSED_MS)
             return
         gateway = self.gateways[request.gateway % len(self.gateways)]
         job = gateway.job(request)
         admission = gateway.admit(job)
         if not admission.admitted:
             # who does as told tries again when told to, or does something else for a while
-            self._end(request, Outcome.REFUSED, admission.retry_after_ms or REFUSED_MS)
+            self._turn_away(request, Outcome.REFUSED, admission.retry_after_ms or REFUSED_MS)
             return
         live = self._live[request.id] = Live(request, job, gateway)
         self._at(self.now_ms + self.config.delays.intake_ms, INTAKE, live)
 
-    def _end(
-        self, request: SimRequest, outcome: Outcome, pause_ms: float = 0.0, **facts: Any
-    ) -> None:
-        """`request` ended; a closed loop's client may send the next after `pause_ms`."""
-        self.records.add(request, outcome, self.now_ms, **facts)
-        following = self._stream.ended(request, self.now_ms + pause_ms)
+    def _turn_away(self, request: SimRequest, outcome: Outcome, pause_ms: float) -> None:
+        """`request` did not get in; its client may send the next after `pause_ms`."""
+        self.records.add(request, outcome, self.now_ms)
+        self._follow_up(request, self.now_ms + pause_ms)
+
+    def _follow_up(self, request: SimRequest, at_ms: float) -> None:
+        """A closed loop's client may send the next request."""
+        following = self._stream.ended(request, at_ms)
         if following is not None:
             self._arriving += 1
             self._at(following.at_ms, ARRIVE, (following, False))
@@ -287,7 +303,7 @@ class Fleet:
         for gateway in self.gateways:
             gateway.see(board)
         self._dispatch()
-        if self._live or self._arriving or not self._number:
+        if self._live or self._arriving or not self._agenda.number:
             self._at(self.now_ms + self.config.delays.board_ms, BOARD, None)
 
     def _free_slots(self) -> int:
@@ -308,9 +324,12 @@ class Fleet:
 
     def _book(self, worker: str, jobs: int) -> None:
         """The dispatcher counts so many more jobs on `worker`."""
-        before, jobs_max = self._booked[worker], self.config.cost.max_jobs
-        self._booked[worker] = before + jobs
-        self._free_jobs += max(0, jobs_max - before - jobs) - max(0, jobs_max - before)
+        before, jobs_max = self._booked[worker], self._jobs_max
+        self._booked[worker] = after = before + jobs
+        if before <= jobs_max >= after:
+            self._free_jobs -= jobs
+        else:
+            self._free_jobs += max(0, jobs_max - after) - max(0, jobs_max - before)
 
     # the workers
 
@@ -394,14 +413,8 @@ class Fleet:
         if outcome is Outcome.COMPLETE and sequence is not None:
             decode_ms = self.now_ms - sequence.first_ms
             live.gateway.ended(live.job, output, cached, decode_ms)
-        self._end(
-            request,
-            outcome,
-            wait_ms=wait_ms,
-            ttft_ms=ttft_ms,
-            cached_tokens=cached,
-            output_tokens=output,
-        )
+        self.records.add(request, outcome, self.now_ms, wait_ms, ttft_ms, cached, output)
+        self._follow_up(request, self.now_ms)
 
     def _done(self, done: JobDone) -> None:
         self._book(done.worker, -1)
@@ -436,6 +449,7 @@ class Fleet:
 
     def check_integrity(self) -> None:
         self.policy.check_integrity()
+        self._agenda.check_integrity()
         for worker in self.workers.values():
             worker.check_integrity()
         assert self._reserved == sum(

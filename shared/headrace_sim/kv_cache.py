@@ -44,6 +44,22 @@ class KvCache:
     With `reports`, it remembers what it gained and lost.
     """
 
+    __slots__ = (
+        "_blocks",
+        "_gained",
+        "_handed_out",
+        "_heap",
+        "_idle_blocks",
+        "_keep",
+        "_lost",
+        "_numbers",
+        "_reports",
+        "idle",
+        "private",
+        "shared",
+        "total",
+    )
+
     def __init__(self, total: int, *, plain: bool = False, reports: bool = True) -> None:
         self.total = total
         self._keep = tuple(0 if plain else pools * total for pools in KEEP_POOLS)

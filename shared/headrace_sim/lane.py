@@ -19,16 +19,29 @@ from headrace_worker.policy.sequence import PROMOTE_MS
 class Lane:
     """See above. `rows` by the members' own bands, `context` the KV tokens that a step reads."""
 
+    __slots__ = (
+        "band",
+        "context",
+        "ends",
+        "idle_ms",
+        "idle_since_ms",
+        "members",
+        "promote_idle_ms",
+        "rows",
+        "steps",
+    )
+
     def __init__(self, band: int) -> None:
         self.band = band
         self.members: dict[str, SimSequence] = {}
         self.rows = [0] * len(Band)
         self.context = 0
         self.steps = 0
-        self._idle_ms = 0.0
+        self.idle_ms = 0.0
         self.idle_since_ms: float | None = None
         """Since when steps have left it out, None if the last one did not."""
-        self._promote_idle_ms = math.inf
+        self.promote_idle_ms = math.inf
+        """Nobody's band has become better before it has been left out for so long."""
         self.ends: list[tuple[int, int, int, SimSequence]] = []
         """(steps at its end, order, stay, who); outdated where the stay is another."""
 
@@ -50,7 +63,7 @@ class Lane:
         heapq.heappush(self.ends, (end, sequence.order, sequence.stay, sequence))
         if self.band > 0:
             left = left_to_promotion_ms(sequence.waited_ms)
-            self._promote_idle_ms = min(self._promote_idle_ms, sequence.joined_idle_ms + left)
+            self.promote_idle_ms = min(self.promote_idle_ms, sequence.joined_idle_ms + left)
 
     def leave(self, sequence: SimSequence, now_ms: float) -> int:
         """`sequence` decodes no more, or elsewhere; KV tokens that it added here."""
@@ -84,28 +97,28 @@ class Lane:
         if not taking_part:
             self.idle_since_ms = now_ms if self.idle_since_ms is None else self.idle_since_ms
         elif self.idle_since_ms is not None:
-            self._idle_ms += now_ms - self.idle_since_ms
+            self.idle_ms += now_ms - self.idle_since_ms
             self.idle_since_ms = None
 
     def promoted(self, now_ms: float) -> list[SimSequence]:
         """Members whose band has become better than the lane's; the caller moves them."""
         idle_ms = self._idle(now_ms)
-        if idle_ms < self._promote_idle_ms:
+        if idle_ms < self.promote_idle_ms:
             return []
         better = []
-        self._promote_idle_ms = math.inf
+        self.promote_idle_ms = math.inf
         for sequence in [*self.members.values()]:
             waited = sequence.waited_ms + idle_ms - sequence.joined_idle_ms
             if aged_band(sequence.job.band, int(waited), PROMOTE_MS) < self.band:
                 better.append(sequence)
             else:
                 left = left_to_promotion_ms(waited)
-                self._promote_idle_ms = min(self._promote_idle_ms, idle_ms + left)
+                self.promote_idle_ms = min(self.promote_idle_ms, idle_ms + left)
         return better
 
     def _idle(self, now_ms: float) -> float:
         since = self.idle_since_ms
-        return self._idle_ms + (0.0 if since is None else now_ms - since)
+        return self.idle_ms + (0.0 if since is None else now_ms - since)
 
     def check_integrity(self) -> None:
         members = self.members.values()

@@ -100,7 +100,6 @@ class Records:
         request: SimRequest,
         outcome: Outcome,
         end_ms: float,
-        *,
         wait_ms: float = 0.0,
         ttft_ms: float = math.inf,
         cached_tokens: int = 0,
@@ -125,6 +124,10 @@ class Records:
         return (self.end_ms[row] - began) / gaps if gaps > 0 else 0.0
 
 
+Served = tuple[str, int, int]
+"""(tenant, prompt tokens computed, output tokens)."""
+
+
 class Service:
     """What each tenant got, and when it was waiting, by the second."""
 
@@ -135,14 +138,16 @@ class Service:
         self._busy: dict[str, set[int]] = {}
         self.weights: dict[str, float] = {}
 
-    def add(self, tenant: str, now_ms: float, input_tokens: int, output_tokens: int) -> None:
-        bucket = int(now_ms / BUCKET_MS)
-        served = self._served.get(tenant)
-        if served is None:
-            served = self._served[tenant] = array("d")
-        if len(served) <= bucket:
-            served.extend([0.0] * (bucket + 1 - len(served)))
-        served[bucket] += INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens
+    def add(self, now_ms: float, served: Iterable[Served]) -> None:
+        """What is told of at `now_ms`."""
+        bucket, known = int(now_ms / BUCKET_MS), self._served
+        for tenant, input_tokens, output_tokens in served:
+            row = known.get(tenant)
+            if row is None:
+                row = known[tenant] = array("d")
+            if len(row) <= bucket:
+                row.extend([0.0] * (bucket + 1 - len(row)))
+            row[bucket] += INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens
 
     def waits(self, tenant: str, weight: float, now_ms: float) -> None:
         """One more job of `tenant` waits for a worker."""

@@ -20,6 +20,7 @@ from headrace.policy.cost_model import CostModel
 from headrace.types import BLOCK_TOKENS, Band
 from headrace_sim.kv_cache import KvCache, PrefixBlock, round_up
 from headrace_sim.lane import Lane
+from headrace_sim.plan import Chunk, SimPlan
 from headrace_sim.sequence import SimSequence
 from headrace_worker.policy.pace import STRETCH, TOKENS_UNLIMITED, Pace
 from headrace_worker.policy.scheduler import CALM_MS
@@ -42,29 +43,25 @@ class Rules:
     step_stretch: float = STRETCH
 
 
-@dataclass(slots=True)
-class Chunk:
-    """`count` tokens of a prompt in a step. `stay`: which stay of `sequence` it was planned for."""
-
-    sequence: SimSequence
-    count: int
-    stay: int
-
-
-@dataclass(slots=True)
-class SimPlan:
-    """One step: the lanes that take part with a row for each member, and chunks of prompts.
-
-    `again`: the next step may well be another one, though nothing happens in between.
-    """
-
-    lanes: list[Lane]
-    chunks: list[Chunk]
-    again: bool
-
-
 class SimScheduler:
     """Sequences that wait, compute their prompts, and decode in lanes, over one KV cache."""
+
+    __slots__ = (
+        "_here",
+        "_hurried_steps",
+        "_lower",
+        "_rests",
+        "cache",
+        "cost",
+        "lanes",
+        "pace",
+        "preemptions",
+        "prefilling",
+        "promote_ms",
+        "ran_ms",
+        "rules",
+        "waiting",
+    )
 
     def __init__(self, cost: CostModel, rules: Rules, *, reports: bool) -> None:
         self.cost = cost
@@ -73,6 +70,7 @@ class SimScheduler:
         self.waiting: list[SimSequence] = []
         self.prefilling: dict[str, SimSequence] = {}
         self.lanes = tuple(Lane(band) for band in Band)
+        self._lower = self.lanes[1:]
         self.preemptions = 0
         self._rests = 0
         self.promote_ms = math.inf
@@ -86,7 +84,12 @@ class SimScheduler:
 
     @property
     def running(self) -> int:
-        return len(self.prefilling) + sum([len(lane.members) for lane in self.lanes])
+        return len(self.prefilling) + self._streaming
+
+    @property
+    def _streaming(self) -> int:
+        first, second, third = self.lanes
+        return len(first.members) + len(second.members) + len(third.members)
 
     def lane_of(self, sequence: SimSequence) -> Lane | None:
         lane = self.lanes[sequence.seen_band]
@@ -142,7 +145,7 @@ class SimScheduler:
     def plan(self, now_ms: float) -> SimPlan:
         """The next step."""
         self._promote(now_ms)
-        if not self.waiting and not self.prefilling and self.cache.available >= self.running:
+        if not (self.waiting or self.prefilling) and self.cache.available >= self._streaming:
             return self._streams(now_ms)
         draft = _Draft(self, now_ms, self._guarded(now_ms))
         groups = self._groups()
@@ -159,7 +162,7 @@ class SimScheduler:
             self._hurried_steps[hurried_for] = self._hurried_steps.get(hurried_for, 0) + 1
         lanes = [lane for lane in draft.lanes if lane.members]
         for lane in self.lanes:
-            if lane not in lanes and lane.members:
+            if lane.members and lane not in lanes:
                 lane.note_step(False, now_ms)
             elif lane.idle_since_ms is not None:
                 lane.note_step(True, now_ms)
@@ -176,15 +179,20 @@ class SimScheduler:
         for lane in self.lanes:
             if lane.idle_since_ms is not None:
                 lane.note_step(True, now_ms)
-        return SimPlan([lane for lane in self.lanes if lane.members], [], again=False)
+        return SimPlan([lane for lane in self.lanes if lane.members], [], False)
 
     def _groups(self) -> list[list[int]]:
         """Effective bands planned together, best first; only those with anybody in them."""
         if self.rules.fcfs:
             return [[0]]
         present = {s.seen_band for s in self.waiting}
-        present.update([s.seen_band for s in self.prefilling.values()])
-        present.update([lane.band for lane in self.lanes if lane.members])
+        for sequence in self.prefilling.values():
+            present.add(sequence.seen_band)
+        for lane in self.lanes:
+            if lane.members:
+                present.add(lane.band)
+        if not self._hurried_steps:
+            return [[band] for band in sorted(present)]
         together: list[list[int]] = []
         spent = False
         for band in sorted(present):
@@ -220,8 +228,12 @@ class SimScheduler:
             self.waiting.sort(key=self.key)
             for sequence in self.prefilling.values():
                 sequence.settle_band(now_ms)
-        for lane in self.lanes[1:]:
-            for sequence in lane.promoted(now_ms) if lane.members else ():
+        for lane in self._lower:
+            since_ms = lane.idle_since_ms
+            idle_ms = lane.idle_ms if since_ms is None else lane.idle_ms + (now_ms - since_ms)
+            if idle_ms < lane.promote_idle_ms or not lane.members:
+                continue
+            for sequence in lane.promoted(now_ms):
                 sequence.own_tokens += lane.leave(sequence, now_ms)
                 sequence.settle_band(now_ms)
                 self.lanes[sequence.seen_band].join(sequence, now_ms)
@@ -337,7 +349,10 @@ class _Draft:
 
     @property
     def _rows(self) -> int:
-        return sum([len(lane.members) for lane in self.lanes])
+        rows = 0
+        for lane in self.lanes:
+            rows += len(lane.members)
+        return rows
 
     def stream(self, lanes: list[Lane], bands: list[int]) -> None:
         """A token for each member of `lanes`, and whoever of these bands lacks hardly more.
@@ -349,7 +364,10 @@ class _Draft:
         while scheduler.cache.available < self._rows:
             victim = max(scheduler.all_running(), key=scheduler.expendable)
             self._drop(victim)
-        self._budget -= sum([len(lane.members) for lane in lanes])
+        for lane in lanes:
+            self._budget -= len(lane.members)
+        if not scheduler.prefilling:
+            return
         started = [s for s in scheduler.prefilling.values() if s.seen_band in bands]
         short = [s for s in started if not s.lacks_prompt and s.job.id not in self.chunks]
         for sequence in sorted(short, key=lambda s: (s.pending > 1, scheduler.key(s))):
@@ -359,6 +377,9 @@ class _Draft:
     def fill(self, worst_band: int) -> bool:
         """Chunks of the prompts of bands up to `worst_band` that have none; whether any."""
         scheduler, planned = self._s, len(self.chunks)
+        first = scheduler.waiting[0] if scheduler.waiting and not self._blocked else None
+        if not scheduler.prefilling and (first is None or first.seen_band > worst_band):
+            return False
         here = min(scheduler.cost.max_jobs, scheduler.running + len(scheduler.waiting))
         self._beside_left = scheduler.pace.tokens_beside(self._rows + planned, here)
         started = [s for s in scheduler.prefilling.values() if s.seen_band <= worst_band]
@@ -384,23 +405,25 @@ class _Draft:
                 self._blocked = first.job.id in self._preempted or not self._admit(first, place)
         return len(self.chunks) > planned
 
-    def _limits(self, sequence: SimSequence) -> bool:
-        return sequence.job.band > self._guarded and sequence.lacks_prompt
-
     def _room(self, sequence: SimSequence) -> int:
         """How many of its tokens this step may compute."""
         if not sequence.lacks_prompt:
             return self._budget
         room = min(self._budget, self._beside_left)
-        return min(room, self._lower_left) if self._limits(sequence) else room
+        return min(room, self._lower_left) if sequence.job.band > self._guarded else room
 
     def _compute(self, sequence: SimSequence) -> None:
-        count = min(sequence.pending, self._room(sequence))
+        lacks_prompt = sequence.lacks_prompt
+        limited = lacks_prompt and sequence.job.band > self._guarded
+        count = room = self._budget
+        if lacks_prompt:
+            count = min(room, self._beside_left, self._lower_left if limited else room)
+        count = min(sequence.pending, count)
         self.chunks[sequence.job.id] = Chunk(sequence, count, sequence.stay)
         self._budget -= count
-        if sequence.lacks_prompt:
+        if lacks_prompt:
             self._beside_left -= count
-        if self._limits(sequence):
+        if limited:
             self._lower_left -= count
 
     def _awaits_prefix(self, sequence: SimSequence) -> bool:

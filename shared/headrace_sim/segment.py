@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from headrace_sim.lane import Lane
-from headrace_sim.scheduler import Chunk
+from headrace_sim.plan import Chunk
 
 
 @dataclass(slots=True)
@@ -37,7 +37,8 @@ class Segment:
 
     @property
     def end_ms(self) -> float:
-        return self.start_ms + self.elapsed_ms(self.steps)
+        steps = self.steps
+        return self.start_ms + (steps * self.first_ms + self.growth_ms * (steps * (steps - 1) / 2))
 
     def steps_until(self, now_ms: float) -> int:
         """The least number of whole steps, at least one, after which `now_ms` is reached."""
@@ -45,7 +46,8 @@ class Segment:
 
     def steps_ended(self, now_ms: float) -> int:
         """How many steps have ended by `now_ms`."""
-        return min(self.steps, max(0, self._count(now_ms, ended=True)))
+        count = self._count(now_ms, ended=True)
+        return count if count < self.steps else self.steps
 
     def _count(self, now_ms: float, *, ended: bool) -> int:
         start, first, growth = self.start_ms, self.first_ms, self.growth_ms
@@ -61,8 +63,11 @@ class Segment:
         # rounding may have missed by one; the sums are `elapsed_ms`
         while start + (count * first + growth * (count * (count - 1) / 2)) < now_ms:
             count += 1
-        while count and self.start_ms + self.elapsed_ms(count - 1) >= now_ms:
-            count -= 1
-        if ended and self.start_ms + self.elapsed_ms(count) > now_ms:
+        while count:
+            before = count - 1
+            if start + (before * first + growth * (before * (before - 1) / 2)) < now_ms:
+                break
+            count = before
+        if ended and start + (count * first + growth * (count * (count - 1) / 2)) > now_ms:
             count -= 1
         return count

@@ -42,12 +42,14 @@ class SimSequence:
         "seen_band",
         "shareable",
         "stay",
+        "tenant",
         "virtual",
         "waited_ms",
     )
 
     def __init__(self, job: Job, output_tokens: int, blocks: tuple[PrefixBlock, ...]) -> None:
         self.job = job
+        self.tenant = job.tenant
         self.prompt_tokens = len(job.prompt)
         self.output_tokens = output_tokens
         self.blocks = blocks
@@ -93,18 +95,23 @@ class SimSequence:
     @property
     def prompt_progress(self) -> int:
         """Prompt tokens computed so far; one that was preempted computes them again."""
-        computed = min(self.computed, self.prompt_tokens) - max(0, self.cached)
-        return max(computed, self.prompt_computed)
+        computed, cached = self.computed, self.cached
+        if computed > self.prompt_tokens:
+            computed = self.prompt_tokens
+        if cached > 0:
+            computed -= cached
+        return computed if computed > self.prompt_computed else self.prompt_computed
 
     @property
     def pending(self) -> int:
         """Known tokens without KV."""
-        return self.known - self.computed
+        return self.prompt_tokens + self.output - self.computed
 
     @property
     def lacks_prompt(self) -> bool:
         """Whether more is missing than one token, or than a little output."""
-        return self.pending > (CATCH_UP_TOKENS if self.output else 1)
+        pending = self.prompt_tokens + self.output - self.computed
+        return pending > (CATCH_UP_TOKENS if self.output else 1)
 
     @property
     def rank(self) -> tuple[Rank, int]:

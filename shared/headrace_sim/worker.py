@@ -12,25 +12,43 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from headrace.policy.cost_model import CostModel, attended
+from headrace.policy.cost_model import CONTEXT_UNIT_TOKENS, CostModel, attended
 from headrace.types import JobProgress, Progress
 from headrace_sim.kv_cache import PrefixBlock
 from headrace_sim.lane import Lane
-from headrace_sim.scheduler import Chunk, Rules, SimScheduler
+from headrace_sim.metrics import Served
+from headrace_sim.plan import Chunk
+from headrace_sim.scheduler import Rules, SimScheduler
 from headrace_sim.segment import Segment
 from headrace_sim.sequence import SimSequence
 from headrace_worker.policy.pace import STREAM_STEPS
 
 OnGaps = Callable[[Sequence[int], float, int], None]
 """Told of (rows per Band, gap between two tokens of each in ms, how many steps alike)."""
-OnServed = Callable[[str, float, int, int], None]
-"""Told of (tenant, now in ms, prompt tokens computed, output tokens) as reports tell of them."""
+OnServed = Callable[[float, list[Served]], None]
+"""Told, at now in ms, of what was served, as reports tell of it."""
 BlockKeys = Callable[[Iterable[PrefixBlock]], bytes]
 """The service's names for prefix blocks."""
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time."""
 
 
 def _unheard(*_: object) -> None:
     """Nobody asked."""
+
+
+class StreamTimes(dict[int, tuple[float, float]]):
+    """By rows, as the cost model says it: what a step of streams alone takes without their context,
+    and by how much longer each is than the one before. Workers of one model share it."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+
+    def __missing__(self, rows: int) -> tuple[float, float]:
+        duration_ms = self._cost.step_duration_ms
+        growth_ms = duration_ms(0, 0, rows, 0) - duration_ms(0, 0, 0, 0)
+        found = self[rows] = duration_ms(0, rows, 0, 0), growth_ms
+        return found
 
 
 class Advance(NamedTuple):
@@ -47,6 +65,27 @@ class SimWorker:
     `multi_step` False makes every step an event: slow, for comparison.
     """
 
+    __slots__ = (
+        "_leaving",
+        "_multi_step",
+        "_on_gaps",
+        "_on_served",
+        "_orders",
+        "_report_sequence",
+        "_reported",
+        "_segment",
+        "_times",
+        "busy_ms",
+        "cost",
+        "is_reporting",
+        "name",
+        "next_ms",
+        "output_tokens",
+        "prefill_tokens",
+        "scheduler",
+        "steps",
+    )
+
     def __init__(
         self,
         name: str,
@@ -55,6 +94,7 @@ class SimWorker:
         *,
         on_gaps: OnGaps = _unheard,
         on_served: OnServed = _unheard,
+        times: StreamTimes | None = None,
         reports: bool = True,
         multi_step: bool = True,
     ) -> None:
@@ -77,7 +117,7 @@ class SimWorker:
         self._orders = 0
         self._report_sequence = 0
         self._reported = (0.0, 0, 0)
-        self._growth_ms: dict[int, float] = {}
+        self._times = times or StreamTimes(cost)
 
     def add(self, sequence: SimSequence, now_ms: float) -> None:
         """A job arrived; the next step takes it into account."""
@@ -106,7 +146,7 @@ class SimWorker:
         took_ms = segment.elapsed_ms(segment.steps)
         self.steps += segment.steps
         self.busy_ms += took_ms
-        result = Advance([], [], [])
+        result = _tuple(Advance, ([], [], []))
         if segment.rows:
             self._take_in_rows(segment, took_ms, now_ms, result)
         if segment.chunks:
@@ -128,17 +168,21 @@ class SimWorker:
         if not segment.chunks:
             scheduler.pace.note_streams(segment.rows, segment.last_ms(STREAM_STEPS))
         began_ms = segment.start_ms + segment.elapsed_ms(steps - 1)
+        ran_ms, complete = scheduler.ran_ms, False
+        first = second = third = 0
+        for lane in lanes:
+            one, two, three = lane.rows
+            first, second, third = first + one, second + two, third + three
+            lane.steps = count = lane.steps + steps
+            lane.context += steps * len(lane.members)
+            complete = complete or lane.ends[0][0] <= count
+        rows = (first, second, third)
+        for band, some in enumerate(rows):
+            if some:
+                ran_ms[band] = began_ms
+        self._on_gaps(rows, took_ms / steps, steps)
         tokens = segment.rows * steps
         self.output_tokens += tokens
-        gap_ms, ran_ms, complete = took_ms / steps, scheduler.ran_ms, False
-        for lane in lanes:
-            for band, rows in enumerate(lane.rows):
-                if rows:
-                    ran_ms[band] = began_ms
-            self._on_gaps(lane.rows, gap_ms, steps)
-            lane.steps += steps
-            lane.context += steps * len(lane.members)
-            complete = complete or lane.ends[0][0] <= lane.steps
         scheduler.cache.reserve(tokens)
         if complete:
             for lane in lanes:
@@ -193,39 +237,38 @@ class SimWorker:
 
     def _plan(self, now_ms: float) -> None:
         """Decide on the next step, and on how many more will be like it."""
-        plan = self.scheduler.plan(now_ms)
-        rows = context = tokens = 0
-        pairs = 0.0
-        for lane in plan.lanes:
+        lanes, chunks, again = self.scheduler.plan(now_ms)
+        rows = context = 0
+        for lane in lanes:
             rows += len(lane.members)
             context += lane.context
-        if not rows and not plan.chunks:
+        if chunks:
+            tokens, pairs = 0, 0.0
+            for chunk in chunks:
+                tokens += chunk.count
+                pairs += attended(chunk.sequence.computed, chunk.count)
+            first_ms, growth_ms = self.cost.step_duration_ms(tokens, rows, context, pairs), 0.0
+        elif rows:
+            base_ms, growth_ms = self._times[rows]
+            first_ms = base_ms + self.cost.decode_context_ms * context / CONTEXT_UNIT_TOKENS
+        else:
             assert not self.scheduler.waiting, "an idle worker takes whoever waits"
             self.next_ms = math.inf
             return
-        for chunk in plan.chunks:
-            tokens += chunk.count
-            pairs += attended(chunk.sequence.computed, chunk.count)
-        first_ms = self.cost.step_duration_ms(tokens, rows, context, pairs)
-        growth_ms = self._growth_ms.get(rows) or self._growth(rows)
-        segment = Segment(now_ms, 1, first_ms, growth_ms, rows, plan.lanes, plan.chunks)
-        if not plan.again and self._multi_step:
+        segment = Segment(now_ms, 1, first_ms, growth_ms, rows, lanes, chunks)
+        if not again and self._multi_step:
             segment.steps = self._steps_alike(segment)
         self._segment = segment
         self.next_ms = segment.end_ms
 
-    def _growth(self, rows: int) -> float:
-        """By how much longer each step is than the one before."""
-        cost = self.cost
-        found = cost.step_duration_ms(0, 0, rows, 0) - cost.step_duration_ms(0, 0, 0, 0)
-        self._growth_ms[rows] = found
-        return found
-
     def _steps_alike(self, segment: Segment) -> int:
         """How many steps can pass before anything has to be decided."""
         scheduler = self.scheduler
-        steps = min([lane.steps_to_end() for lane in segment.lanes])
-        steps = min(steps, scheduler.cache.available // segment.rows)
+        steps = scheduler.cache.available // segment.rows
+        for lane in segment.lanes:
+            left = lane.steps_to_end()
+            if left < steps:
+                steps = left
         if scheduler.waiting and scheduler.promote_ms < math.inf:
             steps = min(steps, segment.steps_until(scheduler.promote_ms))
         return max(1, steps)
@@ -233,8 +276,11 @@ class SimWorker:
     def last_progress(self, sequence: SimSequence, now_ms: float) -> JobProgress:
         """How far `sequence` was when it left."""
         computed, output, cached = sequence.prompt_progress, sequence.output, sequence.cached
-        self._moved(sequence, computed, output, now_ms)
-        return JobProgress(sequence.job.id, computed, max(0, cached), output)
+        news = _news(sequence, computed, output)
+        if news is not None:
+            self._on_served(now_ms, [news])
+        facts = (sequence.job.id, computed, cached if cached > 0 else 0, output)
+        return _tuple(JobProgress, facts)
 
     def report(self, now_ms: float, keys: BlockKeys) -> Progress | None:
         """What it tells the dispatcher at `now_ms`; None when there is nothing to tell."""
@@ -245,15 +291,20 @@ class SimWorker:
             done = segment.steps_ended(now_ms)
             busy, output = busy + segment.elapsed_ms(done), output + segment.rows * done
         jobs: list[JobProgress] = []
+        served: list[Served] = []
         for sequence in scheduler.prefilling.values():
             computed, made = sequence.prompt_progress, sequence.output
-            if self._moved(sequence, computed, made, now_ms):
+            news = _news(sequence, computed, made)
+            if news is not None:
+                served.append(news)
                 cached = max(0, sequence.cached)
                 jobs.append(JobProgress(sequence.job.id, computed, cached, made))
         for lane in scheduler.lanes:
             if lane.members:
                 takes_part = segment is not None and lane in segment.lanes
-                self._report_lane(lane, done if takes_part else 0, now_ms, jobs)
+                _report_lane(lane, done if takes_part else 0, jobs, served)
+        if served:
+            self._on_served(now_ms, served)
         gained, lost = scheduler.cache.take_news()
         before, self._reported = self._reported, (busy, prefill, output)
         if not jobs and not gained and not lost and busy == before[0]:
@@ -270,31 +321,36 @@ class SimWorker:
             output_tokens=output - before[2],
         )
 
-    def _report_lane(
-        self, lane: Lane, further_steps: int, now_ms: float, jobs: list[JobProgress]
-    ) -> None:
-        """Those in `lane` that have moved, with that many steps of the segment under way."""
-        steps = lane.steps + further_steps
-        for id, sequence in lane.members.items():
-            output = sequence.output + steps - sequence.joined_steps
-            computed = sequence.prompt_computed
-            if self._moved(sequence, computed, output, now_ms):
-                jobs.append(JobProgress(id, computed, max(0, sequence.cached), output))
-
-    def _moved(self, sequence: SimSequence, computed: int, output: int, now_ms: float) -> bool:
-        """Whether there is something to tell, which counts as told."""
-        before_computed, before_output = sequence.reported
-        if computed == before_computed and output == before_output:
-            return False
-        sequence.reported = (computed, output)
-        self._on_served(
-            sequence.job.tenant, now_ms, computed - before_computed, output - before_output
-        )
-        return True
-
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
         busy = self.scheduler.running or self.scheduler.waiting
         assert self._segment or not busy, "whoever has work works"
         end_ms = self._segment.end_ms if self._segment else math.inf
         assert self.next_ms == end_ms, "it comes back when its steps end"
+
+
+def _report_lane(
+    lane: Lane, further_steps: int, jobs: list[JobProgress], served: list[Served]
+) -> None:
+    """Those in `lane` that have moved, with that many steps of the segment under way."""
+    steps = lane.steps + further_steps
+    for id, sequence in lane.members.items():
+        output = sequence.output + steps - sequence.joined_steps
+        computed = sequence.prompt_computed
+        # as `_news` has it, for each of thousands of streams four times a second
+        before_computed, before_output = sequence.reported
+        if computed != before_computed or output != before_output:
+            sequence.reported = (computed, output)
+            served.append((sequence.tenant, computed - before_computed, output - before_output))
+            cached = sequence.cached
+            facts = (id, computed, cached if cached > 0 else 0, output)
+            jobs.append(_tuple(JobProgress, facts))
+
+
+def _news(sequence: SimSequence, computed: int, output: int) -> Served | None:
+    """What there is to tell of `sequence`, which counts as told; None where it has not moved."""
+    before_computed, before_output = sequence.reported
+    if computed == before_computed and output == before_output:
+        return None
+    sequence.reported = (computed, output)
+    return sequence.tenant, computed - before_computed, output - before_output

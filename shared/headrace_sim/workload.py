@@ -201,12 +201,16 @@ class Lengths:
     mean: float
     spread: float = 0.0
     most: int = 1_000_000
+    _mu: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        mu = math.log(self.mean) - self.spread**2 / 2 if self.spread > 0 else 0.0
+        object.__setattr__(self, "_mu", mu)  # a frozen value's field that follows from the others
 
     def draw(self, rng: Random) -> int:
         if self.spread <= 0:
             return max(1, min(self.most, round(self.mean)))
-        mu = math.log(self.mean) - self.spread**2 / 2
-        return max(1, min(self.most, round(rng.lognormvariate(mu, self.spread))))
+        return max(1, min(self.most, round(rng.lognormvariate(self._mu, self.spread))))
 
 
 @dataclass(frozen=True, slots=True)

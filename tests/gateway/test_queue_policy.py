@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -367,6 +368,22 @@ def test_a_hand_off_that_is_taken_back_leaves_no_trace() -> None:
     assert queue.order(9) == before
     queue.take("z", 4)
     assert queue.heads()[0].job.id == "u"
+
+
+def test_jobs_that_have_left_the_queue_leave_nothing_to_collect() -> None:
+    """Who is the last of a tenant goes at once, its prompt and all, not when a collector comes."""
+    queue = FairQueue()
+    gc.collect()
+    gc.disable()
+    try:
+        for n in range(20):
+            queue.push(waiting(f"a{n}", tenant="a"))
+            queue.push(waiting(f"b{n}", tenant="b", band=Band.INTERACTIVE))
+            queue.take(f"a{n}", 4)
+            queue.remove(f"b{n}")
+        assert gc.collect() == 0, "nothing was left in a circle"
+    finally:
+        gc.enable()
 
 
 def test_counters_survive_a_term_and_strangers_start_lifted() -> None:

@@ -80,8 +80,7 @@ def test_the_gap_counts_only_while_both_wait_without_a_pause() -> None:
     waiting(service, "a", 6, 8, 1)
     waiting(service, "b", 0, 9, 2)
     for second in range(9):
-        service.add("a", second * 1000 + 500, 10, 0)
-        service.add("b", second * 1000 + 500, 10, 10)
+        service.add(second * 1000 + 500, [("a", 10, 0), ("b", 10, 10)])
     result = fairness(service)
     assert result.gap_max == 20
     assert result.backlogged_s == 6
@@ -93,7 +92,7 @@ def test_an_even_service_has_an_index_of_one() -> None:
     for tenant, weight in (("a", 1.0), ("b", 3.0)):
         waiting(service, tenant, 0, 30, weight)
         for second in range(30):
-            service.add(tenant, second * 1000, int(10 * weight), 0)
+            service.add(second * 1000, [(tenant, int(10 * weight), 0)])
     assert fairness(service).jain == pytest.approx(1)
     assert fairness(service).gap_max == 0
     assert math.isfinite(fairness(Service()).jain)

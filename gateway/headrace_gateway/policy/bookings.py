@@ -323,9 +323,8 @@ class Bookings:
                     # as long as it is to come, output that was made is as much held as reserved
                     booking.output = output
                     grown += made
-                    charges.append(
-                        Charge(job, booking.tenant, booking.weight, booking.band, 0, made)
-                    )
+                    facts = (job, booking.tenant, booking.weight, booking.band, 0, made)
+                    charges.append(_tuple(Charge, facts))
                 continue
             correction, made = self.advance(booking, told, expect)
             if correction or made:

@@ -273,7 +273,8 @@ class DispatchPolicy:
             if promise is not None:
                 self._stays(promise, now_ms)
         self.queue.charge_all(self.workload.progress(report))
-        self.queue.charge_all(self.decoding.progress(report))
+        if self.decoding.workers:
+            self.queue.charge_all(self.decoding.progress(report))
         if self._takes_jobs(report.worker):
             self.index.removed(report.worker, report.removed)
             self.index.stored(report.worker, report.stored)

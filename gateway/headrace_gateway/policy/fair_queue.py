@@ -31,7 +31,13 @@ from headrace.types import Band, Job
 from headrace_gateway.policy.band_shares import BandShares
 from headrace_gateway.policy.bookings import Charge
 from headrace_gateway.policy.timeline import Timeline
-from headrace_gateway.policy.virtual_counters import Counter, VirtualCounters, virtual_tokens
+from headrace_gateway.policy.virtual_counters import (
+    INPUT_WEIGHT,
+    OUTPUT_WEIGHT,
+    Counter,
+    VirtualCounters,
+    virtual_tokens,
+)
 
 BAND_SHARES = (0.0, 0.10, 0.05)
 """Least share of the service (work tokens) of a band that waits: interactive goes first anyway."""
@@ -144,6 +150,7 @@ class _Queue:
         line = slot.line
         assert line is not None, "it was pushed"
         slot.live = False
+        slot.line = None  # the line's heap may still name it: no circle is left to be collected
         line.count = count = line.count - 1
         if len(line.jobs) > 2 * count + DEAD_MIN:
             line.clean()
@@ -373,11 +380,16 @@ class FairQueue:
 
     def charge_all(self, charges: Iterable[Charge]) -> None:
         """`charge` each."""
-        charge = self.counters.charge
+        known = self.counters.by_band
         for _, tenant, weight, band, input_tokens, output_tokens in charges:
-            charge(tenant, weight, band, input_tokens, output_tokens)
-            if input_tokens < 0 or output_tokens < 0:
-                self._queues[band].lowered(tenant)
+            counter = known[band].get(tenant)
+            if counter is None or input_tokens < 0 or output_tokens < 0:
+                self.charge(tenant, weight, band, input_tokens, output_tokens)
+            else:
+                # written out, as reports charge for each job four times a second; what only grows
+                # is not below its floor
+                tokens = INPUT_WEIGHT * input_tokens + OUTPUT_WEIGHT * output_tokens
+                counter.value += tokens / weight
 
     def finished(self, job_id: str, output_tokens: int) -> None:
         """A job that was taken has ended with `output_tokens`: its band's share is put right."""

@@ -15,6 +15,7 @@ LEAST_PART = 0.01
 """Of the mean of all tokens: what a prompt token costs at least, whatever noise says."""
 SAME = 1.2
 """Workers within this factor of the mean count as equally fast."""
+_SAME_LEAST = 1 / SAME
 SLOWNESS_MAX = 4.0
 
 
@@ -63,6 +64,6 @@ def slowness(own_per_s: float, mean_per_s: float) -> float:
     if not own_per_s or not mean_per_s:
         return 1.0
     factor = mean_per_s / own_per_s
-    if 1 / SAME <= factor <= SAME:
+    if _SAME_LEAST <= factor <= SAME:
         return 1.0
     return min(SLOWNESS_MAX, max(1 / SLOWNESS_MAX, factor))

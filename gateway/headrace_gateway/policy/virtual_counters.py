@@ -15,7 +15,7 @@ Source: Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.types import Band
@@ -49,6 +49,8 @@ class VirtualCounters:
     def __init__(self, tenants_max: int = TENANTS_MAX) -> None:
         self._tenants_max = tenants_max
         self._counters: tuple[dict[str, Counter], ...] = tuple({} for _ in Band)
+        self.by_band: Sequence[Mapping[str, Counter]] = self._counters
+        """For who charges many at once: a counter's value may grow, nothing else is changed."""
         self._last_left: list[str | None] = [None for _ in Band]
         self._base = [0.0 for _ in Band]
         self._idle = [0 for _ in Band]
