@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 
 from headrace.errors import JobFailedError
 from headrace.types import Finish, FinishReason, TokenLogprobs
-from headrace_gateway.generation import Chunk, News, Standing, Taker
+from headrace_gateway.generation import Chunk, Standing, Taker
 from headrace_gateway.tokens import Detokenizer, StopChecker
 from headrace_gateway.tools.events import Event, Text
 from headrace_gateway.tools.events import joined as joined_events
@@ -219,15 +219,16 @@ class Choice:
         if not self._plain or not isinstance(source, GivingSource):
             return
 
-        def take(news: News) -> bool:
+        def take(tokens: tuple[int, ...], cached: int, written: int) -> bool:
             if not outlet.ready():
                 return False
-            text = self._text_of(news.tokens)
-            self.cached_tokens = news.cached_tokens
-            self.cache_write_tokens = max(self.cache_write_tokens, news.cache_write_tokens)
+            text = self._text_of(tokens)
+            self.cached_tokens = cached
+            if written > self.cache_write_tokens:
+                self.cache_write_tokens = written
             if text:
                 outlet.tell(index, text)
-            told(index, len(news.tokens))
+            told(index, len(tokens))
             return True
 
         source.give_to(take)
@@ -272,7 +273,8 @@ class Choice:
         else:
             text = "".join([push(token) for token in tokens if token not in silent])
         self.completion_tokens += len(tokens)
-        return self._text.push(text, self.completion_tokens)
+        self._text.shown += len(text)  # there are no stop strings to look for
+        return text
 
     def _end(self, finish: Finish) -> list[Event]:
         self.reason = finish.error

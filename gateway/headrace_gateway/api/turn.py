@@ -7,8 +7,8 @@ runs on, its span is ended once, and `gateway.turns` no longer holds it.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
-import uuid
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Turn:
     """`async with Turn(...) as turn:` begin → encode → (make_wish) → submit → run."""
 
     def __init__(self, gateway: Gateway, call: Call, id_prefix: str) -> None:
-        self.id = f"{id_prefix}{uuid.uuid4().hex}"
+        self.id = f"{id_prefix}{os.urandom(16).hex()}"
         self.created_s = gateway.clock.wall_ms() // 1000
         self.gateway = gateway
         self.choices: list[Choice] = []
@@ -166,12 +166,12 @@ class Turn:
         Raises NotFoundError, CallerError, OverloadError, DependencyError.
         """
         self.gateway.check_open()
-        self._span.update_name(f"{self._call.operation} {request.model}")
-        self._span.set_attribute("gen_ai.request.model", request.model)
-        self._span.set_attribute("gen_ai.request.stream", bool(request.stream))
+        if self._span is not INVALID_SPAN:
+            self._describe(request)
         self._record = self.gateway.fleet.model(request.model)
         self.band = self._call.tenant.grant(band_of(request.service_tier))
-        self._span.set_attribute("headrace.band", self.band.label)
+        if self._span is not INVALID_SPAN:
+            self._span.set_attribute("headrace.band", self.band.label)
         self._priority = request.priority or 0
         self._session = session_of(request.prompt_cache_key, self._call.session)
         deadline = deadline_of(request.deadline_ms, self._call.deadline)
@@ -187,6 +187,11 @@ class Turn:
                 done_by_ms=self._done_by_ms,
             )
         )
+
+    def _describe(self, request: Common) -> None:
+        self._span.update_name(f"{self._call.operation} {request.model}")
+        self._span.set_attribute("gen_ai.request.model", request.model)
+        self._span.set_attribute("gen_ai.request.stream", bool(request.stream))
 
     def _check_admission(self, ask: Ask) -> None:
         """Raises what the fleet would refuse `ask` with; nothing is sent or taken for it."""
