@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from headrace.errors import JobFailedError
 from headrace.types import Finish, FinishReason, TokenLogprobs
@@ -31,12 +31,7 @@ class TokenSource(Protocol):
 
     async def cancel(self) -> None: ...
 
-
-@runtime_checkable
-class GivingSource(TokenSource, Protocol):
-    """One that gives plain tokens away as they come, as Generation does."""
-
-    def give_to(self, taker: Taker) -> None: ...
+    # one that gives plain tokens away as they come has `give_to(taker)`, as Generation does
 
 
 class Outlet(Protocol):
@@ -215,8 +210,10 @@ class Choice:
         That hears the index and of how many tokens the text was. What needs more than a look at a
         text (stop strings, calls, logprobs, ends) comes by `next` alone.
         """
-        source, index = self._source, self.index
-        if not self._plain or not isinstance(source, GivingSource):
+        # a look at the protocol would cost more than a token
+        give_to: Callable[[Taker], None] | None = getattr(self._source, "give_to", None)
+        index = self.index
+        if not self._plain or give_to is None:
             return
 
         def take(tokens: tuple[int, ...], cached: int, written: int) -> bool:
@@ -231,7 +228,7 @@ class Choice:
             told(index, len(tokens))
             return True
 
-        source.give_to(take)
+        give_to(take)
 
     async def cancel(self) -> None:
         """Give up what still runs; harmless after the end."""
