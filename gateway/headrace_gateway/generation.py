@@ -198,13 +198,13 @@ class Generation:
         Raises JobFailedError when the job ended in an error, DependencyError when the log was lost.
         """
         while True:
-            chunk, finish = self._unread(), self._log.finish
-            if finish is not None and finish.reason is FinishReason.ERROR and not chunk.tokens:
-                raise JobFailedError(finish.error or "the worker could not run this job")
-            if finish is not None and finish.reason is not FinishReason.ERROR:
-                return replace(chunk, finish=finish)
-            if chunk.tokens:
+            finish = self._log.finish
+            failed = finish is not None and finish.reason is FinishReason.ERROR
+            chunk = self._unread(None if failed else finish)
+            if chunk.finish is not None or chunk.tokens:
                 return chunk
+            if finish is not None:
+                raise JobFailedError(finish.error or "the worker could not run this job")
             if self._failure is not None:
                 raise self._failure
             if self._untold is not None:
@@ -221,8 +221,8 @@ class Generation:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
-    def _unread(self) -> Chunk:
-        """What has come since the last call; from now on it counts as read."""
+    def _unread(self, finish: Finish | None) -> Chunk:
+        """What has come since the last call, with `finish`; from now on it counts as read."""
         log, first = self._log, self._cursor
         self._cursor = len(log.tokens)
         logprobs: tuple[TokenLogprobs, ...] = ()
@@ -231,7 +231,7 @@ class Generation:
             logprobs = tuple(log.logprobs.pop(at) for at in here if at in log.logprobs)
         return Chunk(
             tuple(log.tokens[first:]),
-            None,
+            finish,
             log.cached_tokens,
             logprobs,
             () if first else log.prompt_logprobs,

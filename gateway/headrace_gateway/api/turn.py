@@ -156,8 +156,9 @@ class Turn:
             await self.stop()
         finally:
             self.gateway.turns.discard(self)
-            self._account.close(self.usage().total_tokens, accepted=bool(self.choices))
-            self._tell()
+            usage = self.usage()
+            self._account.close(usage.total_tokens, accepted=bool(self.choices))
+            self._tell(usage)
             self._span.end()
 
     def begin(self, request: Common) -> None:
@@ -407,9 +408,8 @@ class Turn:
             outcome = "expired_decoding" if begun else "expired_waiting"
             self._span.set_attribute("headrace.deadline", outcome)
 
-    def _tell(self) -> None:
+    def _tell(self, usage: Usage) -> None:
         """The figures of the ended turn: span, metrics, one line of log."""
-        usage = self.usage()
         took_ms = self.gateway.clock.now_ms() - self._call.arrived_ms
         self._span.set_attribute("http.response.status_code", self.status)
         if self._record is None or not self.choices:
