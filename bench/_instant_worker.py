@@ -4,8 +4,9 @@ Jobs are read, and tokens and ends are written, by the worker's own parts, so wh
 Redis is the same; but there is no engine and no thread that steps one, so that what is measured is
 the way to a worker and back. Each step gives every running job its next token; with `--step-ms` the
 steps keep that distance, as those of a model do, so that nothing can be told in larger pieces than
-it is made. `python -m bench gateway` starts it; `_instant_engine.py` is the same behind all that a
-worker has.
+it is made. What comes while nothing runs is answered before it is looked at any closer, so that the
+time to a first token is not this worker's. `python -m bench gateway` starts it;
+`_instant_engine.py` is the same behind all that a worker has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-from dataclasses import dataclass
+from typing import Any
 
 from redis.asyncio import Redis
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +23,7 @@ from headrace import keys, loops, wire
 from headrace.clock import SystemClock
 from headrace.config import load_or_exit
 from headrace.garbage import settle_memory
-from headrace.streams import Tail, connect
+from headrace.streams import Tail, connect, link_of
 from headrace.types import (
     Delta,
     Finish,
@@ -101,11 +102,25 @@ def output(tokens: int) -> list[int]:
     return (ids * (tokens // len(ids) + 1))[:tokens]
 
 
-@dataclass(slots=True)
 class _Running:
-    job: Job
-    to: Delivery
-    made: int
+    """A job as it was read: what its first token needs, and the rest once it is asked for."""
+
+    __slots__ = ("_data", "_entry", "_job", "attempt", "gateway", "id", "made", "tokens_max")
+
+    def __init__(self, data: bytes, entry: str) -> None:
+        fields = wire.Fields("job", data)
+        self.id, self.gateway = fields.get("id", str), fields.get("gateway", str)
+        self.attempt, self.tokens_max = fields.get("attempt", int), fields.get("max", int)
+        self.made = len(fields.get("logged", bytes)) // wire.TOKEN_BYTES
+        self._data, self._entry = data, entry
+        self._job: tuple[Job, Delivery] | None = None
+
+    def whole(self, worker: str) -> tuple[Job, Delivery]:
+        if self._job is None:
+            job = wire.decode_job(self._data)
+            to = Delivery(job.id, worker, self._entry, job.gateway, job.attempt, job.cost_tokens)
+            self._job = job, to
+        return self._job
 
 
 class InstantWorker:
@@ -179,26 +194,50 @@ class InstantWorker:
             async for entries in tail:
                 for entry in entries:
                     if entry.kind == "job":
-                        self._take(wire.decode_job(entry.data), entry.id)
+                        self._take(_Running(entry.data, entry.id))
                         continue
                     if entry.kind == "cancel":
                         self._cancel(entry.data.decode())
                     await self._redis.xdel(stream, entry.id)
                 if self._jobs and not self._stepping:
                     self._due_s = asyncio.get_running_loop().time()
-                    self._step()
+                    self._begin()
         finally:
             await tail.close()
 
-    def _take(self, job: Job, entry: str) -> None:
-        assert job.sampling.max_tokens <= len(self._said), "who asks for this is the benchmark"
-        to = Delivery(job.id, self._member.id, entry, job.gateway, job.attempt, job.cost_tokens)
-        self._jobs[job.id] = _Running(job, to, len(job.logged))
+    def _take(self, running: _Running) -> None:
+        assert running.tokens_max <= len(self._said), "who asks for this is the benchmark"
+        self._jobs[running.id] = running
+
+    def _begin(self) -> None:
+        """The first step after a pause: straight to Redis, where no job ends with it."""
+        link, running = link_of(self._redis), list(self._jobs.values())
+        if not link.is_open or any(each.made + 1 >= each.tokens_max for each in running):
+            self._step()
+            return
+        frames: dict[str, list[Delta]] = {}
+        for each in running:
+            delta = Delta(each.id, each.attempt, each.made, (self._said[each.made],))
+            frames.setdefault(each.gateway, []).append(delta)
+        told = link.send(
+            [
+                ("XADD", keys.replies(MODEL, gateway), "*", "d", wire.encode_deltas(frame))
+                for gateway, frame in frames.items()
+            ]
+        )
+        told.add_done_callback(_check)
+        for each in running:
+            each.made += 1
+        self._steps += 1
+        self._made += len(running)
+        self._stepping = True
+        self._step_later()
 
     def _cancel(self, job_id: str) -> None:
         running = self._jobs.pop(job_id, None)
         if running is not None:
-            self._publisher.put([_end(running, (), FinishReason.CANCELLED)], steps=0)
+            end = _end(running, (), FinishReason.CANCELLED, self._member.id)
+            self._publisher.put([end], steps=0)
 
     def _step(self) -> None:
         """The next token of every job, and the next step's time."""
@@ -206,12 +245,12 @@ class InstantWorker:
         for job_id, running in list(self._jobs.items()):
             token = (self._said[running.made],)
             running.made += 1
-            if running.made == running.job.sampling.max_tokens:
+            if running.made == running.tokens_max:
                 del self._jobs[job_id]
-                step.append(_end(running, token, FinishReason.LENGTH))
+                step.append(_end(running, token, FinishReason.LENGTH, self._member.id))
             else:
-                delta = Delta(job_id, running.job.attempt, running.made - 1, token)
-                step.append(Addressed(delta, running.to))
+                delta = Delta(job_id, running.attempt, running.made - 1, token)
+                step.append(Addressed(delta, running.whole(self._member.id)[1]))
         self._steps += 1
         self._made += len(step)
         if step:
@@ -236,12 +275,21 @@ class InstantWorker:
             self._step()
 
 
-def _end(running: _Running, tokens: tuple[int, ...], reason: FinishReason) -> Addressed:
+def _check(told: asyncio.Future[list[Any]]) -> None:
+    """A benchmark without its first token would wait for it."""
+    for answer in told.result():
+        if isinstance(answer, Exception):
+            raise answer
+
+
+def _end(
+    running: _Running, tokens: tuple[int, ...], reason: FinishReason, worker: str
+) -> Addressed:
     """A job's last words."""
-    job, first = running.job, running.made - len(tokens)
+    (job, to), first = running.whole(worker), running.made - len(tokens)
     delta = Delta(job.id, job.attempt, first, tokens, Finish(reason))
     progress = JobProgress(job.id, len(job.prompt), 0, running.made)
-    return Addressed(delta, running.to, progress)
+    return Addressed(delta, to, progress)
 
 
 async def serve(settings: WorkerSettings, step_s: float) -> None:

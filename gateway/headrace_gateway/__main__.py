@@ -9,7 +9,7 @@ import sys
 import structlog
 from aiohttp import web
 
-from headrace import config, logs, loops, telemetry, turns
+from headrace import config, large_pages, logs, loops, telemetry, turns
 from headrace.clock import SystemClock
 from headrace.errors import SettingsError
 from headrace.garbage import settle_memory
@@ -46,6 +46,7 @@ async def serve(settings: GatewaySettings, tenants: Tenants) -> None:
         await web.TCPSite(runner, settings.host, settings.port, backlog=BACKLOG).start()
         await fleet.start()
         settle_memory()
+        large_pages.gather()
         host, port = runner.addresses[0][:2]
         log.info("gateway listens", url=f"http://{host}:{port}", gateway=settings.gateway_id)
         await stop.wait()

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from headrace.errors import JobFailedError
 from headrace.types import Finish, FinishReason, TokenLogprobs
-from headrace_gateway.generation import Chunk, News, Standing, Taker
+from headrace_gateway.generation import Chunk, Standing, Taker
 from headrace_gateway.tokens import Detokenizer, StopChecker
 from headrace_gateway.tools.events import Event, Text
 from headrace_gateway.tools.events import joined as joined_events
@@ -31,12 +31,7 @@ class TokenSource(Protocol):
 
     async def cancel(self) -> None: ...
 
-
-@runtime_checkable
-class GivingSource(TokenSource, Protocol):
-    """One that gives plain tokens away as they come, as Generation does."""
-
-    def give_to(self, taker: Taker) -> None: ...
+    # one that gives plain tokens away as they come has `give_to(taker)`, as Generation does
 
 
 class Outlet(Protocol):
@@ -215,22 +210,25 @@ class Choice:
         That hears the index and of how many tokens the text was. What needs more than a look at a
         text (stop strings, calls, logprobs, ends) comes by `next` alone.
         """
-        source, index = self._source, self.index
-        if not self._plain or not isinstance(source, GivingSource):
+        # a look at the protocol would cost more than a token
+        give_to: Callable[[Taker], None] | None = getattr(self._source, "give_to", None)
+        index = self.index
+        if not self._plain or give_to is None:
             return
 
-        def take(news: News) -> bool:
+        def take(tokens: tuple[int, ...], cached: int, written: int) -> bool:
             if not outlet.ready():
                 return False
-            text = self._text_of(news.tokens)
-            self.cached_tokens = news.cached_tokens
-            self.cache_write_tokens = max(self.cache_write_tokens, news.cache_write_tokens)
+            text = self._text_of(tokens)
+            self.cached_tokens = cached
+            if written > self.cache_write_tokens:
+                self.cache_write_tokens = written
             if text:
                 outlet.tell(index, text)
-            told(index, len(news.tokens))
+            told(index, len(tokens))
             return True
 
-        source.give_to(take)
+        give_to(take)
 
     async def cancel(self) -> None:
         """Give up what still runs; harmless after the end."""
@@ -272,7 +270,8 @@ class Choice:
         else:
             text = "".join([push(token) for token in tokens if token not in silent])
         self.completion_tokens += len(tokens)
-        return self._text.push(text, self.completion_tokens)
+        self._text.shown += len(text)  # there are no stop strings to look for
+        return text
 
     def _end(self, finish: Finish) -> list[Event]:
         self.reason = finish.error

@@ -14,18 +14,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import structlog
 
 from headrace.errors import DependencyError, HeadraceError, JobFailedError
 from headrace.policy.reply_log import ReplyLog
 from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs, pack_tokens
+from headrace.wire import Plain, as_delta
 
 logger = structlog.get_logger()
 
-Taker = Callable[["News"], bool]
-"""Takes what has come, or says that it does not now; it never waits."""
+Taker = Callable[[tuple[int, ...], int, int], bool]
+"""Takes new tokens, with the counts of cached and of written ones as in Chunk, or says that it does
+not now; it never waits."""
 
 PLACE_EVERY_MS = 500
 """No client is told its place more often."""
@@ -68,14 +69,6 @@ class Chunk:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     standing: Standing | None = None
     cache_write_tokens: int = 0
-
-
-class News(NamedTuple):
-    """New tokens and nothing else, as in Chunk."""
-
-    tokens: tuple[int, ...]
-    cached_tokens: int
-    cache_write_tokens: int
 
 
 class Generation:
@@ -134,10 +127,18 @@ class Generation:
         self.note(delta)
         self.tell()
 
-    def note(self, delta: Delta) -> None:
+    def note(self, row: Delta | Plain) -> None:
         """As `offer`, for a reader that has more and says with `tell` that this was all."""
         if self.ended:
             return
+        if isinstance(row, tuple):
+            _, attempt, first, tokens, _ = row
+            if self._log.extend(attempt, first, tokens):
+                self._fresh += tokens
+                return
+            delta = as_delta(row)
+        else:
+            delta = row
         if self._log.is_gap(delta):
             self.fail(
                 DependencyError(
@@ -165,7 +166,7 @@ class Generation:
         if log.prompt_logprobs and not self._cursor:
             return False
         try:
-            taken = self._taker(News(fresh, log.cached_tokens, log.cache_write_tokens))
+            taken = self._taker(fresh, log.cached_tokens, log.cache_write_tokens)
         except Exception as error:  # one client's trouble must not end the reader of all streams
             logger.error("tokens could not be told", job=self.job.id, exc_info=error)
             self.fail(HeadraceError("an unexpected error of this gateway", code="internal_error"))
@@ -197,13 +198,13 @@ class Generation:
         Raises JobFailedError when the job ended in an error, DependencyError when the log was lost.
         """
         while True:
-            chunk, finish = self._unread(), self._log.finish
-            if finish is not None and finish.reason is FinishReason.ERROR and not chunk.tokens:
-                raise JobFailedError(finish.error or "the worker could not run this job")
-            if finish is not None and finish.reason is not FinishReason.ERROR:
-                return replace(chunk, finish=finish)
-            if chunk.tokens:
+            finish = self._log.finish
+            failed = finish is not None and finish.reason is FinishReason.ERROR
+            chunk = self._unread(None if failed else finish)
+            if chunk.finish is not None or chunk.tokens:
                 return chunk
+            if finish is not None:
+                raise JobFailedError(finish.error or "the worker could not run this job")
             if self._failure is not None:
                 raise self._failure
             if self._untold is not None:
@@ -220,8 +221,8 @@ class Generation:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
-    def _unread(self) -> Chunk:
-        """What has come since the last call; from now on it counts as read."""
+    def _unread(self, finish: Finish | None) -> Chunk:
+        """What has come since the last call, with `finish`; from now on it counts as read."""
         log, first = self._log, self._cursor
         self._cursor = len(log.tokens)
         logprobs: tuple[TokenLogprobs, ...] = ()
@@ -230,7 +231,7 @@ class Generation:
             logprobs = tuple(log.logprobs.pop(at) for at in here if at in log.logprobs)
         return Chunk(
             tuple(log.tokens[first:]),
-            None,
+            finish,
             log.cached_tokens,
             logprobs,
             () if first else log.prompt_logprobs,

@@ -2,11 +2,12 @@
 
 Invariant: it overtakes nobody. It is tried only while the queue here is empty, and the script
 leaves the job in the intake stream, as any other gateway would, when anything stands there: what
-was accepted before goes before. All else is as at a hand-off: booked first, taken back where Redis
-says no; leadership, lease and room are checked in the same step. While the answer is under way the
-job may come back through the intake stream; then it is held, so that it is never queued and booked
-at once. Rejected: telling the dispatcher in this process of a job that was accepted as others are,
-which spares reading it back but not the second round trip.
+was accepted before goes before. All else is as at a hand-off: booked before
+anybody decides again, taken back where Redis says no; leadership, lease and room are checked in the
+same step. While the answer is under way the job may come back through the intake stream; then it is
+held, so that it is never queued and booked at once. Rejected: telling the dispatcher in this
+process of a job that was accepted as others are, which spares reading it back but not the second
+round trip.
 """
 
 from __future__ import annotations
@@ -65,15 +66,21 @@ class Placing:
         '' where it has to take its turn: nothing was done. Raises what redis-py raises when the
         outcome is unknown; accepting it as usual finds out.
         """
-        decision = self._decide(job)
+        now = self._clock.wall_ms()
+        decision = self._decide(job, now)
         if decision is None:
             return ""
         hop = Hop(decision, self._clock.wall_ns())
         answer = UNKNOWN
         self._under_way[job.id] = None
         try:
-            names, values = self._call(decision, hop, keys.JOB_TTL_MS)
-            entry, answer = await self._lua.call(scripts.PLACE, names, values)
+            try:
+                names, values = self._call(decision, hop, keys.JOB_TTL_MS)
+                sent = self._lua.send(scripts.PLACE, names, values)
+            finally:
+                # behind the sending, which it would keep waiting; nobody else has run meanwhile
+                self._policy.handed_off(decision, now)
+            entry, answer = await sent
         finally:
             met = self._under_way.pop(job.id)
             hop.end(answer.decode())
@@ -84,15 +91,12 @@ class Placing:
                 self._on_missed(decision, answer)
         return str(entry.decode())
 
-    def _decide(self, job: Job) -> Decision | None:
-        """Who gets `job` now, booked already; None while somebody waits or nobody has room."""
+    def _decide(self, job: Job, now: int) -> Decision | None:
+        """Who gets `job`, to be booked at once; None while somebody waits or nobody has room."""
         if len(self._policy.queue):
             return None
-        now = self._clock.wall_ms()
         self._policy.push(Queued(job, self._intake, "", self._clock.wall_ns()))
         decision = self._policy.next(now)
         if decision is None:
             self._policy.cancel(job.id)
-            return None
-        self._policy.handed_off(decision, now)
         return decision

@@ -15,6 +15,7 @@ from headrace import keys, wire
 from headrace.clock import Clock
 from headrace.errors import WireError
 from headrace.streams import Tail
+from headrace.types import Delta
 from headrace_gateway.generation import Generation
 
 log = structlog.get_logger()
@@ -45,15 +46,16 @@ class Replies:
         live, noted = self.live, dict[str, Generation]()
         for frame in frames:
             try:
-                deltas = wire.decode_deltas(frame)
+                rows = wire.decode_rows(frame)
             except WireError as error:
                 log.error("reply entry unreadable, skipped", error=error.message)
                 continue
-            for delta in deltas:
-                generation = live.get(delta.job)
+            for row in rows:
+                job = row.job if isinstance(row, Delta) else row[0]
+                generation = live.get(job)
                 if generation is not None:
-                    generation.note(delta)
-                    noted[delta.job] = generation
+                    generation.note(row)
+                    noted[job] = generation
         for job, generation in noted.items():
             generation.tell()
             if generation.ended:

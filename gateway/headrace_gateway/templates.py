@@ -100,13 +100,17 @@ class ChatTemplates:
         pieces: list[str] = []
         length = 0
         try:
-            for piece in template.generate(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                documents=None,
-                **record.template_tokens,
-            ):
+            context = template.new_context(
+                {
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": tools,
+                    "documents": None,
+                    **record.template_tokens,
+                }
+            )
+            # `generate` does no more than this and, after a failure, a nicer traceback
+            for piece in template.root_render_func(context):
                 pieces.append(piece)
                 length += len(piece)
                 if length > self._chars_max:
@@ -150,6 +154,8 @@ class ChatTemplates:
                 param="model",
                 code=CODE,
             ) from error
+        # jinja's map of maps is gone through for each prompt; a plain one is copied at once
+        compiled.globals = dict(compiled.globals)
         self._compiled[record.fingerprint] = compiled
         while len(self._compiled) > TEMPLATES_MAX:
             self._compiled.popitem(last=False)

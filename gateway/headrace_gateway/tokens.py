@@ -129,6 +129,8 @@ class ModelTokenizer:
         self.chain = chain_of(decoder)
         self._token_bytes: dict[int, bytes] = {}
         self._shown_bytes: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}
+        """What `whole_text` knows: for who looks up each token that is made."""
         self._token_pieces: dict[int, str | int] = {}
 
     async def encode(self, text: str, *, add_bos: bool) -> array[int]:
@@ -185,6 +187,17 @@ class ModelTokenizer:
             found = self._shown_bytes[token] = self.bytes_of(token) if self.is_shown(token) else b""
         return found
 
+    def whole_text(self, token: int) -> str:
+        """What `token` adds to a text where that is characters in themselves; else ''."""
+        found = self.whole_texts.get(token)
+        if found is None:
+            try:
+                found = self.shown_bytes(token).decode()
+            except UnicodeDecodeError:
+                found = ""
+            self.whole_texts[token] = found
+        return found
+
     def _spell(self, token: int) -> bytes:
         text: str | None = self._tokenizer.id_to_token(token)
         if text is None:
@@ -226,19 +239,18 @@ class ByteDetokenizer:
 
     def __init__(self, tokenizer: ModelTokenizer) -> None:
         self._bytes_of = tokenizer.shown_bytes
+        self._text_of, self._texts = tokenizer.whole_text, tokenizer.whole_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._holds = False
 
     def push(self, token: int) -> str:
-        data = self._bytes_of(token)
         if not self._holds:
-            if data.isascii():
-                return data.decode("ascii")
-            try:
-                return data.decode()
-            except UnicodeDecodeError:
-                pass
-        text = self._utf8.decode(data)
+            text = self._texts.get(token)
+            if text is None:
+                text = self._text_of(token)
+            if text:
+                return text
+        text = self._utf8.decode(self._bytes_of(token))
         self._holds = bool(self._utf8.getstate()[0])
         return text
 

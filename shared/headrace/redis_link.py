@@ -125,21 +125,38 @@ class Link(asyncio.Protocol):
 
         Raises RedisError, OSError, TimeoutError where the outcome is unknown.
         """
-        packed = b"".join([hiredis.pack_command(tuple(command)) for command in commands])
-        loop = asyncio.get_running_loop()
-        due_s = loop.time() + self._limit_s
-        transport = self._transport
-        if transport is None:
-            async with asyncio.timeout_at(due_s):
-                transport = await self._open()
+        if self._transport is not None:
+            return await self.send(commands)
+        due_s = asyncio.get_running_loop().time() + self._limit_s
+        async with asyncio.timeout_at(due_s):
+            await self._open()
+        return await self.send(commands, due_s)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `send` may be called."""
+        return self._transport is not None
+
+    def send(
+        self, commands: Sequence[Command], due_s: float | None = None
+    ) -> asyncio.Future[list[Any]]:
+        """As `many`, on a link that is open: the commands are on their way when this returns, so
+        that the caller can do what they do not need before it awaits the answers.
+
+        Those have to be there by `due_s` of the loop's time. Raises RedisError.
+        """
+        transport, loop = self._transport, asyncio.get_running_loop()
+        assert transport is not None, "is_open comes first"
+        due_s = loop.time() + self._limit_s if due_s is None else due_s
         if len(self._line) >= WAITING_MAX:
             raise RedisError(f"{WAITING_MAX} calls wait for their answers")
+        packed = b"".join([hiredis.pack_command(tuple(command)) for command in commands])
         place = _Place(len(commands), loop.create_future(), due_s)
         self._line.append(place)
         if self._watch is None:
             self._watch = loop.call_at(due_s, self._look, loop)
         transport.write(packed)
-        return await place.future
+        return place.future
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """Lose a connection that did not answer the oldest call in time."""

@@ -58,7 +58,7 @@ PLACE = """
 -- Idempotent as ACCEPT is: of a job that was accepted before it changes nothing.
 local seen = redis.call('HGET', KEYS[2], 'intake')
 if seen then return {seen, 'seen'} end
-local why = 'ok'
+local why, tokens, jobs = 'ok'
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   why = 'deposed'
 elseif redis.call('XLEN', KEYS[3]) > 0 then
@@ -67,19 +67,19 @@ elseif redis.call('EXISTS', KEYS[6]) == 0 then
   why = 'gone'
 else
   local held = redis.call('HMGET', KEYS[5], 'tokens', 'jobs')
-  local tokens, jobs = tonumber(held[1] or 0), tonumber(held[2] or 0)
-  if jobs > 0 and (tokens + ARGV[5] > tonumber(ARGV[6]) or jobs + 1 > tonumber(ARGV[7])) then
-    why = 'full'
-  end
+  tokens, jobs = (held[1] or 0) + ARGV[5], (held[2] or 0) + 1
+  if jobs > 1 and (tokens > tonumber(ARGV[6]) or jobs > tonumber(ARGV[7])) then why = 'full' end
 end
-local id = redis.call('XADD', why == 'ok' and KEYS[4] or KEYS[3], '*', 'job', ARGV[3])
-redis.call('HSET', KEYS[2], 'attempt', ARGV[4], 'intake', id)
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
+local id
 if why == 'ok' then
-  redis.call('HSET', KEYS[2], 'stream', KEYS[4])
-  redis.call('HINCRBY', KEYS[5], 'tokens', ARGV[5])
-  redis.call('HINCRBY', KEYS[5], 'jobs', 1)
+  id = redis.call('XADD', KEYS[4], '*', 'job', ARGV[3])
+  redis.call('HSET', KEYS[2], 'attempt', ARGV[4], 'intake', id, 'stream', KEYS[4])
+  redis.call('HSET', KEYS[5], 'tokens', tokens, 'jobs', jobs)
+else
+  id = redis.call('XADD', KEYS[3], '*', 'job', ARGV[3])
+  redis.call('HSET', KEYS[2], 'attempt', ARGV[4], 'intake', id)
 end
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return {id, why}
 """
 

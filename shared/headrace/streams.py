@@ -15,7 +15,7 @@ Invariants, each the answer to a trap that was measured with redis-py 8:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,12 +217,34 @@ class Scripts:
 
     async def call(self, source: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run `source`. Raises what redis-py raises."""
-        digest = self.sha(source)
         link = link_of(self._redis)
         try:
-            return await link.one("EVALSHA", digest, len(keys), *keys, *args)
+            return await link.one("EVALSHA", self.sha(source), len(keys), *keys, *args)
         except NoScriptError:
             return await link.one("EVAL", source, len(keys), *keys, *args)
+
+    def send(self, source: str, keys: Sequence[str], args: Sequence[Any]) -> Awaitable[Any]:
+        """As `call`, for what has something to do meanwhile: where Redis is in reach, the call is
+        on its way when this returns."""
+        link = link_of(self._redis)
+        if not link.is_open:
+            return self.call(source, keys, args)
+        sent = link.send([("EVALSHA", self.sha(source), len(keys), *keys, *args)])
+        return self._answer(sent, source, keys, args)
+
+    async def _answer(
+        self,
+        sent: asyncio.Future[list[Any]],
+        source: str,
+        keys: Sequence[str],
+        args: Sequence[Any],
+    ) -> Any:
+        [answer] = await sent
+        if isinstance(answer, NoScriptError):
+            return await link_of(self._redis).one("EVAL", source, len(keys), *keys, *args)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def sha(self, source: str) -> str:
         """The hash by which `source` is called."""

@@ -319,19 +319,36 @@ def encode_deltas(deltas: Iterable[Delta]) -> bytes:
 
 
 def decode_deltas(data: bytes) -> list[Delta]:
+    return [row if isinstance(row, Delta) else as_delta(row) for row in decode_rows(data)]
+
+
+Plain = tuple[str, int, int, tuple[int, ...], int]
+"""Job, attempt, first, tokens and cached_tokens of a Delta that says no more."""
+
+
+def as_delta(row: Plain) -> Delta:
+    return Delta(*row[:4], cached_tokens=row[4])
+
+
+def decode_rows(data: bytes) -> list[Delta | Plain]:
+    """As `decode_deltas`, for who reads all tokens of a gateway: most rows are no object."""
     rows = unpack(data)
     if not isinstance(rows, list):
         raise WireError(f"deltas: expected a list, got {type(rows).__name__}")
-    return [_decode_delta(row) for row in rows]
+    made: list[Delta | Plain] = []
+    for row in rows:
+        if type(row) is list and len(row) == _PLAIN_COLUMNS:
+            job, attempt, first, tokens, cached = row
+            typed = type(job) is str and type(attempt) is type(first) is type(cached) is int
+            if typed and type(tokens) is bytes and not len(tokens) % TOKEN_BYTES:
+                made.append((job, attempt, first, _token_tuple(tokens), cached))
+                continue
+        made.append(_decode_delta(row))
+    return made
 
 
 def _decode_delta(row: Any) -> Delta:
     try:
-        if len(row) == _PLAIN_COLUMNS:
-            job, attempt, first, tokens, cached = row
-            if (type(job), type(tokens)) != (str, bytes):
-                raise ValueError("job or tokens of a wrong type")
-            return Delta(job, int(attempt), int(first), _token_tuple(tokens), None, int(cached))
         job, attempt, first, tokens, cached, *rest = row
         ending = rest[0] if rest else None
         logprobs, prompt_logprobs = rest[1:3] if len(rest) > 1 else (b"", b"")
@@ -364,14 +381,14 @@ def _decode_delta(row: Any) -> Delta:
 
 def _token_tuple(raw: bytes) -> tuple[int, ...]:
     """Raises struct.error."""
-    if len(raw) == _TOKEN_BYTES:
+    if len(raw) == TOKEN_BYTES:
         return (int.from_bytes(raw, "little"),)
-    return struct.unpack(f"<{len(raw) // _TOKEN_BYTES}I", raw)
+    return struct.unpack(f"<{len(raw) // TOKEN_BYTES}I", raw)
 
 
 _PLAIN_COLUMNS = 5
 """Of a row without finish, logprobs and counts, as nearly all are."""
-_TOKEN_BYTES = 4
+TOKEN_BYTES = 4
 _LOGPROB = struct.Struct("<Hd")
 _ALTERNATIVE = struct.Struct("<Id")
 

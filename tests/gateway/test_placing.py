@@ -180,7 +180,7 @@ async def test_a_job_that_comes_back_before_its_answer_waits_once(
         return answer
 
     await accept(leading.redis, a_job("first", "g2"))
-    monkeypatch.setattr(leading.lua, "call", slow)
+    monkeypatch.setattr(leading.lua, "send", slow)
     assert await leading.term.place(a_job("second", "g1"))
     assert len(leading.term.policy.queue) == 2
     leading.check()
@@ -212,7 +212,7 @@ async def test_an_answer_that_is_lost_leaves_one_job(
             await call(source, names, args)
         raise RedisConnectionError("the answer is lost")
 
-    monkeypatch.setattr(leading.lua, "call", lossy)
+    monkeypatch.setattr(leading.lua, "send", lossy)
     polling = asyncio.create_task(channel._poll_board())
     await leading.term._publish()
     await eventually(lambda: channel.board is not None)

@@ -11,7 +11,7 @@ from redis.exceptions import ConnectionError as LinkDownError
 from redis.exceptions import NoScriptError, ResponseError
 
 from headrace.redis_link import Link
-from headrace.streams import REDIS_DOWN, connect, link_of
+from headrace.streams import REDIS_DOWN, Scripts, connect, link_of
 from support.valkey import Valkey
 
 
@@ -54,6 +54,37 @@ async def test_a_refused_command_is_its_callers_alone(link: Link) -> None:
     assert isinstance(refused, ResponseError)
     with pytest.raises(NoScriptError):
         await link.one("EVALSHA", "0" * 40, 0)
+
+
+async def test_what_is_sent_is_on_its_way_before_anybody_waits_for_it(valkey: Valkey) -> None:
+    """Of a script too, also when Redis has forgotten it, or is opened by this very call; what
+    it earns is raised where the answer is awaited."""
+    redis = connect(valkey.url)
+    lua, link = Scripts(redis), link_of(redis)
+    count = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
+    assert not link.is_open
+    assert await lua.send(count, ["n"], [1]) == 1
+    sent = link.send([("INCR", "n"), ("GET", "n")])
+    called = lua.send(count, ["n"], [10])
+    told = await _count(valkey)
+    assert told == 12, "neither was awaited"
+    assert (await sent, await called) == ([2, b"2"], 12)
+    await redis.script_flush()
+    assert await lua.send(count, ["n"], [1]) == 13
+    with pytest.raises(ResponseError):
+        await lua.send(count, ["n"], ["no number"])
+    link.check_integrity()
+    await redis.aclose()
+
+
+async def _count(valkey: Valkey) -> int:
+    """What another client reads, once everything sent before has been executed."""
+    other = connect(valkey.url)
+    try:
+        await asyncio.sleep(0.05)
+        return int(await other.get("n") or 0)
+    finally:
+        await other.aclose()
 
 
 async def test_what_takes_too_long_ends_the_connection_and_the_next_call_opens_another(

@@ -33,6 +33,13 @@ def test_a_gap_in_the_current_attempt_is_seen_and_one_of_a_stale_attempt_is_not(
     assert not log.is_gap(Delta("j", 1, 5, (9,)))
 
 
+def _take(log: ReplyLog, delta: Delta) -> tuple[int, ...]:
+    """As the gateway does: without a look at what merely goes on."""
+    if delta.finish is None and log.extend(delta.attempt, delta.first, delta.tokens):
+        return delta.tokens
+    return log.accept(delta)
+
+
 @given(st.data())
 def test_every_reader_and_every_next_attempt_agree(data: st.DataObject) -> None:
     """Workers die, wake up and write late, frames are repeated; two readers see one stream.
@@ -62,7 +69,7 @@ def test_every_reader_and_every_next_attempt_agree(data: st.DataObject) -> None:
         assert len(dispatcher.tokens) == position
     stream.append(Delta("j", attempt, position, (7,), END))
     gateway = ReplyLog()
-    got = [token for delta in stream for token in gateway.accept(delta)]
+    got = [token for delta in stream for token in _take(gateway, delta)]
     gateway.check_integrity()
     assert len(got) == position + 1
     assert 666 not in got

@@ -8,8 +8,8 @@ traceback, never shown to the client.
 from __future__ import annotations
 
 import math
+import os
 import re
-import uuid
 from collections.abc import Awaitable, Callable
 
 import structlog
@@ -80,11 +80,8 @@ def http_error(status: int, message: str, code: str | None = None) -> CallerErro
 
 @web.middleware
 async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Outermost: gives the request its id, answers every failure, counts every answer."""
-    given = request.headers.get(REQUEST_ID, "")
-    request[REPLY_HEADERS] = {
-        REQUEST_ID: given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-    }
+    """Outermost: answers every failure, counts every answer."""
+    request[REPLY_HEADERS] = {}
     gateway = request.app[GATEWAY]
     status = STATUS_CLIENT_GONE
     try:
@@ -133,6 +130,9 @@ def _route(request: web.Request) -> str:
 async def add_reply_headers(request: web.Request, response: web.StreamResponse) -> None:
     """The `on_response_prepare` signal: also streams and upgrades carry the request's headers."""
     response.headers.update(request.get(REPLY_HEADERS, {}))
+    given = request.headers.get(REQUEST_ID, "")
+    known = given and _REQUEST_ID.fullmatch(given)
+    response.headers[REQUEST_ID] = given if known else f"req_{os.urandom(16).hex()}"
 
 
 @web.middleware

@@ -54,7 +54,9 @@ async def read_object(request: web.Request) -> dict[str, Any]:
         raise http_error(413, f"the body exceeds {settings.body_bytes_max} bytes")
     try:
         if request.content.is_eof():  # it came with its head, as most do: nothing to wait for
-            body = await request.read()
+            body = request.content.read_nowait(-1)
+            if len(body) > settings.body_bytes_max:  # in chunks, whose sum no header told
+                raise http_error(413, f"the body exceeds {settings.body_bytes_max} bytes")
         else:
             async with asyncio.timeout(settings.body_read_ms / 1000):
                 body = await request.read()

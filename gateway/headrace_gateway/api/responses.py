@@ -97,7 +97,7 @@ async def _stream(request: web.Request, turn: Turn, events: ResponseEvents) -> w
             await stream.write(_events_of(lines_of(events.place(place))))
 
         def tell_text(line: Line) -> None:
-            stream.write_now(event_of(line.json, line.type))
+            stream.write_now(event_of(line.json, line.type).encode())
 
         try:
             await turn.run(send, tell, TextOutlet(events, stream.ready, tell_text))

@@ -146,13 +146,12 @@ class EventStream:
             and transport.get_write_buffer_size() < CALM_BYTES
         )
 
-    def write_now(self, events: str) -> None:
+    def write_now(self, events: bytes) -> None:
         """As `write`, when `ready`, without a coroutine: most of what is written is one token."""
         transport = self._transport
         assert transport is not None, "ready() comes first"
         self._quiet = False
-        data = events.encode()
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events)
 
     async def comment(self, text: str) -> None:
         """One line that clients skip and people see. Raises StreamGoneError like `write`."""

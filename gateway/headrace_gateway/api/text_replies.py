@@ -149,13 +149,15 @@ class TextOutlet:
 
     def __init__(self, reply: TextReply, events: EventStream, choices: int) -> None:
         # now, while everybody waits for the first token
-        self._around = [reply.around(index) for index in range(choices)]
+        self._around = [
+            tuple(part.encode() for part in reply.around(index)) for index in range(choices)
+        ]
         self._write = events.write_now
         self.ready = events.ready
 
     def tell(self, index: int, text: str) -> None:
         before, after = self._around[index]
-        self._write(before + quote(text) + after)
+        self._write(before + quote(text).encode() + after)
 
 
 async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.StreamResponse:

@@ -7,8 +7,8 @@ runs on, its span is ended once, and `gateway.turns` no longer holds it.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
-import uuid
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Turn:
     """`async with Turn(...) as turn:` begin → encode → (make_wish) → submit → run."""
 
     def __init__(self, gateway: Gateway, call: Call, id_prefix: str) -> None:
-        self.id = f"{id_prefix}{uuid.uuid4().hex}"
+        self.id = f"{id_prefix}{os.urandom(16).hex()}"
         self.created_s = gateway.clock.wall_ms() // 1000
         self.gateway = gateway
         self.choices: list[Choice] = []
@@ -156,8 +156,9 @@ class Turn:
             await self.stop()
         finally:
             self.gateway.turns.discard(self)
-            self._account.close(self.usage().total_tokens, accepted=bool(self.choices))
-            self._tell()
+            usage = self.usage()
+            self._account.close(usage.total_tokens, accepted=bool(self.choices))
+            self._tell(usage)
             self._span.end()
 
     def begin(self, request: Common) -> None:
@@ -166,12 +167,12 @@ class Turn:
         Raises NotFoundError, CallerError, OverloadError, DependencyError.
         """
         self.gateway.check_open()
-        self._span.update_name(f"{self._call.operation} {request.model}")
-        self._span.set_attribute("gen_ai.request.model", request.model)
-        self._span.set_attribute("gen_ai.request.stream", bool(request.stream))
+        if self._span is not INVALID_SPAN:
+            self._describe(request)
         self._record = self.gateway.fleet.model(request.model)
         self.band = self._call.tenant.grant(band_of(request.service_tier))
-        self._span.set_attribute("headrace.band", self.band.label)
+        if self._span is not INVALID_SPAN:
+            self._span.set_attribute("headrace.band", self.band.label)
         self._priority = request.priority or 0
         self._session = session_of(request.prompt_cache_key, self._call.session)
         deadline = deadline_of(request.deadline_ms, self._call.deadline)
@@ -187,6 +188,11 @@ class Turn:
                 done_by_ms=self._done_by_ms,
             )
         )
+
+    def _describe(self, request: Common) -> None:
+        self._span.update_name(f"{self._call.operation} {request.model}")
+        self._span.set_attribute("gen_ai.request.model", request.model)
+        self._span.set_attribute("gen_ai.request.stream", bool(request.stream))
 
     def _check_admission(self, ask: Ask) -> None:
         """Raises what the fleet would refuse `ask` with; nothing is sent or taken for it."""
@@ -402,9 +408,8 @@ class Turn:
             outcome = "expired_decoding" if begun else "expired_waiting"
             self._span.set_attribute("headrace.deadline", outcome)
 
-    def _tell(self) -> None:
+    def _tell(self, usage: Usage) -> None:
         """The figures of the ended turn: span, metrics, one line of log."""
-        usage = self.usage()
         took_ms = self.gateway.clock.now_ms() - self._call.arrived_ms
         self._span.set_attribute("http.response.status_code", self.status)
         if self._record is None or not self.choices:

@@ -246,6 +246,10 @@ class Workload:
         """All workers that `demand` fits on beside everything there, where these are few and that
         is known; None where any may have room."""
         maybe = self._refusals.maybe(ALL, demand.held, demand.remaining)
+        if maybe is None and len(self.open_workers) == 1:
+            [only] = self.open_workers  # whose price is no question
+            fits = self._workers[only].fits(ALL, demand, self.kv_share).room is FREE
+            return [only] if fits and allows(only) else None
         if maybe is None or maybe.workers is None or len(maybe.workers) > FREE_MAX:
             return None
         named = maybe.workers

@@ -33,6 +33,15 @@ class ReplyLog:
             self.finish is None and delta.attempt >= self.attempt and delta.first > len(self.tokens)
         )
 
+    def extend(self, attempt: int, first: int, tokens: tuple[int, ...]) -> bool:
+        """`accept` for a delta of nothing but `tokens`, where it simply goes on with what stands
+        here, as nearly all do; False where it does not, or begins: `accept` has to look then."""
+        have = self.tokens
+        if attempt != self.attempt or first != len(have) or not first or self.finish is not None:
+            return False
+        have += tokens
+        return True
+
     def accept(self, delta: Delta) -> tuple[int, ...]:
         """The tokens of `delta` that are new; records them, and the finish if there is one.
 
