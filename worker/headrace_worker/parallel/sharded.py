@@ -247,6 +247,9 @@ class ShardedWeights:
         mine = bias and self._group.rank == 0
         return SummedLinear(self._inner.linear(names, outs, columns, bias=mine), self._group)
 
+    def router(self, name: str, shape: tuple[int, int]) -> Linear:
+        return self._inner.router(name, shape)
+
     def tied_head(self, embedding: Tensor) -> Linear:
         return self._inner.tied_head(embedding)
 
