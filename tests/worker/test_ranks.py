@@ -108,7 +108,7 @@ def test_every_kind_of_layer_finds_its_stage(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("shape", [*SHAPES, Shape(4, 1), Shape(1, 3)], ids=names)
+@pytest.mark.parametrize("shape", [Shape(2, 2), Shape(1, 3)], ids=names)
 def test_quantized_ranks_answer_as_one_quantized_process(
     tmp_path: Path, shape: Shape, mode: Quantization
 ) -> None:

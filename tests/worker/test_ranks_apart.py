@@ -26,7 +26,6 @@ from headrace_worker.loading import LoadedModel, load_model
 from headrace_worker.parallel import rank
 from headrace_worker.parallel.commands import Loaded, Open, pack_open, unpack_open
 from headrace_worker.parallel.shape import Shape
-from headrace_worker.quantization import Quantization
 from headrace_worker.settings import WorkerSettings
 from worker import flash_reference
 from worker.builders import finish_all, make_engine, make_job, random_tokens
@@ -75,23 +74,17 @@ os._exit(0)  # gloo's threads would abort the interpreter's end, once in a while
 """
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "mode"),
-    [(Shape(2, 1), "float32", "none"), (Shape(2, 2), "bfloat16", "int8")],
-    ids=["tp2 float32", "tp2pp2 int8"],
-)
-def test_processes_started_as_torchrun_does_answer_as_one(
-    shape: Shape, dtype: str, mode: Quantization, tmp_path: Path
-) -> None:
+def test_processes_started_as_torchrun_does_answer_as_one(tmp_path: Path) -> None:
     """Without torchrun, on one host, as for GPUs; all of them end when they are told to.
 
     Where the kernels compute, not one log probability has another bit.
     """
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
     write_model(tmp_path, config_of("llama", num_attention_heads=8, num_key_value_heads=4, **sizes))
-    whole = load_model(tmp_path, "test", dtype, mode)
+    shape, kind = Shape(2, 2), {"dtype": "bfloat16", "quantization": "int8"}
+    whole = load_model(tmp_path, "test", **kind)
     expected = finish_all(make_engine(whole, **LIMITS), jobs())
-    settings = settings_for(tmp_path, shape, rank_links="torch", dtype=dtype, quantization=mode)
+    settings = settings_for(tmp_path, shape, rank_links="torch", **kind)
     env = os.environ | as_env(settings) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=150

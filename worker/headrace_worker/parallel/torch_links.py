@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported without a word
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -42,7 +43,7 @@ _HEAD_BYTES = 8
 COMMANDS_MAX = 64
 """Commands that a follower has taken off its way and not carried out."""
 _PR_SET_PDEATHSIG = 1
-_STORES: list[dist.TCPStore] = []
+_STORES: list[object] = []
 """Where ranks that this process started meet: it ends with its owner, so it is kept."""
 IDLE = timedelta(days=365)
 """How long a rank waits for a command or an answer, if all live: for ever."""
@@ -69,7 +70,7 @@ def launch(shape: Shape, env: Mapping[str, str]) -> list[subprocess.Popen[bytes]
     `env`: their settings. Belongs into the main thread. They never outlive this process.
     """
     # it listens before anybody is told where: a port that was only free a moment ago may be taken
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _STORES.append(store)
     world = str(shape.ranks)
     common = {
