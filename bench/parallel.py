@@ -1,13 +1,15 @@
 """What several ranks cost and bring: bytes and messages, counted; tokens a second.
 
-    python -m bench parallel [--model smollm2] [--shapes 1x1 2x1 1x2] [--batches 1 8] [--tokens 48]
+    python -m bench parallel [--model smollm2] [--shapes 1x1 2x1 1x2] [--batches 1 8]
+        [--links torch]
 
 A shape is tensor ranks x stages, all on this machine, with the cores divided over them. Counted is
 what rank 0 receives in sums and for choosing tokens, passes on to the next stage, and tells of a
 step. Beside it stands the least that any way of doing it has to move: for a sum over n ranks
 2 (n - 1) / n of its bytes, two sums a layer and one for the embedding; a logit and an id per rank
 and row; a row's activations per stage. `prefill` is one prompt of 512 tokens, the rest is decoding,
-greedy unless --temperature says otherwise, without speculation. The median step.
+greedy unless --temperature says otherwise, without speculation. The median step. `--links torch` is
+ranks as on several hosts, over gloo.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +34,7 @@ from headrace_worker.engine_config import EngineConfig
 from headrace_worker.parallel.collective import Counts, minimal_bytes
 from headrace_worker.parallel.ranks import Ranks
 from headrace_worker.parallel.shape import Shape
+from headrace_worker.parallel.torch_links import join, launch
 from headrace_worker.settings import WorkerSettings
 
 PROMPT_TOKENS, PREFILL_TOKENS = 24, 512
@@ -79,7 +82,7 @@ def opened(args: argparse.Namespace, shape: Shape) -> Iterator[Opened]:
     os.environ.update(env)
     settings = WorkerSettings()
     torch.set_num_threads(startup.threads_each(settings, shape.ranks))
-    ranks = Ranks.spawn(shape, env) if shape.ranks > 1 else None
+    ranks = _started(args.links, shape, env) if shape.ranks > 1 else None
     try:
         loaded = startup.load(settings, None if ranks is None else ranks.links)
         if ranks is not None:
@@ -99,6 +102,13 @@ def opened(args: argparse.Namespace, shape: Shape) -> Iterator[Opened]:
     finally:
         if ranks is not None:
             ranks.close()
+
+
+def _started(links: str, shape: Shape, env: Mapping[str, str]) -> Ranks:
+    if links == "shared":
+        return Ranks.spawn(shape, env)
+    children = launch(shape, env)
+    return Ranks(join(shape, "cpu"), children)
 
 
 def _itemsize(engine: Engine) -> int:
@@ -193,7 +203,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--links", default="shared", choices=["shared", "torch"])
     args = parser.parse_args()
+    if args.links == "torch" and sum(shape != "1x1" for shape in args.shapes) > 1:
+        parser.error("--links torch takes one shape of several ranks: a process joins once")
     logs.setup("bench", level="warning", json=False)
     for name in args.shapes:
         tensor, pipeline = (int(part) for part in name.split("x"))
@@ -208,6 +221,8 @@ def main() -> None:
             )
             for batch in args.batches:
                 print(decode(world, batch, args), flush=True)
+    if args.links == "torch":
+        os._exit(0)  # gloo's threads would abort the interpreter's end, once in a while
 
 
 if __name__ == "__main__":

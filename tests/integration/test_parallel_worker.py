@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     reason="two minutes of two cores: HEADRACE_TEST_RANKS=1 asks for them",
 )
 
+STOP_S_MAX = 40
 PROMPTS = ["Here is a story. Once upon a time", "1, 2, 3, 4,", "def add(a, b):"]
 
 
@@ -36,8 +37,9 @@ def own_stack() -> Iterator[Stack]:
 
 @pytest.fixture
 async def own_client(own_stack: Stack) -> AsyncIterator[openai.AsyncOpenAI]:
+    """It asks again where the gateway has lost one worker and not heard yet of another."""
     url = f"{own_stack.url}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=5) as client:
         yield client
 
 
@@ -74,10 +76,11 @@ async def test_two_processes_say_the_same(
     """Two ranks that the worker starts itself, with common memory and without."""
     name = own_stack.start_worker(**{f"HEADRACE_{way}_PARALLEL": "2", "HEADRACE_RANK_LINKS": links})
     await asyncio.to_thread(own_stack.wait_lease, name)
-    only(own_stack, name)
-    assert await texts(own_client) == expected
-    assert own_stack.stop(name) == 0, "an orderly stop is no loss of a rank"
-    await asyncio.to_thread(start_single, own_stack)
+    with logs_if_it_fails(own_stack, name):
+        await only(own_stack, name)
+        assert await texts(own_client) == expected
+        code = own_stack.stop(name, STOP_S_MAX)
+        assert code == 0, "an orderly stop is no loss of a rank"
 
 
 @pytest.mark.timeout(400)
@@ -104,10 +107,11 @@ async def test_two_hosts_say_the_same(
             names, commands, HEADRACE_TENSOR_PARALLEL="2", HEADRACE_CACHE_URL=""
         )
         await asyncio.to_thread(own_stack.wait_lease, names[0])
-        only(own_stack, *names)
-        assert await texts(own_client) == expected
-        for name in names:
-            own_stack.stop(name, 40)
+        with logs_if_it_fails(own_stack, *names):
+            await only(own_stack, *names)
+            assert await texts(own_client) == expected
+            for name in names:
+                own_stack.stop(name, STOP_S_MAX)
 
 
 @pytest.mark.timeout(400)
@@ -134,13 +138,22 @@ async def moved(stack: Stack) -> int:
     return sum(isinstance(event, JobMoved) for event in events)
 
 
-def only(stack: Stack, *names: str) -> None:
-    """No worker but these, so that one of them is asked."""
+@contextlib.contextmanager
+def logs_if_it_fails(stack: Stack, *names: str) -> Iterator[None]:
+    """What these workers said, beside the failure."""
+    try:
+        yield
+    except BaseException:
+        for name in names:
+            print(f"--- {name}\n{stack.log_of(name)[-4000:]}")
+        raise
+
+
+async def only(stack: Stack, *names: str) -> None:
+    """No worker but these, so that one of them is asked; the gateway may have had none before."""
     others = stack.processes.keys() - {*names, "cache"}
     for name in [name for name in others if not name.startswith("gateway")]:
-        stack.kill(name)
-
-
-def start_single(stack: Stack) -> None:
-    """What the next test begins with, as a gateway without workers forgets its model."""
-    stack.wait_lease(stack.start_worker())
+        await asyncio.to_thread(stack.stop, name, STOP_S_MAX)
+    async with asyncio.timeout(STOP_S_MAX):
+        while (await asyncio.to_thread(stack.get, "/ready"))[0] != 200:
+            await asyncio.sleep(0.05)

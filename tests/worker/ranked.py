@@ -21,15 +21,15 @@ from headrace_worker.settings import WorkerSettings
 
 
 def settings_for(folder: Path, shape: Shape, **changes: Any) -> WorkerSettings:
-    return WorkerSettings(
-        model=str(folder),
-        model_name="test",
-        dtype="float32",
-        threads=1,
-        tensor_parallel=shape.tensor,
-        pipeline_parallel=shape.pipeline,
-        **changes,
-    )
+    said = {
+        "model": str(folder),
+        "model_name": "test",
+        "dtype": "float32",
+        "threads": 1,
+        "tensor_parallel": shape.tensor,
+        "pipeline_parallel": shape.pipeline,
+    }
+    return WorkerSettings(**(said | changes))
 
 
 def as_env(settings: WorkerSettings) -> dict[str, str]:

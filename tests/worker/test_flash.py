@@ -506,6 +506,9 @@ class EmptyWeights:
     def embedding(self, name: str, shape: tuple[int, int]) -> Embedding:
         return DenseEmbedding(self.take(name, shape))
 
+    def router(self, name: str, shape: tuple[int, int]) -> DenseLinear:
+        return DenseLinear(self.take(name, shape))
+
     def tied_head(self, embedding: Tensor) -> DenseLinear:
         return DenseLinear(embedding)
 

@@ -138,28 +138,73 @@ def test_who_does_not_come_ends_the_wait() -> None:
 
 PROGRAM = """
 import sys, torch, torch.distributed as dist
+from headrace_worker import native
+from headrace_worker.native.sums import SumsApart
 from headrace_worker.parallel.collective import TorchGroup
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-group = TorchGroup(dist.group.WORLD)
-for dtype in (torch.float32, torch.bfloat16):
-    x = torch.arange(1000.0).to(dtype) * (rank + 1)
-    assert torch.equal(group.all_reduce(x), torch.arange(1000.0).to(dtype) * 3), dtype
-    parts = group.gather(torch.full((4,), float(rank), dtype=dtype))
+from worker.test_parallel_collective import SOCKET_COUNTS, numbers
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+pair, library = dist.new_group([0, 1]), native.library()
+for made in [pair, dist.group.WORLD][rank > 1:]:
+    group, found, counted = TorchGroup(made), [], []
+    for count in SOCKET_COUNTS:
+        for dtype in (torch.float32, torch.bfloat16):
+            group.counts.bytes = group.counts.messages = 0
+            found.append(group.all_reduce(numbers(rank, count, dtype)))
+            counted.append((group.counts.messages, group.counts.bytes))
+        if library is not None:
+            x = numbers(rank, count, torch.float32)
+            with SumsApart(group).lent() as lent:
+                library.add_up(lent, x)
+            assert torch.equal(x, found[-2]), "what native steps do within"
+    parts = group.gather(torch.full((4,), float(rank)))
     assert (parts is None) == (rank > 0)
-    assert parts is None or [float(p[0]) for p in parts] == [0, 1]
-assert int(group.broadcast(torch.tensor([rank + 7]))[0]) == 7
-assert group.counts.messages == (4 if rank == 0 else 3), group.counts
-del group  # its threads end here: at the interpreter's end they abort, once in a while
+    assert parts is None or [float(p[0]) for p in parts] == list(range(group.size))
+    assert int(group.broadcast(torch.tensor([rank + 7]))[0]) == 7
+    torch.save((found, counted), f"{folder}/{rank} of {group.size}")
+if rank == 0 and library is not None:
+    dist.recv(torch.empty(1), 1)  # rank 1 comes to no sum any more
+    try:
+        with SumsApart(group).lent() as lent:
+            library.add_up(lent, torch.ones(3))
+            library.add_up(lent, torch.ones(3))  # asks nobody again
+    except Exception as error:
+        assert type(error).__name__ == "PeerError", error
+    else:
+        raise AssertionError("a sum without its ranks")
+elif rank == 1 and library is not None:
+    dist.send(torch.ones(1), 0)
+del group, made, pair  # their threads end here: at the interpreter's end they abort at times
 dist.destroy_process_group()
 """
 
+SOCKET_COUNTS = [5, 700, ONE_TURN_BYTES_MAX // 2 + 3]
+"""The last one goes by shares, in either dtype, among more than two ranks."""
 
-def test_the_same_over_sockets(tmp_path: Path) -> None:
-    """torch.distributed's gloo between two processes."""
+
+def test_over_sockets_sums_have_the_bits_of_common_memory(tmp_path: Path) -> None:
+    """torch.distributed's gloo between processes; in the kernels too, which say who is gone.
+
+    Large sums cost what is the least that is possible, but for shares that differ by a number.
+    """
     argv = [sys.executable, "-c", PROGRAM]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-    ranks = [
-        subprocess.Popen([*argv, str(rank), str(tmp_path / "store")], env=env) for rank in range(2)
-    ]
-    assert [rank.wait(150) for rank in ranks] == [0, 0]
+    ranks = [subprocess.Popen([*argv, str(rank), str(tmp_path)], env=env) for rank in range(4)]
+    assert [rank.wait(150) for rank in ranks] == [0] * 4
+    cases = [(n, dtype) for n in SOCKET_COUNTS for dtype in (torch.float32, torch.bfloat16)]
+
+    def work(group: SharedGroup) -> list[torch.Tensor]:
+        return [group.all_reduce(numbers(group.rank, count, dtype)) for count, dtype in cases]
+
+    for size in (2, 4):
+        expected = together(size, work, SLOT_BYTES)[0]
+        for rank in range(size):
+            found, counted = torch.load(tmp_path / f"{rank} of {size}")
+            for case, mine, theirs, noted in zip(cases, found, expected, counted, strict=True):
+                assert torch.equal(mine, theirs)
+                size_bytes = case[0] * case[1].itemsize
+                least = minimal_bytes(size, size_bytes)
+                if size > 2 and case[0] == SOCKET_COUNTS[-1]:
+                    assert noted[0] == 2 and abs(noted[1] - least) <= 8 * size
+                else:
+                    assert noted == (1, (size - 1) * size_bytes)

@@ -23,23 +23,26 @@ from headrace_worker import native, startup
 from headrace_worker.attention import choice
 from headrace_worker.device import CPU, rank_device
 from headrace_worker.loading import LoadedModel, load_model
-from headrace_worker.parallel.commands import Open, pack_open, unpack_open
+from headrace_worker.parallel import rank
+from headrace_worker.parallel.commands import Loaded, Open, pack_open, unpack_open
 from headrace_worker.parallel.shape import Shape
 from headrace_worker.settings import WorkerSettings
 from worker import flash_reference
 from worker.builders import finish_all, make_engine, make_job, random_tokens
 from worker.ranked import as_env, settings_for, threaded
+from worker.test_architectures import config_of, write_model
+from worker.test_ranks import logprobs_of
 
 LIMITS: dict[str, Any] = {"step_tokens_max": 64, "max_running": 8, "offer_blocks": False}
 SHAPES = [Shape(2, 1), Shape(1, 2), Shape(2, 2)]
 
 
 def jobs() -> list[Job]:
-    """A prompt of several chunks, two that share blocks, one that draws."""
+    """A prompt of several chunks, two that share blocks, one that is told of, one that draws."""
     shared = random_tokens(40, 1)
     return [
         make_job("long", random_tokens(300, 2), max_tokens=12),
-        make_job("first", [*shared, 5], max_tokens=20),
+        make_job("first", [*shared, 5], max_tokens=20, logprobs=0, prompt_logprobs=0),
         make_job("second", [*shared, 9, 9], max_tokens=20),
         make_job("drawn", random_tokens(9, 3), temperature=1.0, seed=5, max_tokens=16),
     ]
@@ -54,6 +57,7 @@ from headrace_worker.settings import WorkerSettings
 from headrace_worker import startup
 from worker.builders import finish_all
 from worker.ranked import engine_over
+from worker.test_ranks import logprobs_of
 from worker.test_ranks_apart import LIMITS, jobs
 
 settings = load_or_exit(WorkerSettings)
@@ -64,25 +68,33 @@ ranks = Ranks(join(shape, settings.device), children)
 engine = engine_over(ranks, settings, **LIMITS)
 out = finish_all(engine, jobs())
 ranks.close()
-print(json.dumps([out.tokens, [child.returncode for child in children]]), flush=True)
+said = [out.tokens, logprobs_of(out), [child.returncode for child in children]]
+print(json.dumps(said), flush=True)
 os._exit(0)  # gloo's threads would abort the interpreter's end, once in a while
 """
 
 
-def test_processes_started_as_torchrun_does_answer_as_one(
-    tiny: LoadedModel, tiny_folder: Path
-) -> None:
-    """Without torchrun, on one host, as for GPUs; all of them end when they are told to."""
-    expected = finish_all(make_engine(tiny, **LIMITS), jobs())
-    settings = settings_for(tiny_folder, Shape(2, 1), rank_links="torch")
+def test_processes_started_as_torchrun_does_answer_as_one(tmp_path: Path) -> None:
+    """Without torchrun, on one host, as for GPUs; all of them end when they are told to.
+
+    Where the kernels compute, not one log probability has another bit.
+    """
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
+    write_model(tmp_path, config_of("llama", num_attention_heads=8, num_key_value_heads=4, **sizes))
+    shape, kind = Shape(2, 2), {"dtype": "bfloat16", "quantization": "int8"}
+    whole = load_model(tmp_path, "test", **kind)
+    expected = finish_all(make_engine(whole, **LIMITS), jobs())
+    settings = settings_for(tmp_path, shape, rank_links="torch", **kind)
     env = os.environ | as_env(settings) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=150
     )
     assert run.returncode == 0, run.stderr
-    tokens, codes = json.loads(run.stdout.splitlines()[-1])
+    tokens, logprobs, codes = json.loads(run.stdout.splitlines()[-1])
     assert tokens == expected.tokens
-    assert codes == [0]
+    if native.library() is not None:
+        assert logprobs == logprobs_of(expected)
+    assert codes == [0] * (shape.ranks - 1)
 
 
 @pytest.fixture
@@ -118,6 +130,23 @@ def test_ranks_with_common_memory_have_no_pages(tiny_folder: Path) -> None:
     with (
         pytest.raises(SettingsError, match="HEADRACE_RANK_LINKS=torch"),
         threaded(settings, attention="flash", **LIMITS),
+    ):
+        pass
+
+
+def test_ranks_that_compute_in_different_ways_are_refused(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host without a compiler beside one that has one: what they add up would not fit."""
+
+    def loaded(*told: Any, kernels: str) -> Loaded:
+        assert kernels == native.isa()
+        return Loaded(*told, kernels="sse2")
+
+    monkeypatch.setattr(rank, "Loaded", loaded)
+    with (
+        pytest.raises(ModelError, match=r"rank 1 on .* native kernels: sse2, rank 0 with"),
+        threaded(settings_for(tiny_folder, Shape(2, 1)), apart=True, **LIMITS),
     ):
         pass
 

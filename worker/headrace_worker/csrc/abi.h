@@ -8,7 +8,7 @@
 
 namespace headrace {
 
-constexpr int32_t ABI_VERSION = 5;
+constexpr int32_t ABI_VERSION = 6;
 
 // Outputs are computed PANEL at a time, quantized columns in groups of GROUP that share a scale.
 constexpr int PANEL = 16;
@@ -96,8 +96,11 @@ struct Sums {
   uint64_t turn;            // in and out
   int64_t bytes, messages;  // out: what was received from others
   int32_t rank, size;
-  int32_t late;  // out: a rank that did not come in time; -1 for none
+  int32_t late;  // out: a rank that did not come in time, or `size` where `apart` failed; -1 for none
   int32_t unused;
+  // Ranks without common memory: x [count] becomes everybody's sum over a network; 0 where it did. Null
+  // where flags and slots are, of which nothing is needed then.
+  int32_t (*apart)(float* x, int64_t count);
 };
 
 // What a row's token is chosen by: see sampling/. A `scale` of 0 takes the first highest logit.

@@ -107,6 +107,10 @@ void add_run(Sums& s, float* x, int64_t count) {
 }  // namespace
 
 void add_up(Sums& s, float* x, int64_t count) {
+  if (s.apart != nullptr) {
+    if (s.late < 0 && s.apart(x, count) != 0) s.late = s.size;
+    return;
+  }
   const int64_t most = s.slot_bytes / static_cast<int64_t>(sizeof(float));
   for (int64_t start = 0; start < count && s.late < 0; start += most)
     add_run(s, x + start, std::min(most, count - start));

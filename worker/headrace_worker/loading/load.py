@@ -280,6 +280,12 @@ class _Weights:
             linear.cut(self._cuts.get(names[0].rsplit(".", 1)[-1], ()))
         return linear
 
+    def router(self, name: str, shape: tuple[int, int]) -> Linear:
+        weight, library = self.take(name, shape), native.library()
+        if library is None:
+            return DenseLinear(weight)
+        return NativeLinear.of_float32(library, weight, None)
+
     def tied_head(self, embedding: Tensor) -> Linear:
         head = self._linear(embedding, None, Role.HEAD)
         if isinstance(head, DenseLinear) and not head.packed:

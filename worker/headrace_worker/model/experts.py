@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from headrace_worker.model import config
-from headrace_worker.model.linear import DenseLinear, Linear
+from headrace_worker.model.linear import Linear
 from headrace_worker.model.weights import Weights
 
 
@@ -42,7 +42,7 @@ class Experts:
         """`router`, `experts`: full names; `gate_up`, `down`: below `experts.N.`."""
         inner = shape.intermediate_size
         self.shape, self.activation, self.total = shape, activation, weights.total
-        self.router = DenseLinear(weights.take(f"{router}.weight", (shape.count, hidden)))
+        self.router = weights.router(f"{router}.weight", (shape.count, hidden))
         self.experts: dict[int, tuple[Linear, Linear]] = {
             i: (
                 weights.linear(

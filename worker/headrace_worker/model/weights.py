@@ -42,6 +42,11 @@ class Weights(Protocol):
         """
         ...
 
+    def router(self, name: str, shape: tuple[int, int]) -> Linear:
+        """Which experts a token goes to: the matrix `name` in the model's dtype. Where the native
+        kernels multiply, what a token gets does not depend on who is in the step beside it."""
+        ...
+
     def tied_head(self, embedding: Tensor) -> Linear:
         """The output head that is the embedding matrix [vocab, hidden]."""
         ...

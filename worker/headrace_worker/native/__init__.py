@@ -48,6 +48,12 @@ def state() -> str:
     return _find()[1]
 
 
+def isa() -> str:
+    """The instruction set in use, "none" where torch computes."""
+    found = library()
+    return "none" if found is None else found.isa
+
+
 def _find() -> tuple[Library | None, str]:
     if _choice.found is None:
         mode = _choice.mode or os.environ.get(VARIABLE, "auto")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 ISAS = ("none", "avx2", "avx512")
 
 PANEL, GROUP = 16, 32
@@ -100,14 +100,19 @@ class Model(Structure):
     )
 
 
+Apart = ctypes.CFUNCTYPE(c_int32, POINTER(c_float), c_int64)
+"""Adds up float32 [count] at an address over all ranks; 0 where that went well."""
+
+
 class Sums(Structure):
-    """Ranks that add up within a step: a SharedGroup's memory and its turn."""
+    """Ranks that add up within a step: a SharedGroup's memory and its turn, or what to call."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("flags", "slots")),
         *((name, c_int64) for name in ("slot_bytes", "one_turn_bytes", "patience_us")),
         *((name, c_int64) for name in ("turn", "bytes", "messages")),
         *((name, c_int32) for name in ("rank", "size", "late", "unused")),
+        ("apart", Apart),
     )
 
 

@@ -1,13 +1,14 @@
 """A decoder's whole step as one native call, so that Python's cost does not grow with layers.
 
 A rank's part of a model is one call too: a stage begins with what the one before made, and tensor
-ranks of one host add up within the call (see sums.py).
+ranks add up within the call (see sums.py).
 
 Invariant: a program computes what its Decoder computes, with activations in float32 throughout, and
 is made only of decoders whose every part the kernels know: `program_of` gives None for all others,
 which then run layer by layer through the same Linears and attention. So a new family needs no
 native code to work. Ranks that compute together all have one or none, as what they say to each
-other differs: what decides are facts of the whole model and of all its parts.
+other differs: what decides are facts of the whole model and of all its parts, and that all have
+kernels or none, which rank 0 asks (see parallel/ranks.py).
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from headrace_worker.native.abi import PANEL, address_of
 from headrace_worker.native.angles import AngleTable
 from headrace_worker.native.attention import NativeBackend, Placed
 from headrace_worker.native.linear import NativeLinear
-from headrace_worker.native.sums import StepSums
-from headrace_worker.parallel.collective import Group, SharedGroup
+from headrace_worker.native.sums import lender_of
+from headrace_worker.parallel.collective import Group
 from headrace_worker.parallel.shape import Part
 from headrace_worker.parallel.sharded import SummedEmbedding, SummedLinear
 from headrace_worker.sampling.ranking import Floats
@@ -54,8 +55,6 @@ class Split:
 
     def suits(self) -> bool:
         """Whether every rank can have a program, if its layers are of a kind that can."""
-        if self.adds_up and not isinstance(self.group, SharedGroup):
-            return False
         whole = self.parts[0].whole
         return whole.experts is None and not any(len(p.inner) % PANEL for p in self.parts)
 
@@ -138,8 +137,8 @@ class Program:
         c = model.config
         self._sums = None
         if split is not None and split.adds_up:
-            assert isinstance(split.group, SharedGroup), "asked before"
-            self._sums = StepSums(split.group)
+            self._sums = lender_of(split.group)
+            assert self._sums is not None, "a group of several ranks adds up"
         self._backend = backend
         self._vocab = c.vocab_size
         self._tables = [AngleTable(rope, c.context_tokens) for rope in c.ropes]

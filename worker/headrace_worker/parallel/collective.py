@@ -9,10 +9,14 @@ and counts its turn; who sees all counts at its own turn reads what it needs. Tw
 turns: whoever writes a buffer again has seen everybody at the turn between, so nobody reads it any
 more. A sum of few bytes is one turn, at the price of everybody reading everything; a large one over
 more than two ranks is two: each adds up its share, then all read the shares.
-`TorchGroup` is for ranks of several hosts, and for GPUs.
+`TorchGroup` is for ranks of several hosts, and for GPUs. Numbers in a host's memory it adds up as
+`SharedGroup` does, to the bit: everybody's are gathered, or a share of them, and added up in the
+order of the ranks.
 
 Rejected: gloo on one host, whose sums of a decode step's few kilobytes take 100 to 200 us where
-publishing takes 10; a lock or a barrier of the operating system, which is a system call each.
+publishing takes 10; its own sums over hosts, whose order is none that one process has, so that a
+text would depend on where ranks lie; a lock or a barrier of the operating system, which is a system
+call each.
 The order of stores, data before count, is what x86 guarantees; elsewhere torch's groups are used.
 """
 
@@ -137,8 +141,7 @@ class SharedGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         for run in self._runs(x):
-            two_turns = self.size > 2 and run.nbytes > ONE_TURN_BYTES_MAX
-            if two_turns and len(run) >= self.size:
+            if _by_shares(run, self.size):
                 self._sum_by_shares(run)
             else:
                 published = self._publish(run)
@@ -149,7 +152,7 @@ class SharedGroup:
 
     def _sum_by_shares(self, run: Tensor) -> None:
         """Two turns: my share of everybody's numbers, then everybody's share."""
-        bounds = [len(run) * i // self.size for i in range(self.size + 1)]
+        bounds = _bounds(len(run), self.size)
         mine = slice(bounds[self.rank], bounds[self.rank + 1])
         published = self._publish(run)
         self._await()
@@ -243,6 +246,16 @@ class SharedGroup:
             assert -1 <= ahead <= 1, f"rank {other} is {ahead} turns ahead"
 
 
+def _by_shares(run: Tensor, size: int) -> bool:
+    """Whether a sum is so large that each rank had better add up a share of it."""
+    return size > 2 and run.nbytes > ONE_TURN_BYTES_MAX and len(run) >= size
+
+
+def _bounds(count: int, size: int) -> list[int]:
+    """Where the ranks' shares of `count` numbers begin, and the end."""
+    return [count * i // size for i in range(size + 1)]
+
+
 def _sum(parts: list[Tensor], out: Tensor) -> None:
     """Adds up in float32, in the order of the list, but four that are in float32 themselves two by
     two, as csrc/sums.cpp does; `out` is none of them."""
@@ -266,7 +279,8 @@ def _sum(parts: list[Tensor], out: Tensor) -> None:
 class TorchGroup:
     """Ranks in a torch.distributed group (gloo or NCCL), over any network.
 
-    Its all-reduce passes each share's finished sum on, so that here too all get the same bits.
+    NCCL's all-reduce passes each share's finished sum on, so that on GPUs too all get the same
+    bits, in an order of its own.
     """
 
     def __init__(self, group: dist.ProcessGroup, host: dist.ProcessGroup | None = None) -> None:
@@ -280,9 +294,34 @@ class TorchGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         with _told_as_peer_error():
-            dist.all_reduce(x, group=self._for(x))
-        self.counts.note(int(minimal_bytes(self.size, x.nbytes)))
+            if x.device.type != "cpu":
+                dist.all_reduce(x, group=self._group)
+                self.counts.note(int(minimal_bytes(self.size, x.nbytes)))
+            elif _by_shares(run := x.view(-1), self.size):
+                self._sum_by_shares(run)
+            else:
+                _sum(self._gathered(run), run)
         return x
+
+    def _gathered(self, run: Tensor) -> list[Tensor]:
+        """Everybody's numbers, by rank, on every rank."""
+        found = list(run.new_empty(self.size, len(run)).unbind(0))
+        dist.all_gather(found, run, group=self._host)
+        self.counts.note((self.size - 1) * run.nbytes)
+        return found
+
+    def _sum_by_shares(self, run: Tensor) -> None:
+        """Two turns: my share of everybody's numbers, then everybody's share."""
+        bounds = _bounds(len(run), self.size)
+        lengths = [bounds[i + 1] - bounds[i] for i in range(self.size)]
+        mine = lengths[self.rank]
+        parts = run.new_empty(self.size, mine)
+        dist.all_to_all_single(parts.view(-1), run, [mine] * self.size, lengths, group=self._host)
+        self.counts.note((self.size - 1) * mine * run.itemsize)
+        share = run.new_zeros(max(lengths))  # of equal length on all ranks
+        _sum(list(parts.unbind(0)), share[:mine])
+        for other, part in enumerate(self._gathered(share)):
+            run[bounds[other] : bounds[other + 1]] = part[: lengths[other]]
 
     def gather(self, x: Tensor, to: int = 0) -> list[Tensor] | None:
         x = x.contiguous()

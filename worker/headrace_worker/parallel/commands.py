@@ -48,13 +48,15 @@ class Open:
 class Loaded:
     """A rank of `host` has its weights, which take `weight_bytes`; `fingerprint` is its model's.
 
-    `free_bytes`: what they leave of its GPU; None on CPUs.
+    `free_bytes`: what they leave of its GPU; None on CPUs. `kernels`: the instruction set of the
+    native kernels that compute it; "none" where torch does.
     """
 
     weight_bytes: int
     fingerprint: str
     host: str = ""
     free_bytes: int | None = None
+    kernels: str = "none"
 
 
 def pack(kind: Kind, body: object = None) -> bytes:

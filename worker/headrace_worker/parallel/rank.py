@@ -21,7 +21,7 @@ import torch
 from headrace import logs
 from headrace.config import load_or_exit
 from headrace.errors import ModelError
-from headrace_worker import startup
+from headrace_worker import native, startup
 from headrace_worker.allocator import keep_freed_memory
 from headrace_worker.attention.choice import attention_over, make_attention
 from headrace_worker.attention.interface import AttentionBackend
@@ -73,7 +73,11 @@ class Follower:
         loaded = self._loaded
         fingerprint = loaded.record.fingerprint
         told = Loaded(
-            loaded.weight_bytes, fingerprint, socket.gethostname(), free_bytes(loaded.device)
+            loaded.weight_bytes,
+            fingerprint,
+            socket.gethostname(),
+            free_bytes(loaded.device),
+            kernels=native.isa(),
         )
         self._links.answer(commands.pack_loaded(told))
         while True:

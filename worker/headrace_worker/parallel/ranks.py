@@ -20,6 +20,7 @@ import torch
 
 from headrace.errors import HeadraceError, ModelError
 from headrace.supervisor import die_with_parent
+from headrace_worker import native
 from headrace_worker.attention.choice import Wanted, attention_over, make_attention
 from headrace_worker.executor import Executor
 from headrace_worker.kv.parts import PartedKv
@@ -114,13 +115,20 @@ class Ranks:
     def await_loaded(self, fingerprint: str) -> int:
         """Bytes of all other ranks' weights, once they are there.
 
-        Raises ModelError for a rank that did not load, or loaded another model.
+        Raises ModelError for a rank that did not load, loaded another model, or computes it in
+        another way: what ranks say to each other within a step would not fit.
         """
         size = 0
         for rank in range(1, self.shape.ranks):
             loaded = commands.unpack_loaded(self._answer_of(rank, LOAD_S_MAX))
             if loaded.fingerprint != fingerprint:
                 raise ModelError(f"rank {rank} has loaded another model than rank 0")
+            if loaded.kernels != native.isa():
+                raise ModelError(
+                    f"rank {rank} on {loaded.host} computes with native kernels: {loaded.kernels}, "
+                    f"rank 0 with {native.isa()}; HEADRACE_KERNELS=off on all of them makes them "
+                    "alike"
+                )
             size += loaded.weight_bytes
             if loaded.free_bytes is not None:
                 self.free_bytes = min(loaded.free_bytes, self.free_bytes or loaded.free_bytes)

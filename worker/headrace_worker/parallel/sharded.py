@@ -31,6 +31,7 @@ from torch.nn import functional
 from headrace.errors import ModelError
 from headrace_worker.model.linear import Embedding, Linear
 from headrace_worker.model.weights import Weights
+from headrace_worker.native.linear import NativeLinear
 from headrace_worker.parallel.collective import Group
 from headrace_worker.parallel.shape import Part
 
@@ -182,17 +183,23 @@ def _last(name: str) -> str:
 
 
 class SummedLinear:
-    """A Linear over some columns of its matrix, whose ranks add up what they have."""
+    """A Linear over some columns of its matrix, whose ranks add up what they have.
+
+    Where the native kernels multiply, sums are of float32 and rounded once, as in one process.
+    """
 
     def __init__(self, inner: Linear, group: Group) -> None:
         self.inner, self._group = inner, group
+        self._exact = isinstance(inner, NativeLinear)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._group.all_reduce(self.inner(x))
+        wide = x.float() if self._exact else x
+        return self._group.all_reduce(self.inner(wide)).to(x.dtype)
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
-        if residual.dtype is torch.float32:  # in the order in which one process adds up
-            return self._group.all_reduce(self.inner(x)) + residual
+        if self._exact or residual.dtype is torch.float32:  # as one process adds up
+            wide = x.float() if self._exact else x
+            return (self._group.all_reduce(self.inner(wide)) + residual).to(residual.dtype)
         # one rank brings the residual in: no operation more, and one rounding as ever
         first = self._group.rank == 0
         mine = self.inner.added(x, residual) if first else self.inner(x)
@@ -239,6 +246,9 @@ class ShardedWeights:
             return self._inner.linear(names, outs, columns, bias=bias)
         mine = bias and self._group.rank == 0
         return SummedLinear(self._inner.linear(names, outs, columns, bias=mine), self._group)
+
+    def router(self, name: str, shape: tuple[int, int]) -> Linear:
+        return self._inner.router(name, shape)
 
     def tied_head(self, embedding: Tensor) -> Linear:
         return self._inner.tied_head(embedding)

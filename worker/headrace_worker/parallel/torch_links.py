@@ -14,7 +14,6 @@ import ctypes
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported without a word
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -43,6 +43,8 @@ _HEAD_BYTES = 8
 COMMANDS_MAX = 64
 """Commands that a follower has taken off its way and not carried out."""
 _PR_SET_PDEATHSIG = 1
+_STORES: list[object] = []
+"""Where ranks that this process started meet: it ends with its owner, so it is kept."""
 IDLE = timedelta(days=365)
 """How long a rank waits for a command or an answer, if all live: for ever."""
 
@@ -67,15 +69,17 @@ def launch(shape: Shape, env: Mapping[str, str]) -> list[subprocess.Popen[bytes]
 
     `env`: their settings. Belongs into the main thread. They never outlive this process.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # it listens before anybody is told where: a port that was only free a moment ago may be taken
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _STORES.append(store)
     world = str(shape.ranks)
     common = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
         "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": world,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # there is one, as torchrun says it
+        "TORCHELASTIC_RESTART_COUNT": "0",
     }
     os.environ.update(common, RANK="0", LOCAL_RANK="0")
     return [
