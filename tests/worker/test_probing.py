@@ -40,7 +40,8 @@ def test_a_pool_would_be_seen() -> None:
 
 
 def test_a_step_of_the_kernels_makes_no_pool_beside_their_team(tiny_folder: Path) -> None:
-    """torch's threads would spin against it: the only new one is the team's second."""
+    """torch's threads would spin against it: the only new one is the team's second, which is the
+    engine's and not left of loading."""
     if native.library() is None:
         pytest.skip(f"no native kernels here: {native.state()}")
     step = f"""

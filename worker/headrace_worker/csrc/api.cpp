@@ -42,6 +42,12 @@ int32_t headrace_use_isa(int32_t isa) {
 
 void headrace_set_threads(int32_t count) { headrace::set_threads(count); }
 
+// Ends the team's threads, until a call needs them again.
+void headrace_rest() {
+  headrace::set_threads(1);
+  headrace::Turn turn;
+}
+
 void headrace_linear(const headrace::Matrix* matrix, const float* x, int32_t rows, const float* residual,
                      float* out) {
   headrace::kernels().linear(*matrix, x, rows, residual, out);

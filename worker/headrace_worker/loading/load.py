@@ -114,6 +114,8 @@ def load_model(
     weights = _Weights(tensors, kind, mode, progress, device, orders(config, held))
     model = _build(local, weights, held, group)
     weights.check_all_taken()
+    if (library := native.library()) is not None:
+        library.rest()
     record = ModelRecord(
         name=name,
         fingerprint=fingerprint(config, kind, _rounding(mode), source.files, source.index()),

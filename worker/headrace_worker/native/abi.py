@@ -138,7 +138,7 @@ class Step(Structure):
 
 _NOTHING_RETURNED = (
     *("linear", "attend", "step", "weigh", "sample", "add_up", "set_threads"),
-    *("grid_errors", "round_q4", "round_q8", "pack"),
+    *("grid_errors", "round_q4", "round_q8", "pack", "rest"),
 )
 
 UNPACKED = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
@@ -190,6 +190,11 @@ class Library:
 
     def _threads(self) -> None:
         self._c.headrace_set_threads(torch.get_num_threads())
+
+    def rest(self) -> None:
+        """Ends the threads. The next call starts them anew, as its own thread's: with its niceness
+        and where it may run."""
+        self._c.headrace_rest()
 
     def linear(self, matrix: Matrix, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """out [N, outs] = residual + x [N, columns] W^T + bias; float32, contiguous."""
