@@ -60,6 +60,7 @@ BUFFER_BYTES_MIN, BUFFER_BYTES_MAX = 256 << 20, 4 << 30
 CACHE_BYTES_UNKNOWN = 64 << 20
 LARGE_MATRIX = 2_048
 VISITS_MIN = 3
+ROUNDS = 3
 _CACHE_SIZES = Path("/sys/devices/system/cpu/cpu0/cache")
 _FILLED, _ABSENT = 1, 2
 
@@ -275,20 +276,32 @@ class Report:
 
 
 def measure(settings: WorkerSettings, limit_s: float) -> Report:
-    """A sixth of the time goes to memory, a third to products. Raises HeadraceError."""
+    """A sixth of the time goes to memory, a third to products. Raises HeadraceError.
+
+    All is measured in rounds, and the medians are told: a machine that changes its speed shall do
+    so to the ceilings and to what is held against them alike.
+    """
     bench, sizes = prepare(settings)
     loaded = bench.loaded
     shape = shape_of(loaded.config)
     wanted = phases(sizes, loaded.record.context_tokens)
     if not wanted:
         raise SettingsError("the KV pool is too small for any step")
-    each_s = limit_s / 2 / len(wanted)
-    steps = [(phase, step_s(bench, phase, each_s)) for phase in wanted]
     threads, cache = torch.get_num_threads(), cache_bytes()
     room = (available_bytes() or BUFFER_BYTES_MAX) // 4
     size = min(max(CACHES * cache, BUFFER_BYTES_MIN), BUFFER_BYTES_MAX, room)
-    bandwidth = read_rate(threads, size, limit_s / 6)
-    products = product_rates(shape, PREFILL_TOKENS, limit_s / 3)
+    round_s = limit_s / ROUNDS
+    read, made, took = [], [], []
+    for _ in range(ROUNDS):
+        read.append(read_rate(threads, size, round_s / 6))
+        made.append(product_rates(shape, PREFILL_TOKENS, round_s / 3))
+        took.append([step_s(bench, phase, round_s / 2 / len(wanted)) for phase in wanted])
+    bandwidth = statistics.median(read)
+    products = {name: statistics.median(rates[name] for rates in made) for name in made[0]}
+    steps = [
+        (phase, statistics.median(times))
+        for phase, times in zip(wanted, zip(*took, strict=True), strict=True)
+    ]
     best = max((f for f in formats_of(loaded) if f in products), key=lambda f: products[f])
     held = kept(loaded, settings.kv_dtype)
     rows = _rows(shape, held, steps, bandwidth, products[best])

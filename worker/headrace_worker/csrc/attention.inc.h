@@ -132,15 +132,39 @@ HR_INLINE void transpose8(const __m256* in, float* out, int stride) {
   _mm256_storeu_ps(out + 7 * stride, _mm256_permute2f128_ps(b3, b7, 0x31));
 }
 
+// What is read after a span, to be fetched while it is computed: a part of each of its blocks. Memory
+// is far and the processor does not guess where the next block is; nor can it wait for many lines at
+// a time, so they are asked for in small lots.
+struct Ahead {
+  const uint8_t* parts[SPAN / BLOCK_TOKENS];
+  int count = 0, bytes = 0;
+
+  inline __attribute__((always_inline)) void some() {
+    constexpr int LOT_BYTES = 4 * 64;
+    if (count == 0) return;
+    const uint8_t* from = parts[count - 1] + bytes_done;
+#pragma GCC unroll 4
+    for (int i = 0; i < LOT_BYTES; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
+    bytes_done += LOT_BYTES;
+    if (bytes_done < bytes) return;
+    bytes_done = 0;
+    count -= 1;
+  }
+
+ private:
+  int bytes_done = 0;
+};
+
 // scores [R][SPAN] of 16 tokens: q [R, size] times turned keys [size][SPAN], or, of bfloat16, pairs
 // of them as they stand in memory, [size / 2][SPAN].
 template <int R, bool PAIRS>
-static void scores_of(const float* q, int size, const float* keys, float* scores) {
+static void scores_of(const float* q, int size, const float* keys, float* scores, Ahead& ahead) {
   vf acc[R][NV];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = zero();
   for (int d = 0; d < size; d += PAIRS ? 2 : 1) {
     const float* from = keys + (PAIRS ? d / 2 : d) * SPAN;
+    if (d % 16 == 0) ahead.some();
     vf key[NV];
     for (int v = 0; v < NV; ++v) key[v] = PAIRS ? first_of_pair(from + v * W) : load(from + v * W);
 #pragma GCC unroll 8
@@ -164,12 +188,13 @@ static void scores_of(const float* q, int size, const float* keys, float* scores
 // mixed [R][size], 16 dimensions of it: weights [R][SPAN] times the values of `blocks` blocks.
 template <int R, int KIND>
 static void mix_of(const float* weights, const typename Stored<KIND>::type* const* values, int blocks,
-                   int64_t stride, int at, int size, float* mixed) {
+                   int64_t stride, int at, int size, float* mixed, Ahead& ahead) {
   vf acc[R][NV];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = zero();
   for (int b = 0; b < blocks; ++b) {
     const typename Stored<KIND>::type* from = values[b] + at;
+    ahead.some();
     for (int t = 0; t < BLOCK_TOKENS; ++t) {
       vf value[NV];
       for (int v = 0; v < NV; ++v) value[v] = Stored<KIND>::get(from + t * stride + v * W);
@@ -272,29 +297,6 @@ HR_INLINE void soften(float* scores, int tile_rows, int group, int position, int
   }
 }
 
-// What is read after a span, to be fetched while it is computed: a part of each of its blocks. Memory
-// is far and the processor does not guess where the next block is; nor can it wait for many lines at
-// a time, so they are asked for in small lots.
-struct Ahead {
-  const uint8_t* parts[SPAN / BLOCK_TOKENS];
-  int count = 0, bytes = 0;
-
-  inline __attribute__((always_inline)) void some() {
-    constexpr int LOT_BYTES = 16 * 64;
-    if (count == 0) return;
-    const uint8_t* from = parts[count - 1] + bytes_done;
-#pragma GCC unroll 16
-    for (int i = 0; i < LOT_BYTES; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
-    bytes_done += LOT_BYTES;
-    if (bytes_done < bytes) return;
-    bytes_done = 0;
-    count -= 1;
-  }
-
- private:
-  int bytes_done = 0;
-};
-
 template <int KIND>
 static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& tile, int group, int window,
                     int index, const float* q, Ahead& ahead, TileRoom& room) {
@@ -314,10 +316,10 @@ static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& ti
     values[b] = reinterpret_cast<const Value*>(value_chunk) + tile.kv_head * size;
     for (int t = 0; t < BLOCK_TOKENS; t += 8) {
       float* to = room.keys.data() + b * BLOCK_TOKENS + t;
-      ahead.some();
       constexpr int wide = KIND == KV_BF16 ? 16 : 8;  // dimensions in 8 times 32 bits
       for (int d = 0; d < size; d += wide, to += 8 * SPAN) {
         __m256 in[8];
+        ahead.some();
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) in[i] = Stored<KIND>::eight(keys + (t + i) * stride + d);
         transpose8(in, to, SPAN);
@@ -339,14 +341,13 @@ static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& ti
     for (int b = 0; b < blocks; ++b) {
       const float* keys = room.keys.data() + b * BLOCK_TOKENS;
       float* to = scores + at * SPAN + b * BLOCK_TOKENS;
-      ahead.some();
       switch (count) {
-        case 1: scores_of<1, KIND == KV_BF16>(from, size, keys, to); break;
-        case 2: scores_of<2, KIND == KV_BF16>(from, size, keys, to); break;
-        case 3: scores_of<3, KIND == KV_BF16>(from, size, keys, to); break;
-        case 4: scores_of<4, KIND == KV_BF16>(from, size, keys, to); break;
-        case 5: scores_of<5, KIND == KV_BF16>(from, size, keys, to); break;
-        default: scores_of<6, KIND == KV_BF16>(from, size, keys, to);
+        case 1: scores_of<1, KIND == KV_BF16>(from, size, keys, to, ahead); break;
+        case 2: scores_of<2, KIND == KV_BF16>(from, size, keys, to, ahead); break;
+        case 3: scores_of<3, KIND == KV_BF16>(from, size, keys, to, ahead); break;
+        case 4: scores_of<4, KIND == KV_BF16>(from, size, keys, to, ahead); break;
+        case 5: scores_of<5, KIND == KV_BF16>(from, size, keys, to, ahead); break;
+        default: scores_of<6, KIND == KV_BF16>(from, size, keys, to, ahead);
       }
     }
   }
@@ -358,14 +359,13 @@ static void span_of(const Pool& p, const Batch& batch, int layer, const Tile& ti
     float* to = room.span.data() + at * size;
     const int count = queries - at < TILE_SCORES ? queries - at : TILE_SCORES;
     for (int d = 0; d < size; d += PANEL) {
-      ahead.some();
       switch (count) {
-        case 1: mix_of<1, KIND>(weights, values, blocks, stride, d, size, to); break;
-        case 2: mix_of<2, KIND>(weights, values, blocks, stride, d, size, to); break;
-        case 3: mix_of<3, KIND>(weights, values, blocks, stride, d, size, to); break;
-        case 4: mix_of<4, KIND>(weights, values, blocks, stride, d, size, to); break;
-        case 5: mix_of<5, KIND>(weights, values, blocks, stride, d, size, to); break;
-        default: mix_of<6, KIND>(weights, values, blocks, stride, d, size, to);
+        case 1: mix_of<1, KIND>(weights, values, blocks, stride, d, size, to, ahead); break;
+        case 2: mix_of<2, KIND>(weights, values, blocks, stride, d, size, to, ahead); break;
+        case 3: mix_of<3, KIND>(weights, values, blocks, stride, d, size, to, ahead); break;
+        case 4: mix_of<4, KIND>(weights, values, blocks, stride, d, size, to, ahead); break;
+        case 5: mix_of<5, KIND>(weights, values, blocks, stride, d, size, to, ahead); break;
+        default: mix_of<6, KIND>(weights, values, blocks, stride, d, size, to, ahead);
       }
     }
   }

@@ -105,7 +105,7 @@ HR_INLINE void place_head(const Running& s, const Layer& l, int layer, int r, in
 }
 
 // Of the KV that attention will begin with, asked for with each panel of queries, keys and values.
-constexpr int LOTS_A_PANEL = 2;
+constexpr int LOTS_A_PANEL = 8;
 
 // Queries, keys and values, head by head: rotated where they stand, kept where they belong.
 static void make_heads(Running& s, int thread, const Layer& l, int layer, const Rows& a) {
