@@ -137,6 +137,8 @@ class CacheServer:
         for connection in list(self._connections.values()):
             connection.abort()
         await self._wait_empty()
+        if self._trimmer is not None:
+            self._trimmer.cancel()
         await self.metrics.close()
         await self.tiers.close()
 
