@@ -158,6 +158,7 @@ def replace_worker(fleet: Fleet, old: str, new: str, port: int) -> None:
     fleet.stop(old)
     fleet.start_worker(new, {"HEADRACE_METRICS_PORT": str(port)})
     fleet.wait_workers(1)
+    fleet.wait_serving()  # the gateway hears of it a moment later
 
 
 if __name__ == "__main__":
