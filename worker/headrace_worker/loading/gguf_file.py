@@ -161,7 +161,7 @@ def _dequantized(
 def _converted(stored: NDArray[np.uint8], kind: GGMLQuantizationType) -> Tensor | None:
     """Blocks [..., bytes] → float32 [..., values]; None where some value is no number.
 
-    By the kernels, or by numpy: the same numbers, 30 times as long.
+    By the kernels, or by numpy: the same numbers, a dozen times as long.
     """
     library = native.library()
     if library is not None and kind.name in UNPACKED:
