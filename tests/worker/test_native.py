@@ -29,7 +29,7 @@ from headrace_worker.native import build, pages
 from headrace_worker.native.abi import Library
 from headrace_worker.native.angles import AngleTable
 from headrace_worker.native.attention import NativeBackend
-from headrace_worker.native.linear import NativeLinear, in_groups, quantize_q8, turned
+from headrace_worker.native.linear import NativeLinear, in_groups
 from headrace_worker.native.program import Scored
 from headrace_worker.quantization import int4
 from headrace_worker.step_inputs import StepInputs
@@ -41,6 +41,7 @@ from worker.builders import (
     random_tokens,
     write_hf_folder,
 )
+from worker.rounding_reference import quantize_q8, turned
 
 SHAPES = [(960, 576), (64, 32), (7, 33), (300, 100), (1, 1), (130, 1536)]
 """Rows and columns: whole panels and groups, and what needs padding."""

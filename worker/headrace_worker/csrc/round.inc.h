@@ -1,8 +1,9 @@
 // Weights on their way into panels: rounding groups of 32 columns to 8 or 4 bits, and laying them out.
 // Included once per instruction set.
 //
-// Invariant: bit for bit what torch makes of the same numbers in native/linear.py (8 bits) and
-// quantization/int4.py (4 bits), which say why it is done so. Sums of squares are added in halves.
+// Invariant: bit for bit what torch makes of the same numbers in tests/worker/rounding_reference.py
+// (8 bits; why so: native/linear.py) and quantization/int4.py (4 bits). Scales of 8 bits are rounded up
+// to bfloat16, so that no weight is cut off. Sums of squares are added in halves.
 
 constexpr int LEVELS_Q8 = 127, LEVELS_Q4 = 15, MIDDLE_Q4 = 8;
 constexpr int SPAN_MIN = 5;                  // the least steps that are tried between a group's extremes

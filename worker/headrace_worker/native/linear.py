@@ -30,9 +30,6 @@ from headrace_worker.native.pages import in_large_pages
 if TYPE_CHECKING:  # quantization imports this module
     from headrace_worker.quantization.int4 import Int4Weight
 
-LEVELS = 127
-_SCALE_MIN = 1e-30
-
 
 def pack_float32(weight: Tensor) -> Tensor:
     """weight [out, in] → float32 [panels, in, 16]."""
@@ -40,35 +37,10 @@ def pack_float32(weight: Tensor) -> Tensor:
     return padded.view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
 
 
-def turned(groups: Tensor) -> Tensor:
-    """float32 [..., GROUP] times Sylvester's Hadamard matrix, in the kernels' order of sums."""
-    x = groups
-    for step in (1, 2, 4, 8, 16):
-        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
-    return x
-
-
 def in_groups(weight: Tensor) -> Tensor:
     """weight [out, in] → float32 [out, groups, GROUP], padded with zeros."""
     padded = functional.pad(weight.float(), (0, -weight.shape[1] % GROUP))
     return padded.view(len(weight), -1, GROUP)
-
-
-def quantize_q8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] → turned, int8 [out, groups, GROUP], float32 scales [out, groups].
-
-    Scales are rounded up to bfloat16, so that no weight is cut off. The reference of the kernels'
-    `round_q8`, which is 30 times as fast.
-    """
-    groups = turned(in_groups(weight)) / GROUP
-    exact = (groups.abs().amax(-1) / LEVELS).clamp_min_(_SCALE_MIN)
-    scales = exact.bfloat16().float()
-    low = scales < exact
-    scales[low] = (scales[low].view(torch.int32) + (1 << 16)).view(torch.float32)
-    values = (groups / scales[..., None]).round_().to(torch.int8)
-    return values, scales
 
 
 class NativeLinear:
