@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -109,6 +110,8 @@ class Link(asyncio.Protocol):
         self._line: deque[_Place] = deque()
         self._connection: AbstractConnection | None = None
         self._transport: asyncio.WriteTransport | None = None
+        self._fd: int | None = None
+        """The transport's, where what travels is what is written: not under TLS."""
         self._opening = asyncio.Lock()
         self._watch: asyncio.TimerHandle | None = None
         self._reader = hiredis.Reader()
@@ -125,38 +128,57 @@ class Link(asyncio.Protocol):
 
         Raises RedisError, OSError, TimeoutError where the outcome is unknown.
         """
-        if self._transport is not None:
-            return await self.send(commands)
-        due_s = asyncio.get_running_loop().time() + self._limit_s
-        async with asyncio.timeout_at(due_s):
-            await self._open()
-        return await self.send(commands, due_s)
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._limit_s
+        if self._transport is None:
+            async with asyncio.timeout_at(due_s):
+                await self._open()
+        packed, place = self._take_place(commands, due_s)
+        assert self._transport is not None, "it is open"
+        self._transport.write(packed)
+        return await place.future
 
     @property
     def is_open(self) -> bool:
         """Whether `send` may be called."""
         return self._transport is not None
 
-    def send(
-        self, commands: Sequence[Command], due_s: float | None = None
-    ) -> asyncio.Future[list[Any]]:
+    def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """As `many`, on a link that is open: the commands are on their way when this returns, so
         that the caller can do what they do not need before it awaits the answers.
 
-        Those have to be there by `due_s` of the loop's time. Raises RedisError.
+        Raises RedisError.
         """
         transport, loop = self._transport, asyncio.get_running_loop()
         assert transport is not None, "is_open comes first"
-        due_s = loop.time() + self._limit_s if due_s is None else due_s
+        packed, place = self._take_place(commands, loop.time() + self._limit_s)
+        unsent = self._write_through(packed) if self._fd is not None else packed
+        if unsent:
+            transport.write(unsent)
+        return place.future
+
+    def _take_place(self, commands: Sequence[Command], due_s: float) -> tuple[bytes, _Place]:
+        """`commands` as they travel, and where their answers go. Raises RedisError."""
         if len(self._line) >= WAITING_MAX:
             raise RedisError(f"{WAITING_MAX} calls wait for their answers")
+        loop = asyncio.get_running_loop()
         packed = b"".join([hiredis.pack_command(tuple(command)) for command in commands])
         place = _Place(len(commands), loop.create_future(), due_s)
         self._line.append(place)
         if self._watch is None:
             self._watch = loop.call_at(due_s, self._look, loop)
-        transport.write(packed)
-        return place.future
+        return packed, place
+
+    def _write_through(self, data: bytes) -> bytes:
+        """Write past the transport, which in uvloop's case waits for the end of the loop's turn;
+        what is left for it to write."""
+        assert self._transport is not None and self._fd is not None, "open"
+        if self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return data  # behind what waits already
+        try:
+            return data[os.write(self._fd, data) :]
+        except OSError:  # full, or broken, which the transport finds out
+            return data
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """Lose a connection that did not answer the oldest call in time."""
@@ -191,6 +213,8 @@ class Link(asyncio.Protocol):
             )
             self._connection = connection
             self._transport = connection.adopt(self)
+            plain = not isinstance(connection, TlsConnection)
+            self._fd = self._transport.get_extra_info("socket").fileno() if plain else None
             return self._transport
 
     def data_received(self, data: bytes) -> None:
@@ -215,7 +239,7 @@ class Link(asyncio.Protocol):
             self._lose(LinkDownError(f"Redis closed the connection: {exc}"))
 
     def _lose(self, error: Exception) -> None:
-        transport, self._transport = self._transport, None
+        transport, self._transport, self._fd = self._transport, None, None
         if transport is not None:
             transport.abort()
         line = list(self._line)

@@ -15,6 +15,7 @@ from opentelemetry.trace import Span
 
 from headrace.errors import HeadraceError
 from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs
+from headrace_gateway.api import sse
 from headrace_gateway.api.websocket import text_frame
 from headrace_gateway.choices import Choice, PlainText, TextRules
 from headrace_gateway.generation import Generation
@@ -179,6 +180,32 @@ async def test_events_stand_whole_in_the_stream_whatever_its_framing(
         if line.startswith("data: {")
     ]
     assert "".join(map(_text_of, events)) == SAID
+
+
+@pytest.mark.parametrize("patience_s", [0.01, 3600.0])
+async def test_the_opening_goes_out_with_the_first_token_or_alone_when_that_takes_long(
+    patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client hears of its stream before there is a token; for one that comes at once it is
+    woken once."""
+    monkeypatch.setattr(sse, "OPENING_S", patience_s)
+    fleet = LiveFleet()
+    body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    async with running_gateway(fleet) as gateway:
+        asking = asyncio.create_task(gateway.http.post("/v1/chat/completions", json=body))
+        await fleet.submitted.wait()
+        answered, _ = await asyncio.wait({asking}, timeout=0.1 if patience_s > 1 else 10)
+        assert bool(answered) == (patience_s < 1)
+        if answered:
+            opening = await asking.result().content.readline()
+            assert b'"role":"assistant"' in opening
+        await fleet.speak(fleet.real[0], encode(SAID))
+        async with await asking as response:
+            text = await response.text()
+    events = [json.loads(each[6:]) for each in text.splitlines() if each.startswith("data: {")]
+    assert "".join(map(_text_of, events)) == SAID
+    opened = [event for event in events if event["choices"][0]["delta"].get("role")]
+    assert len(opened) == (0 if answered else 1), "once, and before all else"
 
 
 def _unchunked(data: bytes) -> bytes:

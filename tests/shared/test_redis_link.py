@@ -77,6 +77,38 @@ async def test_what_is_sent_is_on_its_way_before_anybody_waits_for_it(valkey: Va
     await redis.aclose()
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_is_written_past_the_transport_overtakes_nothing(valkey: Valkey, loop: str) -> None:
+    """Commands that are sent at once and such that are not, larger than a socket takes: each has
+    its own answer, in whatever way its bytes left."""
+    factory = {
+        "asyncio": asyncio.new_event_loop,
+        "uvloop": pytest.importorskip("uvloop").new_event_loop,
+    }[loop]
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(_mix(valkey))
+
+
+async def _mix(valkey: Valkey) -> None:
+    redis, dice = connect(valkey.url), random.Random(5)
+    link = link_of(redis)
+    await link.one("PING")
+    asked: list[tuple[bytes, asyncio.Future[list[bytes]]]] = []
+    for number in range(300):
+        size = dice.choice((1, 100, 3_000_000 if number % 10 == 0 else 10_000))
+        word = b"%d." % number + b"x" * size
+        if dice.random() < 0.5:
+            asked.append((word, link.send([("ECHO", word)])))
+        else:
+            asked.append((word, asyncio.ensure_future(link.many([("ECHO", word)]))))
+        if dice.random() < 0.3:
+            await asyncio.sleep(0)
+    for word, answer in asked:
+        assert await answer == [word]
+    link.check_integrity()
+    await redis.aclose()
+
+
 async def _count(valkey: Valkey) -> int:
     """What another client reads, once everything sent before has been executed."""
     other = connect(valkey.url)

@@ -1,4 +1,4 @@
-"""Server-sent events: headers out first, then what a delivery says in one write, comments when it
+"""Server-sent events: headers out soon, then what a delivery says in one write, comments when it
 is quiet.
 
 Invariant: each write is whole events, so that those of several choices never mix; a write that
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
 
 from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.errors import StreamGoneError
@@ -39,6 +40,10 @@ dump: Callable[[Mapping[str, Any]], str] = json.JSONEncoder(
 
 quote: Callable[[str], str] = json.encoder.encode_basestring
 """A text as JSON, as `dump` writes it."""
+
+OPENING_S = 0.02
+"""How long headers and opening events wait for something to go out with: a client that is woken
+for them takes its time just when the first token is made, and where cores are few its core."""
 
 CALM_BYTES = 16 * 1024
 """With less than this unsent a transport has not asked to wait: it does from 64 KiB on, and until
@@ -88,11 +93,11 @@ class _Held(web.StreamResponse):
 class EventStream:
     """`async with EventStream(request) as events:`; its `response` is what the handler returns.
 
-    `opening`: whole events that go out with the headers, at once.
+    `opening`: whole events that go out with the headers: with what is written first, or alone when
+    that has not come for OPENING_S.
     """
 
     def __init__(self, request: web.Request, opening: str = "") -> None:
-        self._opening = opening
         settings = request.app[GATEWAY].settings
         self._request = request
         self._write_s = settings.write_ms / 1000
@@ -100,7 +105,10 @@ class EventStream:
         self._timer: asyncio.TimerHandle | None = None
         self._comment: asyncio.Task[None] | None = None
         self._quiet = False
-        self._held = b""
+        self._held = opening.encode()
+        self._begun = False
+        self._begin_timer: asyncio.TimerHandle | None = None
+        self._writer: AbstractStreamWriter | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._chunked = False
         self.response = _Held(
@@ -114,9 +122,9 @@ class EventStream:
             self.response.enable_chunked_encoding()
 
     async def __aenter__(self) -> EventStream:
-        await self.response.prepare(self._request)
+        self._writer = await self.response.prepare(self._request)
         self._transport, self._chunked = self._request.transport, self.response.chunked
-        await self._write(self._opening.encode())
+        self._begin_timer = asyncio.get_running_loop().call_later(OPENING_S, self._begin)
         self._tick()
         return self
 
@@ -140,7 +148,7 @@ class EventStream:
         """Whether `write_now` may be called: what it writes leaves at once, behind all before."""
         transport = self._transport
         return (
-            not self._held
+            not (self._held and self._begun)
             and transport is not None
             and not transport.is_closing()
             and transport.get_write_buffer_size() < CALM_BYTES
@@ -151,7 +159,23 @@ class EventStream:
         transport = self._transport
         assert transport is not None, "ready() comes first"
         self._quiet = False
-        transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events)
+        if not self._begun:
+            self._begin()
+        transport.write(self._framed(events))
+
+    def _framed(self, events: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events
+
+    def _begin(self) -> None:
+        """The headers, and what is held, unless they are out."""
+        transport, writer = self._transport, self._writer
+        if self._begun or writer is None or transport is None or transport.is_closing():
+            return  # whoever writes next finds out that the client is gone
+        self._begun = True
+        writer.send_headers()
+        if self._held:
+            transport.write(self._framed(self._held))
+            self._held = b""
 
     async def comment(self, text: str) -> None:
         """One line that clients skip and people see. Raises StreamGoneError like `write`."""
@@ -167,7 +191,7 @@ class EventStream:
         await self._write(events.encode(), self.response.write_eof)
 
     async def _write(self, data: bytes, write: Write | None = None) -> None:
-        self._quiet = False
+        self._quiet, self._begun = False, True  # the headers go with it
         write = write or self.response.write
         if self._held:
             data, self._held = self._held + data, b""
@@ -201,6 +225,6 @@ class EventStream:
             self._quiet = True
 
     def _stop_ticking(self) -> None:
-        for each in (self._timer, self._comment):
+        for each in (self._begin_timer, self._timer, self._comment):
             if each is not None:
                 each.cancel()
