@@ -6,11 +6,12 @@ Everything shares this machine's cores, so a process' CPU per event says most; e
 say what all of them do together. `--step-ms 0` lets the worker run ahead, so that deliveries hold
 many tokens; with a distance between steps an event holds one token as long as the gateway keeps up.
 
-The time to the first token is told twice, and means two things. With one client that asks again
-when it was answered, nobody waits for anybody: all of it is what gateway, Redis and back add, as
-the worker adds nothing. With `--clients` at once the cores are busy, and it is how long a request
-waits for its turn. `--where` times single requests by what Redis executes of them; `--consumer`
-puts all that a worker has but the engine behind the gateway.
+The time to the first token is told for two things. With one client that asks again when it was
+answered, at once or after a pause in which caches are somebody else's, nobody waits for anybody:
+what it is more than the plain server's, asked in turns with it, is what gateway, Redis and back
+add, as the worker adds nothing. With `--clients` at once the cores are busy, and it is how long a
+request waits for its turn. `--where` times single requests by what Redis executes of them;
+`--consumer` puts all that a worker has but the engine behind the gateway.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ KINDS: dict[str, type[Client]] = {"sse": SseClient, "ws": WebSocketClient}
 WARM_S = 1.0
 START_S_MAX = 30
 RECENT = 200
-"""Requests that are timed one at a time."""
+"""Requests that `--where` times, one at a time."""
+ROUNDS, ROUND = 10, 40
+"""Requests of a single client: rounds, and how many of a server in each."""
+PAUSES_S = (0.0, 0.005)
 QUESTION = (
     "A gate at the head of a channel decides how much of the river may enter, and what does not "
     "fit stays outside. Who waits is told how long. When a wheel breaks, the water finds its way "
@@ -136,41 +140,54 @@ async def throughput(kind: str, server: Server, clients: int, tokens: int, secon
 
 
 async def first_tokens(
-    kind: str, server: Server, count: int, tokens: int = 8
-) -> tuple[list[tuple[float, float]], str]:
-    """When single requests, one after another, were sent and had their first token.
-
-    And what each cost, in ms of CPU by process.
-    """
+    kind: str, server: Server, count: int, tokens: int = 8, pause_s: float = 0.005
+) -> list[tuple[float, float]]:
+    """When single requests, one after another, were sent and had their first token."""
     tally = Tally()
     client = await connect(kind, server, tally, tokens)
-    for _ in range(20):
+    for _ in range(5):
         await client.stream()
     tally.firsts.clear()
-    cpu = {name: cpu_s(pid) for name, pid in server.pids.items()}
     for _ in range(count):
         await client.stream()
-        await asyncio.sleep(0.005)
-    spent = {name: (cpu_s(pid) - cpu[name]) / count * 1000 for name, pid in server.pids.items()}
+        if pause_s:
+            await asyncio.sleep(pause_s)
     client.close()
-    prompt = _PROMPT.search(client.answer)
-    told = ", ".join(f"{name} {value:.2f}" for name, value in spent.items())
-    asked = f"{prompt[1].decode()} prompt tokens; " if prompt else ""
-    return tally.firsts, f"{asked}ms of CPU a request: {told}"
+    return tally.firsts
 
 
-def show_first(
-    name: str, timed: tuple[list[tuple[float, float]], str], base_ms: float = 0.0
-) -> float:
-    firsts, spent = timed
-    waits = [(first - sent) * 1000 for sent, first in firsts]
-    p50, p99 = percentile(waits, 50), percentile(waits, 99)
-    added = f"; the plain server: {base_ms:.2f}" if base_ms else ""
-    print(f"     {name:<8}   1 client: first token p50 {p50:.2f} p99 {p99:.2f} ms{added} ({spent})")
-    return p50
+async def one_client(kind: str, server: Server, plain: Server | None, tokens: int) -> None:
+    """First tokens of a single client, of the gateway and the plain server in turns.
+
+    `tokens`: of the plain server's stream. Prints p50 of all, and the median over the rounds of
+    what is added.
+    """
+    for pause_s in PAUSES_S:
+        waits: dict[str, list[list[float]]] = {}
+        for _ in range(ROUNDS):
+            for each, own in ((server, 8), (plain, tokens)):
+                if each is not None:
+                    firsts = await first_tokens(
+                        kind if each is server else "sse", each, ROUND, own, pause_s
+                    )
+                    found = [(first - sent) * 1000 for sent, first in firsts]
+                    waits.setdefault(each.name, []).append(found)
+        told = []
+        for name, rounds in waits.items():
+            all_waits = [wait for found in rounds for wait in found]
+            told.append(
+                f"{name} p50 {percentile(all_waits, 50):.2f} p99 {percentile(all_waits, 99):.2f} ms"
+            )
+        if plain is not None:
+            pairs = zip(waits[server.name], waits[plain.name], strict=True)
+            added = sorted(percentile(own, 50) - percentile(base, 50) for own, base in pairs)
+            told.append(
+                f"added p50 {percentile(added, 50):.2f} ms ({added[0]:.2f} to {added[-1]:.2f})"
+            )
+        how = f"after {pause_s * 1000:.0f} ms" if pause_s else "at once"
+        print(f"{kind:>4} 1 client, again {how}: first token " + "; ".join(told), flush=True)
 
 
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens":(\d+)')
 _MONITORED = re.compile(rb"^\+(\d+\.\d+) \[\d+ [^\]]*\] (.*)$")
 STAGES = (
     "client → gateway → accepted in Redis",
@@ -192,7 +209,7 @@ async def where(kind: str, server: Server, socket: Path) -> None:
             lines.append(line)
 
     listening = asyncio.create_task(listen())
-    firsts, _ = await first_tokens(kind, server, RECENT)
+    firsts = await first_tokens(kind, server, RECENT)
     await asyncio.sleep(0.2)
     listening.cancel()
     writer.close()
@@ -290,31 +307,25 @@ def main() -> None:
 
 def run_round(args: argparse.Namespace, modes: tuple[str, ...], step_ms: float) -> None:
     with serving(step_ms, args.log_level, args.consumer) as (fleet, server):
-        base_ms = 0.0
-        if not args.no_direct:
-            base_ms = direct(args, fleet, server, step_ms)
+        plain = None if args.no_direct else direct(args, fleet, server, step_ms)
+        if plain is not None:
+            run(throughput("sse", plain, args.clients, args.tokens, args.seconds))
         for mode in modes:
             run(throughput(mode, server, args.clients, args.tokens, args.seconds))
             if step_ms == 0:
-                show_first(mode, run(first_tokens(mode, server, RECENT)), base_ms)
+                run(one_client(mode, server, plain, args.tokens))
         if args.where:
             run(where(modes[0], server, embedded.socket_path(fleet.folder)))
 
 
-def direct(args: argparse.Namespace, fleet: Fleet, server: Server, step_ms: float) -> float:
-    """The plain server's figures; its p50 of one client's first token, in ms."""
+def direct(args: argparse.Namespace, fleet: Fleet, server: Server, step_ms: float) -> Server:
+    """The plain server, started; it says what the gateway has said."""
     events, port = fleet.folder / "events", free_port()
     events.write_bytes(run(record(server, args.tokens)))
     argv = [sys.executable, "-m", "bench._direct", "--events", str(events), "--port", str(port)]
     fleet.start("direct", [*argv, "--step-ms", str(step_ms)], {})
-    plain = Server("plain", port, {"server": fleet.processes["direct"].pid})
     wait_open(port)
-    run(throughput("sse", plain, args.clients, args.tokens, args.seconds))
-    base_ms = 0.0
-    if not step_ms:
-        base_ms = show_first("plain", run(first_tokens("sse", plain, RECENT, args.tokens)))
-    fleet.stop("direct")
-    return base_ms
+    return Server("plain", port, {"server": fleet.processes["direct"].pid})
 
 
 def wait_open(port: int) -> None:

@@ -13,7 +13,7 @@ from headrace_gateway.api import cache, health, models
 from headrace_gateway.api.chat import chat_completions
 from headrace_gateway.api.completions import completions
 from headrace_gateway.api.context import GATEWAY, FleetSeam, Gateway
-from headrace_gateway.api.errors import add_reply_headers, auth_middleware, errors_middleware
+from headrace_gateway.api.errors import add_reply_headers, errors_middleware
 from headrace_gateway.api.responses import responses
 from headrace_gateway.api.websocket import close_sockets, responses_socket
 from headrace_gateway.settings import GatewaySettings
@@ -27,9 +27,7 @@ def make_app(
     settings: GatewaySettings, fleet: FleetSeam, tenants: Tenants, clock: Clock
 ) -> web.Application:
     """The application; `app[GATEWAY]` holds its parts."""
-    app = web.Application(
-        middlewares=[errors_middleware, auth_middleware], client_max_size=settings.body_bytes_max
-    )
+    app = web.Application(middlewares=[errors_middleware], client_max_size=settings.body_bytes_max)
     app[GATEWAY] = Gateway(settings, fleet, tenants, clock)
     app.add_routes(
         [

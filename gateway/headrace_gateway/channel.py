@@ -96,8 +96,18 @@ class Channel:
             self._keep_loop(),
         ]
 
+    @property
+    def calm(self) -> bool:
+        """Whether nobody waits for a worker, as far as is known."""
+        board = self.board
+        if self.board_error or board is None or not board.workers:
+            return False
+        return not any(board.queued)
+
     def held_tokens(self, blocks: bytes) -> int:
         """Tokens of a prompt of these `blocks` that fetching spares; costs no round trip."""
+        if not self._held:
+            return 0
         board = self.board
         part = PART_DEFAULT if board is None else part_of(board.prefill_per_s, board.fetched_per_s)
         return spared_by(self._held, blocks, 0, part).tokens
@@ -143,11 +153,11 @@ class Channel:
         finally:
             send.end()
 
-    async def _enter(self, job: Job, ask: Ask, admission: Admission) -> Generation:
+    def _enter(self, job: Job, ask: Ask, admission: Admission) -> Coroutine[Any, Any, Generation]:
         if not admission.admitted:
             raise admission.refusal()
         self._recent.note(ask)
-        return await self._accept(job)
+        return self._accept(job)
 
     async def _accept(self, job: Job) -> Generation:
         generation = Generation(job, self._drop)

@@ -341,13 +341,15 @@ class _Scores:
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8: codecs.IncrementalDecoder | None = None
         self._open: list[Scored] = []
         self._whole: deque[tuple[int, Scored]] = deque()
         self._made = 0
 
     def push(self, token: int, logprobs: TokenLogprobs, text: str) -> None:
         """`text` is what came out of the detokenizer when `token` went in."""
+        if self._utf8 is None:  # most choices have no logprobs
+            self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         own = self._utf8.decode(self._bytes_of(token))
         # a detokenizer may give earlier tokens' text together with this one's
         behind = len(text) - len(own) if own and text.endswith(own) else 0

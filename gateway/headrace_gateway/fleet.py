@@ -122,16 +122,20 @@ class Fleet:
         """What this gateway has learned of `model`'s generations. Raises NotFoundError."""
         return self._channel(model).lengths
 
+    def calm(self, model: str) -> bool:
+        """Whether nobody waits for a worker of `model`. Raises NotFoundError."""
+        return self._channel(model).calm
+
     def admit(self, model: str, ask: Ask) -> Admission:
         """Whether `ask` may enter now; costs no round trip. Raises NotFoundError."""
         return self._channel(model).admit(ask)
 
-    async def submit(self, job: Job, span: Span) -> Generation:
+    def submit(self, job: Job, span: Span) -> Coroutine[Any, Any, Generation]:
         """Admit and durably accept `job`.
 
         Raises NotFoundError, OverloadError (429 with retry_after_ms) or DependencyError (503).
         """
-        return await self._channel(job.model).submit(job, span)
+        return self._channel(job.model).submit(job, span)
 
     def held_tokens(self, model: str, blocks: bytes) -> int:
         """Tokens of a prompt of these `blocks` (as Job has them) that the cache services spare.

@@ -132,8 +132,8 @@ class Generation:
         if self.ended:
             return
         if isinstance(row, tuple):
-            _, attempt, first, tokens, _ = row
-            if self._log.extend(attempt, first, tokens):
+            _, attempt, first, tokens, cached = row
+            if self._log.extend(attempt, first, tokens, cached):
                 self._fresh += tokens
                 return
             delta = as_delta(row)

@@ -33,7 +33,7 @@ class _Counts(Collector):
             )
 
 
-class _Buckets:
+class Buckets:
     """What was observed under one set of labels."""
 
     __slots__ = ("_bounds", "counts", "total")
@@ -56,11 +56,14 @@ class QuickHistogram(Collector):
     ) -> None:
         self._name, self._documentation, self._labels = name, documentation, tuple(labels)
         self._bounds = bounds
-        self._children: dict[tuple[str, ...], _Buckets] = {}
+        self._children: dict[tuple[str, ...], Buckets] = {}
 
-    def labels(self, *values: str) -> _Buckets:
+    def labels(self, *values: str) -> Buckets:
         assert len(values) == len(self._labels), "a value for each label"
-        return self._children.setdefault(values, _Buckets(self._bounds))
+        found = self._children.get(values)
+        if found is None:
+            found = self._children[values] = Buckets(self._bounds)
+        return found
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
@@ -109,13 +112,13 @@ class GatewayMetrics:
             ITL_BUCKETS_S,
         )
         self.registry.register(self.itl)
-        self.queue_wait = Histogram(
+        self.queue_wait = QuickHistogram(
             "headrace_gateway_queue_wait_seconds",
             "From a job's acceptance to its leaving the queue, as far as it was seen in there",
             ["model", "band"],
-            buckets=QUEUE_WAIT_BUCKETS_S,
-            registry=self.registry,
+            QUEUE_WAIT_BUCKETS_S,
         )
+        self.registry.register(self.queue_wait)
         self.deadline_ends = Counter(
             "headrace_gateway_deadline_ends",
             "Jobs that their deadline ended; stage is waiting (no token yet) or decoding",

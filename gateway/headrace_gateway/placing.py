@@ -79,7 +79,7 @@ class Placing:
                 sent = self._lua.send(scripts.PLACE, names, values)
             finally:
                 # behind the sending, which it would keep waiting; nobody else has run meanwhile
-                self._policy.handed_off(decision, now)
+                self._policy.placed_alone(decision, now)
             entry, answer = await sent
         finally:
             met = self._under_way.pop(job.id)
@@ -95,8 +95,4 @@ class Placing:
         """Who gets `job`, to be booked at once; None while somebody waits or nobody has room."""
         if len(self._policy.queue):
             return None
-        self._policy.push(Queued(job, self._intake, "", self._clock.wall_ns()))
-        decision = self._policy.next(now)
-        if decision is None:
-            self._policy.cancel(job.id)
-        return decision
+        return self._policy.next_alone(Queued(job, self._intake, "", self._clock.wall_ns()), now)

@@ -107,6 +107,15 @@ class Sampling:
     prompt_logprobs: int = NO_LOGPROBS
     grammar: str = ""
 
+    def of_job(self, max_tokens: int, seed: int) -> Sampling:
+        """This, with what is one job's own; `replace` looks each field up, for every request."""
+        return Sampling(
+            max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stop_token_ids,
+            self.ignore_eos, self.min_p, self.typical_p, self.presence_penalty,
+            self.frequency_penalty, self.repetition_penalty, self.logit_bias, self.min_tokens,
+            self.bad_words, self.logprobs, self.prompt_logprobs, self.grammar,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -410,3 +410,53 @@ def test_nobody_goes_elsewhere_because_scores_are_not_read(running_max: int) -> 
     alone = sum(reason == "the only free room" for _, _, reason in told)
     assert alone > 100 or running_max < 35, "many had one worker to go to"
     assert scored_of_them < scored
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_job_that_nobody_waits_before_goes_as_if_it_had_been_queued(seed: int) -> None:
+    """Decided on before it is pushed or after: the same worker, the same counters ever after.
+
+    Jobs of several tenants and bands come one by one, and in bursts that have to wait; some end,
+    some are refused.
+    """
+    dice = random.Random(seed)
+    queueing, placing = a_policy(max_jobs=3), a_policy(max_jobs=3)
+    both = (queueing, placing)
+    running: list[tuple[str, Job]] = []
+    placed = waited = 0
+    for number in range(400):
+        now = NOW + number * dice.choice((0, 5, 400))
+        job = a_job(
+            f"j{number}",
+            band=dice.choice(list(Band)),
+            tenant=dice.choice("abcd"),
+            weight=dice.choice((0.5, 1.0, 4.0)),
+            prompt=dice.choice((5, 64, 200)),
+            prefix=dice.choice(("", "shared")),
+        )
+        went: list[Decision] = []
+        alone = None if len(placing.queue) else placing.next_alone(queued(job), now)
+        if alone is None:
+            placing.push(queued(job))
+        else:
+            placing.placed_alone(alone, now)
+            went.append(alone)
+            placed += 1
+        queueing.push(queued(job))
+        went += gone(placing, now)
+        assert gone(queueing, now) == went
+        waited += not went
+        for decision in went:
+            if dice.random() < 0.1:
+                for policy in both:
+                    policy.refused(decision, again=False)
+            else:
+                running.append((decision.route.worker, decision.item.job))
+        while running and dice.random() < 0.55:
+            worker, done = running.pop(dice.randrange(len(running)))
+            for policy in both:
+                policy.done(ended(worker, done), now)
+        assert queueing.queue.counters.snapshot() == placing.queue.counters.snapshot()
+    assert placed > 50 and waited > 5, (placed, waited)
+    for policy in both:
+        policy.check_integrity()

@@ -15,7 +15,7 @@ from opentelemetry.trace import Span
 
 from headrace.errors import HeadraceError
 from headrace.types import Delta, Finish, FinishReason, Job, TokenLogprobs
-from headrace_gateway.api import sse
+from headrace_gateway.api import sse, websocket
 from headrace_gateway.api.websocket import text_frame
 from headrace_gateway.choices import Choice, PlainText, TextRules
 from headrace_gateway.generation import Generation
@@ -265,6 +265,33 @@ async def test_a_websocket_is_written_as_event_streams_are(lane: str | None) -> 
     assert "".join(map(_text_of, events)) == SAID
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert {event.get("stream_id") for event in events} == {lane}
+
+
+@pytest.mark.parametrize("patience_s", [0.01, 3600.0])
+async def test_a_websockets_opening_waits_for_the_first_token_too(
+    patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for long; a response that is cancelled before has begun all the same."""
+    monkeypatch.setattr(websocket, "OPENING_S", patience_s)
+    fleet = LiveFleet()
+    create = {"type": "response.create", "model": "tiny", "input": "hi"}
+    async with (
+        running_gateway(fleet) as gateway,
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{gateway.url}/v1/responses") as socket,
+    ):
+        await socket.send_json(create)
+        await fleet.submitted.wait()
+        first = asyncio.create_task(socket.receive_json())
+        told, _ = await asyncio.wait({first}, timeout=0.1 if patience_s > 1 else 10)
+        assert bool(told) == (patience_s < 1)
+        await socket.send_json({"type": "response.cancel"})
+        events = [await first]
+        while events[-1]["type"] != "response.incomplete":
+            events.append(await asyncio.wait_for(socket.receive_json(), 10))
+    assert events[0]["type"] == "response.created"
+    assert events[-1]["response"]["status"] == "cancelled"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
 
 
 @given(size=st.integers(0, 70_000))

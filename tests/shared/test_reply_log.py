@@ -35,7 +35,9 @@ def test_a_gap_in_the_current_attempt_is_seen_and_one_of_a_stale_attempt_is_not(
 
 def _take(log: ReplyLog, delta: Delta) -> tuple[int, ...]:
     """As the gateway does: without a look at what merely goes on."""
-    if delta.finish is None and log.extend(delta.attempt, delta.first, delta.tokens):
+    if delta.finish is None and log.extend(
+        delta.attempt, delta.first, delta.tokens, delta.cached_tokens
+    ):
         return delta.tokens
     return log.accept(delta)
 

@@ -236,6 +236,9 @@ class ScriptedFleet:
     def held_tokens(self, model: str, blocks: bytes) -> int:
         return self.held
 
+    def calm(self, model: str) -> bool:
+        return False
+
     def flights(self, model: str) -> None:
         """There is no other gateway."""
 

@@ -214,6 +214,8 @@ class Encoder(Protocol):
 
 def plain_caching(options: CacheOptions | None, *, prewarm: bool = False) -> Caching:
     """The Caching of a request without breakpoints."""
+    if options is None and not prewarm:
+        return AS_USUAL
     options = options or CacheOptions()
     return Caching(
         CacheMode(options.mode or "implicit"),
@@ -231,8 +233,10 @@ async def marked_caching(
     prompt: array[int],
 ) -> Caching:
     """`wanted`, and up to the last of `marks` in `messages`, of which `prompt` was made."""
+    if not marks:
+        return wanted
     ends: list[int] = []
-    text = turn.render(messages, tools) if marks else ""
+    text = turn.render(messages, tools)
     in_messages = [mark for mark in marks if mark.message != TOOLS]
     if in_messages:
         last = max(in_messages, key=lambda mark: (mark.message, mark.offset))

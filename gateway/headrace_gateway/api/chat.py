@@ -9,7 +9,7 @@ from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.logprobs import prompt_entries, token_entries
 from headrace_gateway.api.requests import make_call, read_object
 from headrace_gateway.api.schemas import ChatRequest, parse_chat
-from headrace_gateway.api.text_replies import Json, TextReply, reply_to
+from headrace_gateway.api.text_replies import Json, TextReply, answer
 from headrace_gateway.api.tool_plans import make_plan
 from headrace_gateway.api.tool_replies import chunk_delta, finish_reason, whole_calls
 from headrace_gateway.api.turn import Turn
@@ -30,8 +30,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         wish = await make_wish(
             turn.gateway, turn.record, parsed, [prompt], tools=tools, caching=caching
         )
-        await turn.submit(wish)
-        return await reply_to(request, turn, parsed, ChatReply(turn, parsed))
+        return await answer(request, turn, parsed, wish, lambda: ChatReply(turn, parsed))
 
 
 class ChatReply(TextReply):
@@ -96,7 +95,8 @@ class ChatReply(TextReply):
         # a message that only calls has no content at all, and it is too early to know
         content = None if self._with_tools else ""
         delta = {"role": "assistant", "content": content, "refusal": None}
-        return [self._chunk([self._delta(c.index, delta)]) for c in self._turn.choices]
+        choices = range(self._turn.choice_count)
+        return [self._chunk([self._delta(index, delta)]) for index in choices]
 
     def _logprobs(self, piece: Piece) -> Json | None:
         if not self._with_logprobs:

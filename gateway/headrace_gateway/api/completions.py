@@ -13,7 +13,7 @@ from headrace_gateway.api.context import GATEWAY
 from headrace_gateway.api.logprobs import completion_logprobs, prompt_entries, text_offsets
 from headrace_gateway.api.requests import make_call, read_object
 from headrace_gateway.api.schemas import CompletionRequest, parse_completion
-from headrace_gateway.api.text_replies import Json, TextReply, reply_to
+from headrace_gateway.api.text_replies import Json, TextReply, answer
 from headrace_gateway.api.turn import Turn
 from headrace_gateway.api.wishes import make_wish
 from headrace_gateway.choices import Piece
@@ -30,8 +30,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         wish = await make_wish(
             turn.gateway, turn.record, parsed, prompts, score_end=True, caching=parsed.caching
         )
-        await turn.submit(wish)
-        return await reply_to(request, turn, parsed, CompletionReply(turn, parsed))
+        return await answer(request, turn, parsed, wish, lambda: CompletionReply(turn, parsed))
 
 
 async def _encode_prompts(turn: Turn, parsed: CompletionRequest) -> list[array[int]]:

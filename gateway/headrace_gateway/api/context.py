@@ -7,8 +7,9 @@ Redis and the fleet without HTTP.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
 from opentelemetry.trace import Span
@@ -65,9 +66,11 @@ class FleetSeam(Protocol):
 
     def held_tokens(self, model: str, blocks: bytes) -> int: ...
 
+    def calm(self, model: str) -> bool: ...
+
     def flights(self, model: str) -> Elsewhere | None: ...
 
-    async def submit(self, job: Job, span: Span) -> GenerationSeam: ...
+    def submit(self, job: Job, span: Span) -> Coroutine[Any, Any, GenerationSeam]: ...
 
     def counts(self) -> dict[str, int]: ...
 

@@ -1,4 +1,4 @@
-"""Every failure → OpenAI's error object, by one middleware around all routes.
+"""Every failure → OpenAI's error object, by one middleware around all routes; keys are its as well.
 
 Invariant: no answer with a status of 400 or more leaves without `{"error": {message, type, param,
 code}}`, and an exception that nobody raised on purpose is answered 500 and logged with its
@@ -80,7 +80,7 @@ def http_error(status: int, message: str, code: str | None = None) -> CallerErro
 
 @web.middleware
 async def errors_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Outermost: answers every failure, counts every answer."""
+    """Answers every failure, also of a key that is missing or wrong; counts every answer."""
     request[REPLY_HEADERS] = {}
     gateway = request.app[GATEWAY]
     status = STATUS_CLIENT_GONE
@@ -96,6 +96,8 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
+        if request.path.startswith("/v1/"):
+            _identify(request)
         return await handler(request)
     except web.HTTPException as error:
         if error.status < 400:
@@ -135,13 +137,10 @@ async def add_reply_headers(request: web.Request, response: web.StreamResponse) 
     response.headers[REQUEST_ID] = given if known else f"req_{os.urandom(16).hex()}"
 
 
-@web.middleware
-async def auth_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+def _identify(request: web.Request) -> None:
     """Whatever lies under /v1/ needs a key, where keys are set; its limits are told every time."""
-    if request.path.startswith("/v1/"):
-        gateway = request.app[GATEWAY]
-        tenant = gateway.tenants.identify(request.headers.get("Authorization"))
-        request[TENANT] = tenant
-        if tenant.limits is not None:
-            request[REPLY_HEADERS].update(gateway.fleet.limiter.headers(tenant.limits))
-    return await handler(request)
+    gateway = request.app[GATEWAY]
+    tenant = gateway.tenants.identify(request.headers.get("Authorization"))
+    request[TENANT] = tenant
+    if tenant.limits is not None:
+        request[REPLY_HEADERS].update(gateway.fleet.limiter.headers(tenant.limits))

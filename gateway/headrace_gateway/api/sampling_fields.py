@@ -64,6 +64,8 @@ class SamplingFields(BaseModel):
         endpoint (logprobs, grammar) has its default. Raises CallerError for token ids that are not
         below `vocab_size`.
         """
+        if _CHOSEN.isdisjoint(self.model_fields_set):
+            return AS_USUAL
         biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
         _check_ids("logit_bias", list(biases), vocab_size)
         _check_ids("stop_token_ids", self.stop_token_ids or [], vocab_size)
@@ -82,6 +84,12 @@ class SamplingFields(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
         )
+
+
+_CHOSEN = frozenset(SamplingFields.model_fields) - {"seed", "stop", "bad_words"}
+"""What `sampling` looks at, and a little more."""
+AS_USUAL = Sampling(max_tokens=0)
+"""What it says where nothing was chosen."""
 
 
 def _or(value: float | None, default: float) -> float:

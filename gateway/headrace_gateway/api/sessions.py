@@ -54,7 +54,7 @@ def _name_all(root: bytes, prompts: Sequence[array[int]], session: str) -> list[
 
 def _name(root: bytes, prompt: array[int], session: str) -> PromptNames:
     hashes = block_hashes(root, prompt)
-    blocks = b"".join(each[:BLOCK_KEY_BYTES] for each in hashes)
+    blocks = b"".join([each[:BLOCK_KEY_BYTES] for each in hashes])
     if session:
         key = session.encode("utf-8", "surrogateescape")
         return PromptNames(blocks, hashlib.sha256(root + b"\0session\0" + key).digest())

@@ -7,7 +7,7 @@ generation, so that text, finish and logprobs come about in one way only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,8 +98,8 @@ class Sources:
         metrics.prompt_saved.labels(record.name).inc(source.saved_ms / 1000)
         return source
 
-    async def _submit(self, job: Job) -> GenerationSeam:
-        return await self._gateway.fleet.submit(job, self._span)
+    def _submit(self, job: Job) -> Coroutine[Any, Any, GenerationSeam]:
+        return self._gateway.fleet.submit(job, self._span)
 
     def ended(self, choice: Choice) -> None:
         """The choice came to its end: what it was made of is worth keeping."""

@@ -7,6 +7,7 @@ once, here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -16,6 +17,7 @@ from headrace_gateway.api.schemas import Choices
 from headrace_gateway.api.sse import DONE, EventStream, dump, event_of, mould, quote
 from headrace_gateway.api.turn import ClientGoneError, Turn, Usage
 from headrace_gateway.api.waiting import Place
+from headrace_gateway.api.wishes import Wish
 from headrace_gateway.choices import Piece
 from headrace_gateway.tools.events import Text
 
@@ -132,23 +134,31 @@ class TextReply(ABC):
         return made | {"cached": True} if turn.cached else made
 
 
-async def reply_to(
-    request: web.Request, turn: Turn, parsed: Choices, reply: TextReply
+async def answer(
+    request: web.Request, turn: Turn, parsed: Choices, wish: Wish, make: Callable[[], TextReply]
 ) -> web.StreamResponse:
-    """Answer a turn whose jobs were accepted, streamed or whole.
+    """Hand the turn's jobs to the fleet and answer, streamed or whole.
 
-    From here on a stream carries an error as an event; before, an error is an HTTP status.
+    Until they are accepted an error is an HTTP status, then a stream carries it as an event. What
+    a stream begins with is made while Redis is asked: the first token may come right behind Redis'
+    answer. Raises what `Turn.submit` raises.
     """
-    if parsed.stream:
-        return await _stream(request, turn, reply)
-    return web.json_response(reply.whole(await turn.collect()))
+    made: list[_Beginning] = []
+    if not parsed.stream:
+        await turn.submit(wish)
+        return web.json_response(make().whole(await turn.collect()))
+
+    def begin() -> None:
+        made.append(_Beginning(request, turn, make()))
+
+    await turn.submit(wish, begin)
+    return await _stream(request, turn, made[0] if made else _Beginning(request, turn, make()))
 
 
 class TextOutlet:
     """Writes a reply's texts as they come."""
 
     def __init__(self, reply: TextReply, events: EventStream, choices: int) -> None:
-        # now, while everybody waits for the first token
         self._around = [
             tuple(part.encode() for part in reply.around(index)) for index in range(choices)
         ]
@@ -160,8 +170,21 @@ class TextOutlet:
         self._write(before + quote(text).encode() + after)
 
 
-async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.StreamResponse:
-    async with EventStream(request, _events_of(reply.opening())) as events:
+class _Beginning:
+    """What a stream begins with, made for jobs that may still be refused; nothing is sent."""
+
+    def __init__(self, request: web.Request, turn: Turn, reply: TextReply) -> None:
+        self.reply = reply
+        self.events = EventStream(request, _events_of(reply.opening()))
+        self.outlet = None
+        if not reply.varied:
+            self.outlet = TextOutlet(reply, self.events, turn.choice_count)
+        turn.find_meters()
+
+
+async def _stream(request: web.Request, turn: Turn, begun: _Beginning) -> web.StreamResponse:
+    reply = begun.reply
+    async with begun.events as events:
 
         async def send(piece: Piece) -> None:
             if piece.finish is not None and turn.ended:
@@ -174,8 +197,7 @@ async def _stream(request: web.Request, turn: Turn, reply: TextReply) -> web.Str
                 await events.comment(_queued(place))
 
         try:
-            outlet = None if reply.varied else TextOutlet(reply, events, len(turn.choices))
-            await turn.run(send, tell, outlet)
+            await turn.run(send, tell, begun.outlet)
             last = _events_of(reply.closing())
         except ClientGoneError:
             raise

@@ -31,6 +31,7 @@ from headrace_gateway.api.tool_plans import ToolPlan
 from headrace_gateway.api.waiting import Place, Waiting
 from headrace_gateway.api.wishes import Wish, job_sampling
 from headrace_gateway.choices import Choice, Outlet, Piece, joined
+from headrace_gateway.metrics import Buckets
 from headrace_gateway.policy.admission import Ask, ask_of
 from headrace_gateway.tokens import ModelTokenizer
 from headrace_gateway.tools.conversation import has_calls, prepared
@@ -89,6 +90,7 @@ class Turn:
         self._tokenizer: ModelTokenizer | None = None
         self._last_ms: dict[int, int] = {}
         self._expired: list[Piece] = []
+        self._meters: tuple[Buckets, Buckets] | None = None
         self._span = self._open_span() if telemetry.enabled() else INVALID_SPAN
         self._sources = Sources(gateway, call.tenant, self._span)
 
@@ -118,6 +120,11 @@ class Turn:
     def prompts(self) -> Sequence[array[int]]:
         """The prompts of the jobs; choice number i continues prompt i // jobs a prompt."""
         return self._prompts
+
+    @property
+    def choice_count(self) -> int:
+        """How many choices there will be, from `submit` on."""
+        return len(self._prompts) * self._n
 
     @property
     def cached(self) -> bool:
@@ -180,13 +187,11 @@ class Turn:
         self._account.open(request.model)
         greedy = request.temperature == 0 or request.seed is not None
         self._may_be_kept = self._call.tenant.prompt_entries and greedy
+        if self.gateway.fleet.calm(request.model):
+            return  # `submit` asks once it is known for how much: nobody is refused before, or few
+        now_ms = self.gateway.clock.wall_ms()
         self._check_admission(
-            Ask(
-                self.band,
-                self.gateway.clock.wall_ms(),
-                ttft_by_ms=self._ttft_by_ms,
-                done_by_ms=self._done_by_ms,
-            )
+            Ask(self.band, now_ms, ttft_by_ms=self._ttft_by_ms, done_by_ms=self._done_by_ms)
         )
 
     def _describe(self, request: Common) -> None:
@@ -223,10 +228,11 @@ class Turn:
             messages, offered = prepared(messages, functions, dialect)
         return self.gateway.templates.render(self.record, messages, offered)
 
-    async def submit(self, wish: Wish) -> None:
+    async def submit(self, wish: Wish, meanwhile: Callable[[], None] | None = None) -> None:
         """Make the jobs and hand them to the fleet, all or none.
 
-        Raises OverloadError, DependencyError.
+        `meanwhile` is called as Redis is asked for them, if at all: never where it is still open
+        whether the same request was answered before. Raises OverloadError, DependencyError.
         """
         self._tokenizer = await self.gateway.tokenizers.get(self.record)
         self._prompts, self._n = wish.prompts, wish.n
@@ -240,10 +246,17 @@ class Turn:
             for index in range(len(wish.prompts) * wish.n)
         ]
         await self._take_limits(jobs)
-        for index, job in enumerate(jobs):
-            generation = await self._sources.open(index, job, self.record, wish)
-            speller = wish.speller(self._tokenizer)
-            self.choices.append(Choice(index, generation, speller, wish.rules, wish.reader()))
+        soon = None
+        if meanwhile is not None and not self._may_be_kept:
+            soon = asyncio.get_running_loop().call_soon(meanwhile)
+        try:
+            for index, job in enumerate(jobs):
+                generation = await self._sources.open(index, job, self.record, wish)
+                speller = wish.speller(self._tokenizer)
+                self.choices.append(Choice(index, generation, speller, wish.rules, wish.reader()))
+        finally:
+            if soon is not None:
+                soon.cancel()
 
     async def _take_limits(self, jobs: list[Job]) -> None:
         """Of the key's limits. What would not be admitted takes nothing."""
@@ -256,6 +269,12 @@ class Turn:
     def _labels(self) -> tuple[str, str]:
         return self.record.name, self.band.label
 
+    def find_meters(self) -> None:
+        """Look up what `run` measures with, unless that has been done."""
+        if self._meters is None:
+            metrics, labels = self.gateway.metrics, self._labels
+            self._meters = metrics.itl.labels(*labels), metrics.queue_wait.labels(*labels)
+
     async def run(self, sink: Sink, tell: Tell | None = None, outlet: Outlet | None = None) -> None:
         """Feed `sink` until every choice has finished; several choices do not wait for each other.
 
@@ -263,9 +282,10 @@ class Turn:
         there instead. Raises what the generations raise, or `sink`, or `tell`; and HeadraceError
         (504) when the deadline left no choice a token.
         """
-        self._itl = self.gateway.metrics.itl.labels(*self._labels)
-        observe = self.gateway.metrics.queue_wait.labels(*self._labels).observe
-        self._waiting = Waiting(self._span, self.gateway.clock, observe)
+        self.find_meters()
+        assert self._meters is not None, "they were found"
+        self._itl, queue_wait = self._meters
+        self._waiting = Waiting(self._span, self.gateway.clock, queue_wait.observe)
         if outlet is not None:
             for choice in self.choices:
                 choice.flow_to(outlet, self._time)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,7 +33,7 @@ from headrace_gateway.api.response_schemas import (
     read_lane,
 )
 from headrace_gateway.api.responses import ID_PREFIX, TextOutlet, finished, start
-from headrace_gateway.api.sse import calm, dump, quote
+from headrace_gateway.api.sse import OPENING_S, calm, dump, quote
 from headrace_gateway.api.turn import STATUS_OK, ClientGoneError, Turn
 from headrace_gateway.api.waiting import Place
 from headrace_gateway.choices import Piece
@@ -163,25 +164,19 @@ class _Connection:
             self._gateway.metrics.requests.labels(TURN_ROUTE, str(status)).inc()
 
     async def _tell(self, turn: Turn, events: ResponseEvents, work: Work) -> None:
-        async def send_lines(lines: list[Line]) -> None:
-            for line in lines:
-                await self._send(line.json, work.lane)
-
-        def tell_text(line: Line) -> None:
-            self._send_now(line.json, work.lane)
+        frames = _Frames(self, work.lane, lines_of(events.opening()))
 
         async def send_all(made: list[Json]) -> None:
-            await send_lines(lines_of(made))
+            await frames.send(lines_of(made))
 
         async def send(piece: Piece) -> None:
-            await send_lines(events.lines(piece))
+            await frames.send(events.lines(piece))
 
         async def tell(place: Place | None) -> None:
             await send_all(events.place(place))
 
         try:
-            await send_all(events.opening())
-            await turn.run(send, tell, TextOutlet(events, self._ready, tell_text))
+            await turn.run(send, tell, TextOutlet(events, self.ready, frames.send_now))
             work.settled = True
             await send_all(finished(turn, events))
         except ClientGoneError:
@@ -195,6 +190,8 @@ class _Connection:
             turn.note_error(error)
             known = as_headrace_error(error, "a WebSocket turn")
             await send_all(events.failed(known, turn.usage()))
+        finally:
+            frames.close()
 
     def _check_asked(self, work: Work) -> None:
         """Called for a CancelledError, which goes on unless the client asked for this one.
@@ -211,9 +208,9 @@ class _Connection:
         body: dict[str, Any] = dict(error.body()["error"])
         if error.retry_after_ms is not None:
             body["headers"] = retry_headers(error)
-        await self._send(dump({"type": "error", "status": error.status, "error": body}), lane)
+        await self.send(dump({"type": "error", "status": error.status, "error": body}), lane)
 
-    async def _send(self, event: str, lane: str | None) -> None:
+    async def send(self, event: str, lane: str | None) -> None:
         """One event, given as JSON. Raises ClientGoneError."""
         event = _in_lane(event, lane)
         try:
@@ -229,17 +226,48 @@ class _Connection:
         except ConnectionError as error:
             raise ClientGoneError("the client went away") from error
 
-    def _ready(self) -> bool:
-        """Whether `_send_now` may be called: what it sends leaves at once, behind all before."""
+    def ready(self) -> bool:
+        """Whether `send_now` may be called: what it sends leaves at once, behind all before."""
         transport = self._request.transport
         open_ = not self._socket.closed and transport is not None and not transport.is_closing()
         return open_ and calm(transport, 0)
 
-    def _send_now(self, event: str, lane: str | None) -> None:
-        """As `_send`, when `_ready`, without a coroutine: most of what is sent is one token."""
+    def send_now(self, event: str, lane: str | None) -> None:
+        """As `send`, when `ready`, without a coroutine: most of what is sent is one token."""
         transport = self._request.transport
-        assert transport is not None, "_ready() comes first"
+        assert transport is not None, "ready() comes first"
         transport.write(text_frame(_in_lane(event, lane).encode()))
+
+
+class _Frames:
+    """What one turn sends, in its order. The opening waits for the first token, if that comes soon,
+    as an event stream's does."""
+
+    def __init__(self, connection: _Connection, lane: str | None, opening: list[Line]) -> None:
+        self._connection = connection
+        self._lane = lane
+        self._unsent = deque(opening)
+        self._timer = asyncio.get_running_loop().call_later(OPENING_S, self._begin)
+
+    async def send(self, lines: list[Line]) -> None:
+        """Raises ClientGoneError."""
+        self._unsent += lines
+        while self._unsent:
+            # taken before: whoever is cancelled has written it
+            await self._connection.send(self._unsent.popleft().json, self._lane)
+
+    def send_now(self, line: Line) -> None:
+        """As `send`, when the connection is ready."""
+        self._unsent.append(line)
+        while self._unsent:
+            self._connection.send_now(self._unsent.popleft().json, self._lane)
+
+    def _begin(self) -> None:
+        while self._unsent and self._connection.ready():  # else whoever sends next does it
+            self._connection.send_now(self._unsent.popleft().json, self._lane)
+
+    def close(self) -> None:
+        self._timer.cancel()
 
 
 def _in_lane(event: str, lane: str | None) -> str:

@@ -169,7 +169,7 @@ def _check_sizes(
 
 def job_sampling(wish: Wish, prompt: int, index: int, seed: int) -> Sampling:
     """The Sampling of the request's job `index`, which continues prompt number `prompt`."""
-    return replace(wish.sampling, max_tokens=wish.rooms[prompt], seed=_wrap_int64(seed + index))
+    return wish.sampling.of_job(wish.rooms[prompt], _wrap_int64(seed + index))
 
 
 def _wrap_int64(value: int) -> int:

@@ -195,15 +195,36 @@ class DispatchPolicy:
     def next(self, now_ms: int) -> Decision | None:
         """The next job that can go somewhere; None when none can now."""
         for item in self.queue.heads():
-            job, pairing = item.job, ALONE
-            if self._prefilling:
-                route, pairing = self._choose(job, now_ms)
-            else:
-                route = self._route(job, self.breakers, now_ms)
+            job = item.job
+            route, pairing = self._way(job, now_ms)
             if route.worker:
                 virtual = self.queue.counters.value(job.tenant, job.band)
                 return _tuple(Decision, (item, route, virtual, pairing))
         return None
+
+    def next_alone(self, item: Queued, now_ms: int) -> Decision | None:
+        """What `next` would say of `item`, pushed while nobody waits; None where it has to wait.
+
+        Nothing is changed: the decision can be carried out before `placed_alone` books it.
+        """
+        assert not len(self.queue), "whoever waits goes first"
+        job = item.job
+        route, pairing = self._way(job, now_ms)
+        if not route.worker:
+            return None
+        virtual = self.queue.counters.lifted(job.tenant, job.band)
+        return _tuple(Decision, (item, route, virtual, pairing))
+
+    def placed_alone(self, decision: Decision, now_ms: int) -> None:
+        """`next_alone` decided so: as if it had been pushed, decided on and handed off."""
+        self.push(decision.item)
+        self.queue.heads()  # who looks moves on where strangers begin
+        self.handed_off(decision, now_ms)
+
+    def _way(self, job: Job, now_ms: int) -> tuple[Route, Pairing]:
+        if self._prefilling:
+            return self._choose(job, now_ms)
+        return self._route(job, self.breakers, now_ms), ALONE
 
     def _choose(self, job: Job, now_ms: int) -> tuple[Route, Pairing]:
         """One worker, or two, where some only compute prompts."""

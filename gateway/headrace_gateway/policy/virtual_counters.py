@@ -77,12 +77,20 @@ class VirtualCounters:
         None: nobody waits there. The counter answered is the tenant's until it leaves.
         """
         if least is None:
-            last = self._last_left[band]
-            least = self._base[band] if last is None else self.value(last, band)
+            least = self._start(band)
         counter = self._counter(tenant, band)
         counter.value = counter.floor = max(counter.value, least)
         self._set_waits(counter, band, True)
         return counter
+
+    def lifted(self, tenant: str, band: int) -> float:
+        """Where `lift` would put `tenant` while nobody waits in `band`."""
+        return max(self.value(tenant, band), self._start(band))
+
+    def _start(self, band: int) -> float:
+        """Where whoever comes begins while nobody waits."""
+        last = self._last_left[band]
+        return self._base[band] if last is None else self.value(last, band)
 
     def keep(self, tenant: str, band: int) -> Counter:
         """As `lift`, as if it had never left: what it was given was taken back."""

@@ -24,6 +24,7 @@ GROUP_BLOCKS = 64
 GROUP_BYTES = 4
 _OWN_BYTES = HASH_BYTES - GROUP_BYTES - 1
 _RAW_BYTES = BLOCK_TOKENS * array("I").itemsize
+_PLACES = tuple(bytes((place,)) for place in range(GROUP_BLOCKS))
 
 LAYOUT_BYTES = 8
 MODEL_TAG_BYTES = 4
@@ -39,15 +40,8 @@ def root_hash(fingerprint: str, salt: bytes) -> bytes:
 def next_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The hash of the block of `tokens` (exactly BLOCK_TOKENS of them) that follows `parent`."""
     assert len(tokens) == BLOCK_TOKENS, "only full blocks have a hash"
-    return _next(parent, array("I", tokens).tobytes())
-
-
-def _next(parent: bytes, raw: bytes) -> bytes:
-    """As `next_hash`, of the tokens' bytes."""
-    digest = hashlib.sha256(parent + raw).digest()
-    place = (parent[-1] + 1) % GROUP_BLOCKS
-    group = parent[_OWN_BYTES:-1] if place else digest[_OWN_BYTES:-1]
-    return digest[:_OWN_BYTES] + group + bytes((place,))
+    [found] = block_hashes(parent, tokens)
+    return found
 
 
 def group_of(block_hash: bytes) -> bytes:
@@ -61,15 +55,20 @@ def place_of(block_hash: bytes) -> int:
 
 
 def block_hashes(root: bytes, tokens: Sequence[int], limit: int | None = None) -> list[bytes]:
-    """Hashes of the full blocks of `tokens`, at most `limit` of them."""
+    """Hashes of the full blocks of `tokens`, at most `limit` of them, that follow `root`."""
     full = len(tokens) // BLOCK_TOKENS
     if limit is not None:
         full = min(full, limit)
     raw = array("I", tokens[: full * BLOCK_TOKENS]).tobytes()
     hashes: list[bytes] = []
-    parent = root
+    sha256, parent, place = hashlib.sha256, root, root[-1]
+    group = parent[_OWN_BYTES:-1]
     for at in range(0, len(raw), _RAW_BYTES):
-        parent = _next(parent, raw[at : at + _RAW_BYTES])
+        digest = sha256(parent + raw[at : at + _RAW_BYTES]).digest()
+        place = (place + 1) % GROUP_BLOCKS
+        if not place:
+            group = digest[_OWN_BYTES:-1]
+        parent = digest[:_OWN_BYTES] + group + _PLACES[place]
         hashes.append(parent)
     return hashes
 

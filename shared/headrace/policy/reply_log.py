@@ -33,12 +33,14 @@ class ReplyLog:
             self.finish is None and delta.attempt >= self.attempt and delta.first > len(self.tokens)
         )
 
-    def extend(self, attempt: int, first: int, tokens: tuple[int, ...]) -> bool:
-        """`accept` for a delta of nothing but `tokens`, where it simply goes on with what stands
-        here, as nearly all do; False where it does not, or begins: `accept` has to look then."""
+    def extend(self, attempt: int, first: int, tokens: tuple[int, ...], cached: int) -> bool:
+        """`accept` for a delta that tells of nothing but `tokens` and `cached` ones, where it goes
+        on with what stands here, as nearly all do; False where `accept` has to look."""
         have = self.tokens
-        if attempt != self.attempt or first != len(have) or not first or self.finish is not None:
+        if attempt != self.attempt or first != len(have) or self.finish is not None:
             return False
+        if not first:
+            self.cached_tokens = cached
         have += tokens
         return True
 
