@@ -7,9 +7,12 @@
 // Invariant: it computes what model/decoder.py and model/layers.py say, with activations in float32
 // from the embedding to the logits, whatever the model's dtype: only weights and the KV pool are
 // rounded. Every thread goes through the same phases; see team.h.
+// Behind the last layer's attention only the rows that are sampled go on: of the others nothing but
+// keys and values is ever looked at.
 
 struct StepRoom {
   std::vector<float> x, normed, qkv, mixed, inner, product;
+  std::vector<float> kept;  // x of the rows that go on
   RowRoom rows, normed_rows;  // what attention and gates give; what norms give
   AttentionRoom attention;
   std::vector<Top> tops;
@@ -70,20 +73,36 @@ struct Running {
   StepRoom& room;
   const Tiles& tiles;
   int rows;
+
+  // Whether rows are chosen behind the last layer's attention. Where none goes on, ranks would not meet
+  // there, and one would be done with the step before the others have kept their keys and values.
+  bool chooses() const {
+    if (step.passed != nullptr) return false;
+    return step.sampled_rows == 0 ? step.sums == nullptr : step.sampled != nullptr;
+  }
 };
 
-// Norms rows and brings them into the next matrix' form; rows taken from x by `index`, if given.
-HR_INLINE void norm_row(const Model& m, const Rows& a, const float* x, const float* weight, int64_t from, int to,
-                        float* normed) {
-  float* out = normed + static_cast<int64_t>(to) * m.hidden;
-  rms_norm(x + from * m.hidden, weight, m.hidden, m.eps, out);
-  if (a.format != FORMAT_F32) quantize_row(out, a, to);
+// The rows that go on behind a layer's attention: x [rows, hidden].
+struct Going {
+  float* x;
+  int rows;
+};
+
+static Going going(const Running& s, int layer) {
+  const bool chosen = s.chooses() && layer + 1 >= s.m.layers;
+  return chosen ? Going{s.room.kept.data(), s.step.sampled_rows} : Going{s.room.x.data(), s.rows};
 }
 
-static void norm_rows(Running& s, const Rows& a, const float* weight, int count, const int64_t* index) {
+// Norms rows and brings them into the next matrix' form.
+HR_INLINE void norm_row(const Model& m, const Rows& a, const float* x, const float* weight, int64_t row, float* normed) {
+  float* out = normed + row * m.hidden;
+  rms_norm(x + row * m.hidden, weight, m.hidden, m.eps, out);
+  if (a.format != FORMAT_F32) quantize_row(out, a, static_cast<int>(row));
+}
+
+static void norm_rows(Running& s, const Rows& a, const float* x, const float* weight, int count) {
   s.team.phase(count, s.team.grain(count), [&](int first, int last) {
-    for (int r = first; r < last; ++r)
-      norm_row(s.m, a, s.room.x.data(), weight, index != nullptr ? index[r] : r, r, s.room.normed.data());
+    for (int r = first; r < last; ++r) norm_row(s.m, a, x, weight, r, s.room.normed.data());
   });
 }
 
@@ -130,16 +149,16 @@ static void make_heads(Running& s, int thread, const Layer& l, int layer, const 
 
 // inner [rows, m.inner] = silu(gate) * up; gate's panels and up's stand behind each other. Two panels
 // of each make a group of columns, which is rounded for the next matrix at once.
-static void gate_rows(Running& s, const Matrix& w, const Rows& a, const Rows& next) {
+static void gate_rows(Running& s, const Matrix& w, const Rows& a, int rows, const Rows& next) {
   const int inner = s.m.inner, panels = inner / PANEL, count = (panels + 1) / 2;
-  const int block = row_block(w), blocks = (s.rows + block - 1) / block, tall = tile_rows(w.format);
+  const int block = row_block(w), blocks = (rows + block - 1) / block, tall = tile_rows(w.format);
   float* out = s.room.inner.data();
   const int grain = std::min(s.team.grain(count), std::max(1, panels_a_turn(w) / 4));
   s.team.phase(count * blocks, grain, [&](int first, int last) {
     alignas(64) float gate[TILE_MAX * PANEL], up[TILE_MAX * PANEL];
     for (int item = first; item < last; ++item) {
       const int pair = item % count * 2, start = item / count * block;
-      const int stop = start + block < s.rows ? start + block : s.rows;
+      const int stop = start + block < rows ? start + block : rows;
       for (int panel = pair; panel < pair + 2 && panel < panels; ++panel)
         for (int row = start; row < stop; row += tall) {
           const int some = stop - row < tall ? stop - row : tall;
@@ -176,68 +195,99 @@ static void attend_layer(Running& s, int thread, const Layer& l, int layer, cons
   });
 }
 
-static void meet(Running& s, float* x) {
-  if (s.step.sums != nullptr) add_up(*s.step.sums, x, static_cast<int64_t>(s.rows) * s.m.hidden);
+// The rows that go on, side by side: x among the kept ones, and what attention gave in `to`.
+static void keep_rows(Running& s, const Rows& from, const Rows& to) {
+  const int64_t hidden = s.m.hidden, wide = from.columns;
+  s.team.phase(s.step.sampled_rows, 1, [&](int first, int last) {
+    for (int r = first; r < last; ++r) {
+      const int64_t at = s.step.sampled[r];
+      std::memcpy(s.room.kept.data() + r * hidden, s.room.x.data() + at * hidden, hidden * sizeof(float));
+      if (from.format == FORMAT_F32) {
+        std::memcpy(s.room.normed.data() + r * wide, from.x + at * wide, wide * sizeof(float));
+        continue;
+      }
+      const int64_t groups = from.groups;
+      std::memcpy(to.bytes + r * to.stride, from.bytes + at * from.stride, from.stride);
+      std::memcpy(to.scales + r * groups, from.scales + at * groups, groups * sizeof(float));
+      std::memcpy(to.sums + r * groups, from.sums + at * groups, groups * sizeof(float));
+      std::memcpy(to.offsets + r * groups, from.offsets + at * groups, groups * sizeof(int32_t));
+    }
+  });
+}
+
+static void meet(Running& s, float* x, int rows) {
+  if (s.step.sums != nullptr) add_up(*s.step.sums, x, static_cast<int64_t>(rows) * s.m.hidden);
 }
 
 // x += rows W^T + bias, on all ranks together; `finish()` is called once x is there. What ranks add up
 // is the product alone: with x among it, it would be another order of sums than one process has.
 template <typename F>
-static void add_product(Running& s, const Matrix& w, const Rows& a, const F& finish) {
-  float* x = s.room.x.data();
+static void add_product(Running& s, const Matrix& w, const Rows& a, const Going& to, const F& finish) {
+  float* x = to.x;
   if (s.step.sums == nullptr) {
-    multiply(s.team, w, a, s.rows, x, x, finish);
+    multiply(s.team, w, a, to.rows, x, x, finish);
     return;
   }
   float* product = s.room.product.data();
-  multiply(s.team, w, a, s.rows, nullptr, product, [&] {
-    meet(s, product);
-    const int64_t count = static_cast<int64_t>(s.rows) * s.m.hidden;
+  multiply(s.team, w, a, to.rows, nullptr, product, [&] {
+    meet(s, product, to.rows);
+    const int64_t count = static_cast<int64_t>(to.rows) * s.m.hidden;
     for (int64_t i = 0; i < count; ++i) x[i] = product[i] + x[i];
     finish();
   });
 }
 
 // x += rows W^T + bias, and with it, for few rows, the norm that follows.
-static void add_rows(Running& s, const Matrix& w, const Rows& a, const float* weight, const Rows& next) {
-  const float* x = s.room.x.data();
-  const bool few = s.rows <= ROWS_NORMED_BY_ONE;
-  add_product(s, w, a, [&] {
-    for (int r = 0; few && r < s.rows; ++r) norm_row(s.m, next, x, weight, r, r, s.room.normed.data());
+static void add_rows(Running& s, const Matrix& w, const Rows& a, const Going& to, const float* weight,
+                     const Rows& next) {
+  const bool few = to.rows <= ROWS_NORMED_BY_ONE;
+  add_product(s, w, a, to, [&] {
+    for (int r = 0; few && r < to.rows; ++r) norm_row(s.m, next, to.x, weight, r, s.room.normed.data());
   });
-  if (!few) norm_rows(s, next, weight, s.rows, nullptr);
+  if (!few) norm_rows(s, next, to.x, weight, to.rows);
 }
 
 static void run_layer(Running& s, int thread, int number) {
   const Layer& l = s.m.layer[number];
+  const Going to = going(s, number);
   StepRoom& room = s.room;
   const Rows into = room.normed_rows.rows_for(l.qkv, s.rows, room.normed.data());
   make_heads(s, thread, l, number, into);
   HR_END(thread, PART_QKV);
-  const Rows mixed = room.rows.rows_for(l.out, s.rows, room.mixed.data());
+  if (to.rows == 0) return;
+  Rows mixed = room.rows.rows_for(l.out, s.rows, room.mixed.data());
   attend_layer(s, thread, l, number, mixed);
   HR_END(thread, PART_ATTEND);
-  const Rows normed = room.normed_rows.rows_for(l.gate_up, s.rows, room.normed.data());
-  add_rows(s, l.out, mixed, l.mlp_norm, normed);
+  if (to.x != room.x.data()) {
+    // what is normed next stands there only when this has been multiplied
+    const Rows kept = room.normed_rows.rows_for(l.out, to.rows, room.normed.data());
+    keep_rows(s, mixed, kept);
+    mixed = kept;
+  }
+  const Rows normed = room.normed_rows.rows_for(l.gate_up, to.rows, room.normed.data());
+  add_rows(s, l.out, mixed, to, l.mlp_norm, normed);
   HR_END(thread, PART_OUT);
-  const Rows inner = room.rows.rows_for(l.down, s.rows, room.inner.data());
-  gate_rows(s, l.gate_up, normed, inner);
+  const Rows inner = room.rows.rows_for(l.down, to.rows, room.inner.data());
+  gate_rows(s, l.gate_up, normed, to.rows, inner);
   HR_END(thread, PART_GATE);
   if (number + 1 < s.m.layers) {
     const Layer& above = s.m.layer[number + 1];
-    add_rows(s, l.down, inner, above.attention_norm, room.normed_rows.rows_for(above.qkv, s.rows, room.normed.data()));
+    add_rows(s, l.down, inner, to, above.attention_norm,
+             room.normed_rows.rows_for(above.qkv, s.rows, room.normed.data()));
   } else {
-    add_product(s, l.down, inner, [] {});
+    add_product(s, l.down, inner, to, [] {});
   }
   HR_END(thread, PART_DOWN);
 }
 
 // Sizes everything for a step, so that later nothing moves while others read it.
-static void make_room(StepRoom& room, const Model& m, int rows, bool adds_up) {
+static void make_room(StepRoom& room, const Model& m, int rows, int sampled_rows, bool adds_up) {
+  rows = std::max(rows, sampled_rows);  // one may be wanted twice
   const size_t count = rows;
   room.fit(room.x, count * m.hidden);
+  room.fit(room.kept, static_cast<size_t>(sampled_rows) * m.hidden);
   if (adds_up) room.fit(room.product, count * m.hidden);
-  room.fit(room.normed, count * m.hidden);
+  room.fit(room.normed, count * std::max(m.hidden, m.heads * m.head_dim));
   room.fit(room.qkv, count * (m.heads + 2 * m.kv_heads) * m.head_dim);
   room.fit(room.mixed, count * m.heads * m.head_dim);
   room.fit(room.inner, count * m.inner);
@@ -267,13 +317,13 @@ static void begin(Running& s) {
           } else {
             embed(m, s.step.tokens[r], row);
           }
-          if (alone) norm_row(m, first, x, m.layer[0].attention_norm, r, r, normed);
+          if (alone) norm_row(m, first, x, m.layer[0].attention_norm, r, normed);
         }
       },
       [&] {
-        if (!alone) meet(s, x);
+        if (!alone) meet(s, x, s.rows);
       });
-  if (!alone) norm_rows(s, first, m.layer[0].attention_norm, s.rows, nullptr);
+  if (!alone) norm_rows(s, first, x, m.layer[0].attention_norm, s.rows);
 }
 
 constexpr int TOP_PART = 8192;
@@ -310,7 +360,7 @@ static void end(Running& s) {
     });
   } else if (s.step.sampled_rows > 0) {
     const Rows a = s.room.normed_rows.rows_for(m.head, s.step.sampled_rows, s.room.normed.data());
-    norm_rows(s, a, m.norm, s.step.sampled_rows, s.step.sampled);
+    norm_rows(s, a, going(s, m.layers).x, m.norm, s.step.sampled_rows);
     multiply(s.team, m.head, a, s.step.sampled_rows, nullptr, s.step.logits, [] {});
     find_tops(s);
     if (s.step.draw_count > 0) draw_tokens(s.team, s.step.logits, m.vocab, s.step.draws, s.step.draw_count, s.step.tops);
@@ -327,7 +377,7 @@ static void run_step(const Model& m, const Pool& p, const Batch& batch, const St
   Team& team = turn.team();
   Tiles tiles(batch, m.kv_heads, m.heads / m.kv_heads);
   ready(room.attention, team, tiles, m.head_dim);
-  make_room(room, m, batch.rows, waits);
+  make_room(room, m, batch.rows, step.sampled_rows, waits);
   room.tops.resize(static_cast<size_t>(step.sampled_rows) * ((m.vocab + TOP_PART - 1) / TOP_PART));
   Running s{team, m, p, batch, step, room, tiles, batch.rows};
   team.run([&](int thread) {
