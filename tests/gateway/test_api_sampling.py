@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import openai
@@ -34,6 +34,17 @@ EVERYTHING: dict[str, Any] = {
     "logit_bias": {"5": -100, "300": 2.5}, "seed": 11, "stop_token_ids": [6, 7],
     "ignore_eos": True, "min_tokens": 3, "stop": ["x", "y"],
 }  # fmt: skip
+
+
+def test_a_jobs_own_sampling_is_that_of_all_but_for_two_fields() -> None:
+    """`of_job` names every field: one that it forgot would have its default here."""
+    other: dict[type, Any] = {bool: True, str: "x", tuple: (1,)}
+    values = {
+        each.name: other.get(type(each.default), number)
+        for number, each in enumerate(fields(Sampling), 100)
+    }
+    sampling = Sampling(**values)
+    assert sampling.of_job(7, 9) == replace(sampling, max_tokens=7, seed=9)
 
 
 @pytest.mark.parametrize("path", VALID)

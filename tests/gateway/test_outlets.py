@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import aiohttp
@@ -245,19 +247,27 @@ async def test_what_one_read_brings_is_told_once() -> None:
     assert ("".join(client.said), client.at_once) == (SAID, 1), "an end is its reader's"
 
 
-@pytest.mark.parametrize("lane", [None, "a"])
-async def test_a_websocket_is_written_as_event_streams_are(lane: str | None) -> None:
-    """Tokens that come while the turn waits are whole frames, in order, in their lane."""
+@asynccontextmanager
+async def responding(
+    **fields: str,
+) -> AsyncIterator[tuple[LiveFleet, aiohttp.ClientWebSocketResponse]]:
+    """A WebSocket whose first response has been submitted."""
     fleet = LiveFleet()
-    create = {"type": "response.create", "model": "tiny", "input": "hi"}
-    create |= {"stream_id": lane} if lane else {}
     async with (
         running_gateway(fleet) as gateway,
         aiohttp.ClientSession() as session,
         session.ws_connect(f"{gateway.url}/v1/responses") as socket,
     ):
-        await socket.send_json(create)
+        create = {"type": "response.create", "model": "tiny", "input": "hi"}
+        await socket.send_json(create | fields)
         await fleet.submitted.wait()
+        yield fleet, socket
+
+
+@pytest.mark.parametrize("lane", [None, "a"])
+async def test_a_websocket_is_written_as_event_streams_are(lane: str | None) -> None:
+    """Tokens that come while the turn waits are whole frames, in order, in their lane."""
+    async with responding(**({"stream_id": lane} if lane else {})) as (fleet, socket):
         await fleet.speak(fleet.real[0], encode(SAID))
         events = [json.loads((await socket.receive(timeout=10)).data)]
         while events[-1]["type"] != "response.incomplete":
@@ -273,15 +283,7 @@ async def test_a_websockets_opening_waits_for_the_first_token_too(
 ) -> None:
     """Not for long; a response that is cancelled before has begun all the same."""
     monkeypatch.setattr(websocket, "OPENING_S", patience_s)
-    fleet = LiveFleet()
-    create = {"type": "response.create", "model": "tiny", "input": "hi"}
-    async with (
-        running_gateway(fleet) as gateway,
-        aiohttp.ClientSession() as session,
-        session.ws_connect(f"{gateway.url}/v1/responses") as socket,
-    ):
-        await socket.send_json(create)
-        await fleet.submitted.wait()
+    async with responding() as (_, socket):
         first = asyncio.create_task(socket.receive_json())
         told, _ = await asyncio.wait({first}, timeout=0.1 if patience_s > 1 else 10)
         assert bool(told) == (patience_s < 1)

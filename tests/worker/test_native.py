@@ -393,6 +393,34 @@ def test_chunks_cannot_be_told_from_the_whole(
         assert torch.equal(chunks_of(loaded, tokens, [1, 40, 41, 42, 100, 149], kv), whole)
 
 
+@pytest.mark.parametrize("mode", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    "rows", [[149], [0], [3, 70, 149], [149, 2, 2], [5] * 170, list(range(150))[::-1], []]
+)
+def test_the_rows_that_go_on_are_what_they_are_among_all(
+    library: Library, tiny_folder: Path, mode: str, rows: list[int]
+) -> None:
+    """Bit for bit, in any order, some twice, or none; what the others leave is the same KV."""
+    loaded = load_model(tiny_folder, "test", "float32", mode)
+    tokens, places = random_tokens(150, 3), np.arange(150)
+    pool = KvPool(loaded.config, 10, loaded.dtype)
+    executor = Executor(loaded.model, attention_over(pool, loaded.config))
+    ids, table = np.array(tokens, np.int64), [list(range(10))]
+    inputs = StepInputs(ids, places, places, table, [150], [0, 150], np.array(rows, np.int64))
+    logits = executor.forward(inputs)
+    whole_pool = KvPool(loaded.config, 10, loaded.dtype)
+    whole = Executor(loaded.model, attention_over(whole_pool, loaded.config)).forward(
+        StepInputs(ids, places, places, table, [150], [0, 150], None)
+    )
+    assert whole is not None
+    if rows:
+        assert logits is not None and torch.equal(logits, whole[rows])
+    else:
+        assert logits is None
+    for block in range(10):
+        assert pool.export_block(block) == whole_pool.export_block(block)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
